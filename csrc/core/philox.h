@@ -1,0 +1,155 @@
+// Noise as a pure function of (seed, step, purpose, sample, element): Philox4x32-10 (Salmon et al., SC 2011,
+// "Parallel random numbers: as easy as 1, 2, 3") followed by Box-Muller.
+//
+// Counter: words 0-1 the quad (element index / 4), word 2 the step, word 3 purpose << 28 | sample. Key: the seed.
+// Layout: W consecutive quads side by side, x[component][lane]; element 4 * quad + component takes that component.
+// Invariant: every float operation is IEEE basic, sqrt or an explicit fma, so the bits are the same for every W,
+// instruction set, thread count, chunking and device. u >= 2^-33 bounds |z| by sqrt(66 ln 2) < 6.764.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "macros.h"
+
+namespace tsam {
+
+enum Purpose : uint32_t { kPerturbation = 0, kMomentum = 1, kAccept = 2, kBallRadius = 3, kStochasticRounding = 4 };
+
+// Everything of the counter but the element, and the key.
+struct Stream {
+  uint64_t seed;
+  uint32_t step;
+  uint32_t word3;
+};
+
+constexpr int64_t kMaxSample = (int64_t{1} << 28) - 1;
+
+}  // namespace tsam
+
+TSAM_CORE_BEGIN
+
+TSAM_HD Stream make_stream(uint64_t seed, uint32_t step, Purpose purpose, uint32_t sample) {
+  return Stream{seed, step, (static_cast<uint32_t>(purpose) << 28) | sample};
+}
+
+// Ten rounds in place. x holds the counters on entry and the random words on return.
+template <int W>
+TSAM_HD void philox_rounds(uint32_t (&x)[4][W], uint64_t seed) {
+  constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  TSAM_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    TSAM_UNROLL
+    for (int i = 0; i < W; ++i) {
+      const uint64_t p0 = static_cast<uint64_t>(kMul0) * x[0][i];
+      const uint64_t p1 = static_cast<uint64_t>(kMul1) * x[2][i];
+      x[0][i] = static_cast<uint32_t>(p1 >> 32) ^ x[1][i] ^ key0;
+      x[1][i] = static_cast<uint32_t>(p1);
+      x[2][i] = static_cast<uint32_t>(p0 >> 32) ^ x[3][i] ^ key1;
+      x[3][i] = static_cast<uint32_t>(p0);
+    }
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+  }
+}
+
+// Random words of the W quads that start at `quad`.
+template <int W>
+TSAM_HD void philox(const Stream& stream, uint64_t quad, uint32_t (&x)[4][W]) {
+  TSAM_UNROLL
+  for (int i = 0; i < W; ++i) {
+    const uint64_t q = quad + static_cast<uint64_t>(i);
+    x[0][i] = static_cast<uint32_t>(q);
+    x[1][i] = static_cast<uint32_t>(q >> 32);
+    x[2][i] = stream.step;
+    x[3][i] = stream.word3;
+  }
+  philox_rounds<W>(x, stream.seed);
+}
+
+TSAM_HD float float_from_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+TSAM_HD uint32_t bits_from_float(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+// sqrt(-2 ln u) for u = (x + 1/2) 2^-32. u = m 2^e with m in [sqrt(1/2), sqrt(2)), f = m - 1 (exact), and
+// ln m = f - f^2/2 + f^3 P(f), P a minimax polynomial of degree 6 (relative error of the logarithm 4e-8).
+TSAM_HD float box_muller_radius(uint32_t x) {
+  const float u = fmaf(static_cast<float>(x), 0x1p-32f, 0x1p-33f);
+  constexpr uint32_t kSqrtHalf = 0x3F3504F3u;
+  const uint32_t shifted = bits_from_float(u) - kSqrtHalf;
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float f = float_from_bits((shifted & 0x007FFFFFu) + kSqrtHalf) - 1.0f;
+  float p = 0.087003596f;
+  p = fmaf(p, f, -0.14267476f);
+  p = fmaf(p, f, 0.14914787f);
+  p = fmaf(p, f, -0.16577587f);
+  p = fmaf(p, f, 0.19963062f);
+  p = fmaf(p, f, -0.25001338f);
+  p = fmaf(p, f, 0.3333391f);
+  const float f2 = f * f;
+  // Small terms first: -2 ln u = -2 e ln2 - 2 f + f^2 - 2 f^3 P(f); the last two are below f^2 in size.
+  float r = f2 * fmaf(-2.0f * f, p, 1.0f);
+  r = fmaf(-2.0f, f, r);
+  r = fmaf(e, -1.38629436f, r);
+  // u = 1 gives 0 exactly; rounding must not turn a value next to it into a negative number.
+  return sqrtf(r > 0.0f ? r : 0.0f);
+}
+
+// cos and sin of 2 pi x / 2^32. The nearest quarter turn is taken off in integers, so the remaining angle in
+// [-pi/4, pi/4] carries no cancellation; minimax polynomials of degree 7 and 8.
+TSAM_HD void box_muller_direction(uint32_t x, float& c, float& s) {
+  const uint32_t quarter = (x + 0x20000000u) >> 30;
+  const float a = static_cast<float>(static_cast<int32_t>(x - (quarter << 30))) * 1.4629180792671596e-9f;
+  const float a2 = a * a;
+  float ps = -0.00019517298f;
+  ps = fmaf(ps, a2, 0.008332178f);
+  ps = fmaf(ps, a2, -0.16666655f);
+  const float sine = fmaf(a * a2, ps, a);
+  float pc = 2.443845e-05f;
+  pc = fmaf(pc, a2, -0.0013887368f);
+  pc = fmaf(pc, a2, 0.041666646f);
+  const float cosine = fmaf(a2, fmaf(a2, pc, -0.5f), 1.0f);
+  const bool swap = (quarter & 1u) != 0;
+  const uint32_t sin_sign = (quarter & 2u) << 30;
+  const uint32_t cos_sign = ((quarter + 1u) & 2u) << 30;
+  c = float_from_bits(bits_from_float(swap ? sine : cosine) ^ cos_sign);
+  s = float_from_bits(bits_from_float(swap ? cosine : sine) ^ sin_sign);
+}
+
+// Standard normals of the W quads that start at `quad`, in element order: z[4 * lane + component].
+template <int W>
+TSAM_HD void normals(const Stream& stream, uint64_t quad, float (&z)[4 * W]) {
+  uint32_t x[4][W];
+  philox<W>(stream, quad, x);
+  TSAM_UNROLL
+  for (int i = 0; i < W; ++i) {
+    const float r0 = box_muller_radius(x[0][i]);
+    const float r1 = box_muller_radius(x[2][i]);
+    float c0, s0, c1, s1;
+    box_muller_direction(x[1][i], c0, s0);
+    box_muller_direction(x[3][i], c1, s1);
+    z[4 * i + 0] = r0 * c0;
+    z[4 * i + 1] = r0 * s0;
+    z[4 * i + 2] = r1 * c1;
+    z[4 * i + 3] = r1 * s1;
+  }
+}
+
+// One uniform in (0, 1) that belongs to the whole sample and to no element (element index 2^64 - 1).
+TSAM_HD double scalar_uniform(const Stream& stream) {
+  uint32_t x[4][1];
+  philox<1>(stream, ~uint64_t{0} / 4, x);
+  return (static_cast<double>(x[3][0]) + 0.5) * 0x1p-32;
+}
+
+TSAM_CORE_END

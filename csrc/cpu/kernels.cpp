@@ -1,0 +1,179 @@
+// The kernels of one instruction set: core functors walked by the loops of apply.h. Compiled once per set with
+// TSAM_ISA naming it; words moved per element stand beside each kernel in kernels.h.
+//
+// Invariant: no function here has external linkage but the table, and none is a template of another library.
+#include "apply.h"
+
+#include "../core/tilt.h"
+
+namespace tsam {
+inline namespace TSAM_ISA {
+namespace cpu_apply {
+namespace {
+
+template <int W, typename C>
+void widen(const float (&z)[4 * kQuads], int offset, C (&x)[W]) {
+  for (int i = 0; i < W; ++i) x[i] = static_cast<C>(z[offset + i]);
+}
+
+void draw(float* z_out, int64_t n, uint64_t element, Stream stream) {
+  for_noise(n, element, stream, [&](int64_t i, auto count, const float(&z)[4 * kQuads]) {
+    for (int k = 0; k < count; ++k) z_out[i + k] = z[k];
+  });
+}
+
+double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
+  SquareSum sum;
+  for_noise(n, element, stream, [&](int64_t, auto count, const float(&z)[4 * kQuads]) {
+    for (int offset = 0; offset < 4 * kQuads; offset += kLanes) {
+      double x[kLanes];
+      for (int k = 0; k < kLanes; ++k) x[k] = offset + k < count ? static_cast<double>(z[offset + k]) : 0.0;
+      sum.add(x);
+    }
+  });
+  return sum.total();
+}
+
+template <typename T>
+void perturb_run(T* position, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale, bool adaptive,
+                 bool save) {
+  using C = compute_t<T>;
+  constexpr int W = 4 * kQuads;
+  const Perturb<C> functor{static_cast<C>(scale), adaptive};
+  const T* from = save ? position : saved;
+  for_noise(n, element, stream, [&](int64_t i, auto count, const float(&z)[W]) {
+    C origin[W], moved[W];
+    load(from + i, count, origin);
+    if (save)
+      for (int k = 0; k < count; ++k) saved[i + k] = from[i + k];
+    functor(origin, z, moved);
+    store(moved, count, position + i);
+  });
+}
+
+void perturb(DType dtype, void* position, void* saved, int64_t n, uint64_t element, Stream stream, double scale,
+             bool adaptive, bool save) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    perturb_run(static_cast<T*>(position), static_cast<T*>(saved), n, element, stream, scale, adaptive, save);
+  });
+}
+
+double sum_squares(DType dtype, const void* grad, const void* origin, int64_t n) {
+  return for_dtype(dtype, [&](auto* t) -> double {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    const T *g = static_cast<const T*>(grad), *o = static_cast<const T*>(origin);
+    SquareSum sum;
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C x[kLanes];
+      load(g + i, count, x);
+      if (o != nullptr) {
+        C d[kLanes];
+        load(o + i, count, d);
+        for (int k = 0; k < kLanes; ++k) x[k] *= magnitude(d[k]);
+      }
+      sum.add(x);
+    });
+    return sum.total();
+  });
+}
+
+void ascend(DType dtype, void* position, void* saved, const void* grad, int64_t n, double scale, bool adaptive,
+            bool save) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    T *p = static_cast<T*>(position), *o = static_cast<T*>(saved);
+    const T* g = static_cast<const T*>(grad);
+    const Ascend<C> functor{static_cast<C>(scale), adaptive};
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C x[kLanes], d[kLanes], gradient[kLanes];
+      load(p + i, count, x);
+      load(g + i, count, gradient);
+      if (save) {
+        for (int k = 0; k < count; ++k) o[i + k] = p[i + k];
+        for (int k = 0; k < kLanes; ++k) d[k] = x[k];
+      } else if (adaptive) {
+        load(o + i, count, d);
+      } else {
+        for (int k = 0; k < kLanes; ++k) d[k] = C(0);
+      }
+      functor(d, gradient, x);
+      store(x, count, p + i);
+    });
+  });
+}
+
+void assign(DType dtype, void* accumulator, const void* grad, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    C* a = static_cast<C*>(accumulator);
+    const T* g = static_cast<const T*>(grad);
+    for (int64_t i = 0; i < n; ++i) a[i] = to_compute(g[i]);
+  });
+}
+
+void blend(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    C* a = static_cast<C*>(accumulator);
+    const T* g = static_cast<const T*>(grad);
+    const Accumulate<C> functor{static_cast<C>(keep), static_cast<C>(add)};
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C x[kLanes], gradient[kLanes];
+      load(a + i, count, x);
+      load(g + i, count, gradient);
+      functor(gradient, x);
+      store(x, count, a + i);
+    });
+  });
+}
+
+void poison(DType dtype, void* accumulator, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using C = compute_t<std::remove_pointer_t<decltype(t)>>;
+    C* a = static_cast<C*>(accumulator);
+    for (int64_t i = 0; i < n; ++i) a[i] = static_cast<C>(kNaN);
+  });
+}
+
+void add_weighted(DType dtype, double* out, const void* values, int64_t n, double weight) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const T* v = static_cast<const T*>(values);
+    for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i])), out[i]);
+  });
+}
+
+void round_sum(DType dtype, void* out, const double* sum, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    T* o = static_cast<T*>(out);
+    for (int64_t i = 0; i < n; ++i) from_compute(static_cast<C>(sum[i]), o[i]);
+  });
+}
+
+}  // namespace
+}  // namespace cpu_apply
+
+#define TSAM_STRING_(x) #x
+#define TSAM_STRING(x) TSAM_STRING_(x)
+extern const cpu::Kernels kernel_table;
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),
+                                   cpu_apply::draw,
+                                   cpu_apply::noise_sum_squares,
+                                   cpu_apply::perturb,
+                                   cpu_apply::sum_squares,
+                                   cpu_apply::ascend,
+                                   cpu_apply::assign,
+                                   cpu_apply::blend,
+                                   cpu_apply::poison,
+                                   cpu_apply::add_weighted,
+                                   cpu_apply::round_sum};
+
+}  // namespace TSAM_ISA
+}  // namespace tsam

@@ -1,0 +1,53 @@
+// The table of CPU kernels: one object per instruction set fills it, kernels() picks one at run time.
+//
+// Every kernel works on one contiguous run of n elements through raw pointers, in the calling thread; ops_cpu.cpp
+// cuts lists into runs and shares them over threads. Invariant: all tables compute the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/perturb.h"
+
+namespace tsam {
+namespace cpu {
+
+struct Kernels {
+  const char* isa;
+
+  // z(element) for the n elements from `element` on, as float32. Words: write 1.
+  void (*draw)(float* z, int64_t n, uint64_t element, Stream stream);
+
+  // sum of z^2 over the run. Words: 0.
+  double (*noise_sum_squares)(int64_t n, uint64_t element, Stream stream);
+
+  // position = origin + scale D z. `save`: position is the origin and is copied to `saved` first
+  // (words: read 1, write 2); otherwise `saved` is the origin (read 1, write 1).
+  void (*perturb)(DType dtype, void* position, void* saved, int64_t n, uint64_t element, Stream stream, double scale,
+                  bool adaptive, bool save);
+
+  // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
+  double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
+
+  // position += scale D^2 g. `save`: position is theta_0 and is copied to `saved` first (read 2, write 2);
+  // otherwise read 2 (3 adaptive), write 1.
+  void (*ascend)(DType dtype, void* position, void* saved, const void* grad, int64_t n, double scale, bool adaptive,
+                 bool save);
+
+  // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
+  void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n);
+  void (*blend)(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add);
+
+  // accumulator = NaN, in the compute type of dtype. Words: write 1.
+  void (*poison)(DType dtype, void* accumulator, int64_t n);
+
+  // out += weight * values, the sum held in float64. Words: read 2, write 1.
+  void (*add_weighted)(DType dtype, double* out, const void* values, int64_t n, double weight);
+  // out (dtype) = rounded sum. Words: read 1, write 1.
+  void (*round_sum)(DType dtype, void* out, const double* sum, int64_t n);
+};
+
+// The table for this processor; TSAM_ISA=baseline, avx2 or avx512 in the environment picks a lower one.
+const Kernels& kernels();
+
+}  // namespace cpu
+}  // namespace tsam

@@ -1,0 +1,29 @@
+// Every op of the library on one screen. (a!) marks what an op writes; list ops take lists of any length and dtype mix
+// on one device. csrc/README.md says how an op is added; python/tsam_ext/_ops.py holds fakes and autograd formulas.
+//
+// state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element (MATHEMATICS 5).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(tsam, m) {
+  // Differentiable.
+  m.def("tilted_loss(Tensor losses, float tilt) -> Tensor");
+  m.def("tilted_weights(Tensor losses, float tilt) -> Tensor");
+  m.def("tilted_reduce(Tensor losses, Tensor values, float tilt) -> Tensor");
+
+  // Weights of the samples that state has seen, then ESS and tilted loss: float64 [num_samples + 2].
+  m.def("tilt_summary(Tensor state, int num_samples) -> Tensor");
+
+  // In place over lists; not differentiable.
+  m.def(
+      "perturb_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!) state, float[] radius, bool[] adaptive, "
+      "int[] base, int seed, int step, int sample, str noise, int dimension, bool negate, bool save) -> ()");
+  m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row) -> ()");
+  m.def(
+      "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] adaptive, "
+      "bool save) -> ()");
+  m.def("tilt_begin_(Tensor(a!) state, Tensor tilt) -> ()");
+  m.def(
+      "tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
+  m.def("accumulate_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor state) -> ()");
+  m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
+}

@@ -1,0 +1,393 @@
+"""One gradient estimate: the passes of a step, what moves between them, and how everything is put back.
+
+noise:  draw, [closure], weigh            ascent: draw, [closure], norm and ascend, [closure], weigh
+Words moved per float32 element (s samples): noise 5 s, ascent 9 s, ascent with s = 1 and radius 0 (SAM) 7.
+Invariant: `saved` holds the bits of every parameter that has moved; whatever way a step ends, they go back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from . import _ops
+from .metrics import Slot, new_state
+from .module_state import NormStatistics, RandomMasks
+from .settings import Settings, is_dense, reject
+
+
+@dataclass
+class Table:
+    """The trainable parameters of a step in order, and what each group says about them.
+
+    ``moves``: indices of the perturbed ones; ``base``: element index of the first element (MATHEMATICS 5: storage
+    order, each parameter rounded up to a multiple of 4, frozen ones keep theirs); ``dimension``: elements perturbed.
+    """
+
+    parameters: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    rho: list[float] = field(default_factory=list)
+    radius: list[float] = field(default_factory=list)
+    adaptive: list[bool] = field(default_factory=list)
+    base: list[int] = field(default_factory=list)
+    moves: list[int] = field(default_factory=list)
+    dimension: int = 0
+
+    @classmethod
+    def of(cls, groups: list[dict[str, Any]]) -> Table:
+        """The table of the optimizer's parameter groups as they are now."""
+        table, element = cls(), 0
+        for g, group in enumerate(groups):
+            rho, radius = float(group["rho"]), group["radius"]
+            for i, parameter in enumerate(group["params"]):
+                size = parameter.numel()
+                if parameter.requires_grad:
+                    if rho != 0.0:
+                        table.moves.append(len(table.parameters))
+                        table.dimension += size
+                    table.parameters.append(parameter)
+                    table.names.append(f"param_groups[{g}]['params'][{i}]")
+                    table.rho.append(rho)
+                    table.radius.append(rho if radius is None else float(radius))
+                    table.adaptive.append(group["adaptive"])
+                    table.base.append(element)
+                element += (size + 3) // 4 * 4
+        return table
+
+    @property
+    def draws(self) -> bool:
+        """Whether any perturbed parameter has a radius, so that there is noise at all."""
+        return any(self.radius[i] != 0.0 for i in self.moves)
+
+
+class Sample:
+    """One gradient of a step: a context manager around the forward and backward passes that compute it."""
+
+    def __init__(self, estimate: Estimate, index: int, probe: bool) -> None:
+        self._estimate = estimate
+        self.index = index
+        self.probe = probe
+        self.loss: Tensor | None = None
+        self.done = False
+
+    def record(self, loss: Tensor | float) -> None:
+        """Records the loss (one element, any float dtype) of this pass; once, inside ``with``. Nothing is read."""
+        device = self._estimate.state.device
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(float(loss), dtype=torch.float64, device=device)
+        if loss.numel() != 1 or not loss.dtype.is_floating_point:
+            raise reject("loss", f"a {loss.dtype} tensor of shape {tuple(loss.shape)}", "a float scalar")
+        if loss.device != device:
+            raise reject("loss", f"a tensor on {loss.device}", f"one on {device}, as the parameters are")
+        self.loss = loss.detach()
+
+    def __enter__(self) -> Sample:
+        if self.done or self._estimate.closed:
+            raise RuntimeError("TSAM: this item of samples() is over; enter each item once, as the loop yields it.")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._estimate.abort()
+            return
+        try:
+            if self.loss is None:
+                raise RuntimeError("TSAM: sample.record(loss) was not called inside 'with sample:'.")
+            self._estimate.end_pass(self)
+        except BaseException:
+            self._estimate.abort()
+            raise
+        self.done = True
+
+
+class Estimate:
+    """The passes of one step over ``table``; see the module's docstring. ``saved`` is the caller's scratch."""
+
+    def __init__(
+        self,
+        table: Table,
+        settings: Settings,
+        saved: dict[Tensor, Tensor],
+        *,
+        seed: int,
+        step: int,
+        plain: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.table, self.settings, self.plain = table, settings, plain
+        self.seed, self.step = seed, step
+        self.num_samples = 1 if plain else settings.num_samples
+        device = table.parameters[0].device if table.parameters else torch.device("cpu")
+        self.state = new_state(self.num_samples, device)
+        self.first_loss: Tensor | None = None
+        self.current: Sample | None = None
+        self.closed = self.completed = False
+        self.rows: int | None = None  # rows of the batch, once part() has seen it
+        self._part_called = False
+        self._model = model
+        self._scratch = saved
+        self._origin: dict[int, Tensor] = {}  # parameters that have moved -> their bits at the start
+        self._saves: list[list[int]] = []  # which parameters each saving op was to save
+        self._buffers: list[Tensor | None] = []
+        self._masks: RandomMasks | None = None
+        self._statistics: NormStatistics | None = None
+        self._sums: dict[int, Tensor] = {}  # parameters with a gradient -> its weighted mean so far
+
+    def passes(self) -> Iterator[Sample]:
+        """One item a gradient. Ending early, by break or exception, puts everything back."""
+        try:
+            self._begin()
+            index = 0
+            while index < self.num_samples:
+                for probe in (True, False) if self._ascends else (False,):
+                    self.current = Sample(self, index, probe)
+                    self._prepare(index, probe)
+                    yield self.current
+                    if not self.current.done:
+                        raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
+                index += 1
+            self._complete()
+        finally:
+            self.abort()
+
+    @property
+    def _ascends(self) -> bool:
+        return self.settings.sampler == "ascent" and not self.plain
+
+    def part_bounds(self, rows: int) -> tuple[int, int]:
+        """First and last row (exclusive) that the current sample sees of a batch of ``rows``."""
+        sample = self.current
+        if self.plain or self.settings.batch == "whole" or sample is None:
+            return 0, rows
+        if rows < 1:
+            raise reject("part", "an empty batch", "at least one row")
+        if self.rows is None:
+            self.rows, self.num_samples = rows, min(self.num_samples, rows)
+        elif rows != self.rows:
+            raise reject("part", f"{rows} rows", f"{self.rows}, as in the earlier passes of this step")
+        self._part_called = True
+        return sample.index * rows // self.num_samples, (sample.index + 1) * rows // self.num_samples
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self._masks = RandomMasks({p.device for p in self.table.parameters})
+        self._statistics = NormStatistics(self._model)
+        self._buffers = [parameter.grad for parameter in self.table.parameters]
+        tilt = 0.0 if self.plain else self.settings.tilt_at(self.step)
+        if not isinstance(tilt, Tensor):
+            tilt = torch.full((), tilt, dtype=torch.float64, device=self.state.device)
+        _ops.tilt_begin_(self.state, tilt.detach())
+
+    @torch.no_grad()
+    def _prepare(self, index: int, probe: bool) -> None:
+        first = self.first_loss is None
+        starts = index == 0 or not self._ascends or probe
+        if starts and not self.plain:
+            if self.table.draws:
+                self.perturb(index)
+            elif not first:
+                self.restore()
+        if not first and self.settings.same_masks and self._masks is not None:
+            self._masks.rewind()
+        for parameter in self.table.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def end_pass(self, sample: Sample) -> None:
+        """Takes the gradients of the pass that has just run: ascends along them, or adds them to the mean."""
+        assert sample.loss is not None and self._statistics is not None
+        split = self.settings.batch == "split" and not self.plain
+        if split and not self._part_called:
+            raise RuntimeError("TSAM: batch='split' needs opt.part(...) around the batch in each pass.")
+        if self.first_loss is None:
+            self.first_loss = sample.loss.clone()
+        self._statistics.end_pass()
+        gradients = self.gradients()
+        if sample.probe:
+            self.ascend(gradients, sample.index)
+        else:
+            log_size = 0.0
+            if split and self.rows is not None:
+                begin, end = self.part_bounds(self.rows)
+                # Relative to the first part: parts of equal size leave every exponent untouched.
+                log_size = math.log((end - begin) / (self.rows // self.num_samples))
+            last = sample.index == self.num_samples - 1
+            skip = self.settings.skip_nonfinite_loss
+            _ops.tilt_update_(self.state, sample.loss, log_size, sample.index, skip, last)
+            self._accumulate(gradients, adopt=sample.index == 0)
+
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradients that this pass has left, each in its parameter's layout."""
+        gradients = {}
+        for i, parameter in enumerate(self.table.parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                raise reject(f"{self.table.names[i]}.grad", f"a {gradient.layout} tensor", "a dense gradient")
+            if gradient.stride() != parameter.stride() or gradient.dtype != parameter.dtype:
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            gradients[i] = gradient
+        return gradients
+
+    def perturb(self, index: int) -> None:
+        """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
+        moves, table = self.table.moves, self.table
+        saves = not self._origin
+        if saves:
+            self._saving(moves)
+        antithetic = self.settings.antithetic
+        _ops.perturb_(
+            [table.parameters[i] for i in moves],
+            [self._origin[i] for i in moves],
+            self.state,
+            [table.radius[i] for i in moves],
+            [table.adaptive[i] for i in moves],
+            [table.base[i] for i in moves],
+            self.seed,
+            self.step % (1 << 32),
+            index & ~1 if antithetic else index,
+            self.settings.noise,
+            table.dimension,
+            antithetic and index % 2 == 1,
+            saves,
+        )
+        increment_version([table.parameters[i] for i in moves])
+
+    def ascend(self, gradients: dict[int, Tensor], row: int) -> None:
+        """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved."""
+        table = self.table
+        moves = [i for i in table.moves if i in gradients]
+        if not moves:
+            return
+        parameters = [table.parameters[i] for i in moves]
+        saved = [i in self._origin for i in moves]
+        # A parameter not yet saved has not moved: it is its own origin.
+        origins = [self._origin[i] if i in self._origin else table.parameters[i] for i in moves]
+        grads = [gradients[i] for i in moves]
+        _ops.grad_norm_(grads, origins, self.state, [table.adaptive[i] for i in moves], row)
+        for save in (False, True):
+            chosen = [k for k, was_saved in enumerate(saved) if was_saved is not save]
+            if chosen:
+                if save:
+                    self._saving([moves[k] for k in chosen])
+                _ops.ascend_(
+                    [parameters[k] for k in chosen],
+                    [self._origin[moves[k]] for k in chosen],
+                    [grads[k] for k in chosen],
+                    self.state,
+                    [table.rho[moves[k]] for k in chosen],
+                    [table.adaptive[moves[k]] for k in chosen],
+                    save,
+                )
+        increment_version(parameters)
+
+    def _saving(self, indices: list[int]) -> None:
+        """Announces that the next op saves these parameters, and finds scratch for them.
+
+        The op counts itself in the state, so that an interrupt between this line and the op, or right after the op,
+        leaves no doubt whether the scratch holds the parameters.
+        """
+        self._saves.append(indices)
+        for i in indices:
+            parameter = self.table.parameters[i]
+            scratch = self._scratch.get(parameter)
+            if (
+                scratch is None
+                or scratch.dtype != parameter.dtype
+                or scratch.device != parameter.device
+                or scratch.shape != parameter.shape
+                or scratch.stride() != parameter.stride()
+            ):
+                scratch = self._scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
+            self._origin[i] = scratch
+
+    def _accumulate(self, gradients: dict[int, Tensor], adopt: bool) -> None:
+        """Brings the mean up to this sample. ``adopt``: the first gradient's own memory becomes the mean's."""
+        adopted, blended = [], []
+        for i in sorted(self._sums.keys() | gradients.keys()):
+            gradient, total, buffer = gradients.get(i), self._sums.get(i), self._buffers[i]
+            if gradient is None:
+                assert total is not None
+                gradient = torch.zeros_like(self.table.parameters[i], requires_grad=False)
+            elif total is None:
+                total = self._new_sum(gradient, buffer, zero=not adopt)
+                if adopt and total is None:
+                    self._sums[i] = gradient
+                    adopted.append(gradient)
+                    continue
+                assert total is not None
+                self._sums[i] = total
+            blended.append((total, gradient))
+        if adopted:
+            _ops.accumulate_(adopted, [], self.state)
+        if blended:
+            _ops.accumulate_([a for a, _ in blended], [g for _, g in blended], self.state)
+
+    def _new_sum(self, gradient: Tensor, buffer: Tensor | None, zero: bool) -> Tensor | None:
+        """Memory for a mean: the buffer that p.grad was, or new; None where the gradient itself may serve."""
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        if buffer is not None and buffer.dtype == wide and buffer.stride() == gradient.stride():
+            return buffer.zero_() if zero else buffer
+        # A gradient inside a larger storage (a reducer's bucket) is overwritten by the next backward pass.
+        whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+        if not zero and buffer is None and gradient.dtype == wide and whole and is_dense(gradient):
+            return None
+        total = torch.empty_like(gradient, dtype=wide)
+        return total.zero_() if zero else total
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """theta = theta_0, bit for bit, for every parameter that has moved."""
+        if self._origin:
+            parameters = [self.table.parameters[i] for i in self._origin]
+            _ops.restore_(parameters, list(self._origin.values()))
+            increment_version(parameters)
+
+    @torch.no_grad()
+    def _complete(self) -> None:
+        self.restore()
+        for i, parameter in enumerate(self.table.parameters):
+            total, buffer = self._sums.get(i), self._buffers[i]
+            if buffer is not None:
+                if total is None:
+                    buffer.zero_()
+                elif total is not buffer:
+                    buffer.copy_(total)
+                parameter.grad = buffer
+            elif total is not None:
+                parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
+            else:
+                parameter.grad = None
+        self.closed = self.completed = True
+
+    @torch.no_grad()
+    def abort(self) -> None:
+        """Puts parameters, gradients, generators and statistics back to before the step. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.undo()
+        if self._masks is None or self._statistics is None:
+            return
+        for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
+            parameter.grad = buffer if buffer is None else buffer.zero_()
+        self._masks.rewind()
+        self._statistics.rewind()
+
+    def undo(self) -> None:
+        """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once)."""
+        finished = int(self.state[Slot.SAVES]) if self._saves else 0
+        for indices in self._saves[finished:]:
+            for i in indices:
+                del self._origin[i]
+        self.restore()

@@ -1,0 +1,115 @@
+"""Diagnostics of one step, computed from the step's float64 state tensor when they are read.
+
+Layout of the state (csrc/core/tilt.h): 16 slots, then 4 values a sample (loss, log size, gradient norm, unused).
+Invariant: everything here is a device tensor of its own; the only host syncs are in the warnings, at a user's read.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+HEADER = 16
+ROW = 4
+
+
+class Slot:
+    """Indices into the state tensor, as csrc/core/tilt.h has them (a test compares the two)."""
+
+    TILT = 0
+    FIRST_LOSS = 1
+    MAX = 2
+    SUM = 3
+    SUM_SQUARES = 4
+    ACTION = 5
+    KEEP = 6
+    ADD = 7
+    NONFINITE = 8
+    NOISE_SCALE = 9
+    GRAD_NORM = 10
+    SAVES = 11
+
+
+def new_state(num_samples: int, device: torch.device) -> Tensor:
+    """A state tensor with room for ``num_samples`` samples: float64, shape ``[16 + 4 num_samples]``."""
+    state = torch.full((HEADER + ROW * num_samples,), float("nan"), dtype=torch.float64, device=device)
+    state[Slot.SAVES] = 0.0
+    return state
+
+
+class Diagnostics:
+    """Device tensors that describe the last step of a :class:`tsam_ext.TSAM`.
+
+    Reading one copies a few scalars on the device; turning it into a Python number is the reader's sync.
+    Before the first step every value is NaN and every vector empty.
+    """
+
+    def __init__(self) -> None:
+        self._state = new_state(0, torch.device("cpu"))
+        self._num_samples = 0
+        self._warn_if_inert = False
+
+    def _attach(self, state: Tensor, num_samples: int, warn_if_inert: bool) -> None:
+        self._state, self._num_samples = state, num_samples
+        self._warn_if_inert = self._warn_if_inert or warn_if_inert
+
+    def _column(self, index: int) -> Tensor:
+        rows = self._state[HEADER : HEADER + ROW * self._num_samples].view(self._num_samples, ROW)
+        return rows[:, index].clone()
+
+    def _summary(self) -> Tensor:
+        return _ops.tilt_summary(self._state, self._num_samples)
+
+    @property
+    def losses(self) -> Tensor:
+        """Loss of each sample where its gradient was taken, float64, shape ``[s]``."""
+        return self._column(0)
+
+    @property
+    def weights(self) -> Tensor:
+        """Weight of each sample in the gradient, summing to 1, float64, shape ``[s]``.
+
+        ``softmax(log n + tilt * loss)`` with n the rows of the sample's part of the batch (paper, Section 3: the
+        gradient of the tilted objective). A skipped sample has weight 0.
+        """
+        return self._summary()[: self._num_samples]
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size (Σw)²/Σw², float64, 0-dim: s says the tilt is inert, 1 that one sample decides.
+
+        The first read after TSAM was given a tilt of the user's own warns (UserWarning) if that tilt is inert.
+        """
+        value = self._summary()[self._num_samples]
+        if self._warn_if_inert and self._num_samples > 1:
+            self._warn_if_inert = False
+            if float(value) > 0.9999 * self._num_samples:
+                warnings.warn(
+                    f"TSAM: the effective sample size is {float(value):.6f} of {self._num_samples}: at this tilt all "
+                    "samples weigh the same. A larger |tilt| makes them differ.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        return value
+
+    @property
+    def tilted_loss(self) -> Tensor:
+        """(1/t) log(Σ n e^{tL} / Σ n) over the samples, float64, 0-dim; the mean at t=0, the extreme at t=±inf.
+
+        For the sampler ``noise`` an estimate of the tilted objective (Li, Zhou and Bilmes, ICML 2025).
+        """
+        return self._summary()[self._num_samples + 1]
+
+    @property
+    def gradient_norms(self) -> Tensor:
+        """‖D∇L‖ at the start of each ascent, float64, shape ``[s]``; NaN where the sampler takes no norm."""
+        return self._column(2)
+
+    @property
+    def num_nonfinite(self) -> Tensor:
+        """Samples of the last step with a non-finite loss, float64, 0-dim."""
+        return self._state[Slot.NONFINITE].clone()

@@ -1,0 +1,488 @@
+"""TSAM: a thin optimizer around any torch optimizer. It decides when, the ops do what.
+
+One step = one gradient estimate (estimate.py) into ``p.grad``, then the base optimizer's own step.
+Invariant: no arithmetic over elements here, no host sync, and after any exception the parameters are what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .estimate import Estimate, Sample, Table
+from .metrics import Diagnostics
+from .module_state import TrainingNormWatch
+from .settings import (
+    GROUP_KEYS,
+    Settings,
+    Tilt,
+    check_group,
+    check_parameters,
+    checked_int,
+    reject,
+)
+
+STATE_VERSION = 1
+NOISE_SCHEME = "philox4x32-10/box-muller/1"
+
+
+class TSAM(Optimizer):
+    """Tilted sharpness-aware minimization around a base optimizer.
+
+    Each step draws ``num_samples`` perturbations ε of the parameters θ and gives the base optimizer the gradient
+    Σ w ∇L(θ+ε) with w = softmax(tilt · L(θ+ε)): the gradient of the tilted objective
+    (1/t) log E exp(t L(θ+ε)) (T. Li, T. Zhou, J. Bilmes, "Tilted Sharpness-Aware Minimization", ICML 2025).
+
+    Args:
+        params: parameters or parameter groups, as for the base class; ``None`` if ``base_optimizer`` is an instance.
+            A group may set ``rho``, ``radius`` and ``adaptive`` of its own. Dense float32, float64, bfloat16 or
+            float16 tensors on the CPU.
+        base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
+        rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. Default 0.05.
+        tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
+            losses. A float, a 0-dim tensor, or a function of the step. Default 1.
+        num_samples: s, perturbations a step. Default 3.
+        sampler: ``"ascent"`` (default; noise, then an ascent of length rho along the gradient there: 2 gradients a
+            sample) or ``"noise"`` (1 gradient a sample).
+        radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
+        noise: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the ball).
+        adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves.
+        batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
+            cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
+        every: sample each ``every``-th step, starting with the first; the others take the plain gradient. Default 1.
+        antithetic: every second sample takes −z of the one before. Default False.
+        skip_nonfinite_loss: leave samples with a non-finite loss out instead of returning NaN. Default False.
+        same_masks: all passes of a step see the same random numbers (dropout), as one forward would. Default True.
+        model: module whose normalisation layers shall see each step as one forward. Default ``None``.
+        seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
+            same noise bits on every machine.
+        **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
+
+    Raises:
+        TypeError, ValueError: for a bad argument, naming it, what came and what was wanted.
+
+    Example:
+        >>> import torch, tsam_ext
+        >>> model = torch.nn.Linear(4, 1)
+        >>> opt = tsam_ext.TSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.05, tilt=5.0, seed=0)
+        >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
+        >>> def closure():
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = opt.step(closure)
+        >>> tuple(opt.diagnostics.losses.shape)
+        (3,)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        tilt: Tilt = 1.0,
+        num_samples: int = 3,
+        sampler: str = "ascent",
+        radius: float | None = None,
+        noise: str = "gaussian",
+        adaptive: bool = False,
+        batch: str = "whole",
+        every: int = 1,
+        antithetic: bool = False,
+        skip_nonfinite_loss: bool = False,
+        same_masks: bool = True,
+        model: nn.Module | None = None,
+        seed: int | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        own = {"rho": rho, "radius": radius, "adaptive": adaptive}
+        check_group(own)
+        self._settings = Settings.checked(
+            tilt=tilt,
+            num_samples=num_samples,
+            sampler=sampler,
+            noise=noise,
+            batch=batch,
+            every=every,
+            antithetic=antithetic,
+            skip_nonfinite_loss=skip_nonfinite_loss,
+            same_masks=same_masks,
+        )
+        if model is not None and not isinstance(model, nn.Module):
+            raise reject("model", model, "a torch.nn.Module or None", TypeError)
+        if seed is not None:
+            checked_int("seed", seed, 0, (1 << 64) - 1)
+        base = _base_of(params, base_optimizer, base_kwargs)
+        _check_groups(base.param_groups)
+        if seed is None:
+            seed = int(torch.randint(0, (1 << 63) - 1, ()))
+
+        self._base: Optimizer | None = None
+        super().__init__(base.param_groups, {})
+        self._base = base
+        self._own_defaults = own
+        self._set_own_keys()
+        self.model = model
+        self.seed = seed
+        self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
+        self._step = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Scratch that is never saved or copied."""
+        self._saved: dict[Tensor, Tensor] = {}
+        self._estimate: Estimate | None = None
+        self._pending = False
+        self._watched = False
+        self._diagnostics = Diagnostics()
+
+    # The groups, the state and the defaults are the base optimizer's own. Properties, since both objects rebind them
+    # in load_state_dict; the setters do nothing while Optimizer.__init__ runs.
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        assert self._base is not None
+        return self._base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's parameter groups."""
+        return self._base.param_groups if self._base is not None else []
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._base is not None:
+            self._base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state."""
+        return self._base.state if self._base is not None else {}
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._base is not None:
+            self._base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's defaults, with rho, radius and adaptive among them."""
+        return self._base.defaults if self._base is not None else {}
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        if self._base is not None:
+            self._base.defaults = defaults
+
+    def _set_own_keys(self) -> None:
+        for key, value in self._own_defaults.items():
+            self.base_optimizer.defaults[key] = value
+            for group in self.base_optimizer.param_groups:
+                group.setdefault(key, value)
+
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """Device tensors that describe the last completed step."""
+        return self._diagnostics
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as the base optimizer does; the group may set rho, radius and adaptive."""
+        if self._base is None:
+            return
+        index = len(self._base.param_groups)
+        check_group(param_group, f"param_groups[{index}].")
+        self._base.add_param_group(param_group)
+        try:
+            _check_groups(self._base.param_groups)
+        except (TypeError, ValueError):
+            del self._base.param_groups[index]
+            raise
+
+    # Steps.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
+
+        The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once a
+        gradient: s times for ``noise``, 2s for ``ascent``, once on plain steps of ``every``. ``p.grad`` is cleared
+        before each run.
+
+        Raises:
+            RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
+                closures fails instead of training without perturbations.
+        """
+        loss = None
+        if closure is not None:
+            loss = self.estimate_gradient(closure)
+        elif not self._pending:
+            raise RuntimeError(
+                "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
+                "or the samples() loop before it. Nothing was updated."
+            )
+        self.base_optimizer.step()
+        self._pending = False
+        self._step += 1
+        return loss
+
+    def apply(self) -> None:
+        """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
+        self.step()
+
+    def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor:
+        """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
+
+        Clipping or unscaling goes between this and :meth:`apply`. Returns the first pass's loss, detached.
+        """
+        for sample in self.samples():
+            with sample, torch.enable_grad():
+                sample.record(closure())
+        assert self._estimate is not None and self._estimate.first_loss is not None
+        return self._estimate.first_loss
+
+    def samples(self) -> Iterator[Sample]:
+        """The same estimate as a loop, one item a gradient, the same body for each; then :meth:`apply`.
+
+        ::
+
+            for sample in opt.samples():
+                with sample:
+                    loss = criterion(model(x), y)
+                    loss.backward()
+                    sample.record(loss)
+            opt.apply()
+
+        Several backward calls an item accumulate. Leaving the loop early, by break or exception, restores everything.
+        """
+        table = Table.of(self.param_groups)
+        self._end_estimate()
+        estimate = self._estimate = self._new_estimate(table, plain=self._step % self._settings.every != 0)
+        watch = TrainingNormWatch() if self.model is None and not self._watched else None
+        try:
+            yield from estimate.passes()
+        finally:
+            if watch is not None:
+                self._watched = True
+                watch.close()
+            estimate.current = None
+        self._pending = True
+        own_tilt = self._tilt_is_own and not estimate.plain
+        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt)
+
+    def _new_estimate(self, table: Table, plain: bool) -> Estimate:
+        seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
+        step = self._step
+        return Estimate(table, self._settings, self._saved, seed=seed, step=step, plain=plain, model=self.model)
+
+    def _end_estimate(self) -> None:
+        """Undoes what is left of an estimate that nobody finished."""
+        self._pending = False
+        if self._estimate is not None:
+            self._estimate.abort()
+        self._estimate = None
+
+    def part(self, *batch: Any) -> Any:
+        """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
+
+        Takes tensors (or anything with ``len`` and slices) of equal length; returns one object for one argument, a
+        tuple for several. Of n rows sample j of s sees those from ⌊jn/s⌋ to ⌊(j+1)n/s⌋; a batch of fewer rows than
+        samples uses as many samples as rows. Outside a step the batch comes back whole.
+
+        Raises:
+            ValueError: for arguments of different lengths, or of another length than in the step's earlier passes.
+        """
+        if not batch:
+            raise TypeError("TSAM: part: got no argument, expected the tensors of one batch")
+        rows = len(batch[0])
+        for i, rest in enumerate(batch):
+            if len(rest) != rows:
+                raise reject(f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
+        begin, end = 0, rows
+        if self._estimate is not None and not self._estimate.closed:
+            begin, end = self._estimate.part_bounds(rows)
+        parts = batch if (begin, end) == (0, rows) else tuple(item[begin:end] for item in batch)
+        return parts[0] if len(parts) == 1 else parts
+
+    @contextmanager
+    def perturbed(self, sample: int = 0) -> Iterator[None]:
+        """The parameters at θ+ε inside the block, θ bit for bit after it, exceptions included.
+
+        ε is the noise of ``sample`` in the coming step; with the sampler ``ascent`` and gradients in ``p.grad``, the
+        ascent along them as well. ``p.grad`` is left alone.
+        """
+        checked_int("sample", sample, 0, self._settings.num_samples - 1)
+        if self._estimate is not None and not self._estimate.closed:
+            raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
+        estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
+        with torch.no_grad():
+            try:
+                self._move(estimate, sample)
+                with torch.enable_grad():
+                    yield
+            finally:
+                estimate.undo()
+
+    def _move(self, estimate: Estimate, sample: int) -> None:
+        if estimate.table.draws:
+            estimate.perturb(sample)
+        if self._settings.sampler == "ascent":
+            estimate.ascend(estimate.gradients(), sample)
+
+    # Code written for SAM.
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
+
+        Raises:
+            RuntimeError: with other settings (use :meth:`samples`).
+        """
+        self._check_two_steps("first_step")
+        self._end_estimate()
+        estimate = self._estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
+        try:
+            estimate.ascend(estimate.gradients(), 0)
+        except BaseException:
+            estimate.undo()
+            self._estimate = None
+            raise
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
+
+        Raises:
+            RuntimeError: without a first_step before it.
+        """
+        self._check_two_steps("second_step")
+        if self._estimate is None or self._estimate.closed:
+            raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
+        self._estimate.undo()
+        self._estimate = None
+        self._pending = True
+        self.apply()
+        if zero_grad:
+            self.zero_grad()
+
+    def _check_two_steps(self, name: str) -> None:
+        s = self._settings
+        if s.num_samples != 1 or s.sampler != "ascent" or s.batch != "whole" or s.every != 1 or self._draws():
+            raise RuntimeError(
+                f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, sampler='ascent', "
+                "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
+            )
+
+    def _draws(self) -> bool:
+        return Table.of(self.param_groups).draws
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""
+        shapes = [[list(p.shape) for p in group["params"]] for group in self.param_groups]
+        own = {
+            "version": STATE_VERSION,
+            "noise_scheme": NOISE_SCHEME,
+            "step": self._step,
+            "seed": self.seed,
+            "base_optimizer": type(self.base_optimizer).__name__,
+            "shapes": shapes,
+            "settings": self._settings.describe(),
+        }
+        return {**self.base_optimizer.state_dict(), "tsam": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
+
+        A state dict of the base optimizer alone loads too: step and seed stay as they are. The settings are those of
+        this object, not the saved ones.
+
+        Raises:
+            ValueError: before anything changes, if the base class, the shapes or the noise scheme differ.
+        """
+        own = state_dict.get("tsam")
+        if own is not None:
+            expected = {
+                "version": STATE_VERSION,
+                "noise_scheme": NOISE_SCHEME,
+                "base_optimizer": type(self.base_optimizer).__name__,
+                "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
+            }
+            for key, value in expected.items():
+                if own.get(key) != value:
+                    raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
+        self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "tsam"})
+        self._set_own_keys()
+        self._end_estimate()
+        if own is not None:
+            self._step, self.seed = int(own["step"]), int(own["seed"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step")
+        return {key: self.__dict__[key] for key in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+
+def _base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) -> Optimizer:
+    """The base optimizer from its class or instance; refuses those that TSAM cannot wrap."""
+    expected = "a torch.optim.Optimizer class or instance"
+    if isinstance(base, type):
+        if not issubclass(base, Optimizer):
+            raise reject("base_optimizer", base, expected, TypeError)
+        kind = base
+        _refuse_kind(kind)
+        if params is None:
+            raise reject("params", None, "parameters, as base_optimizer is a class", TypeError)
+        instance = cast(Callable[..., Optimizer], base)(params, **kwargs)
+    elif isinstance(base, Optimizer):
+        _refuse_kind(type(base))
+        if kwargs:
+            raise reject(next(iter(kwargs)), kwargs[next(iter(kwargs))], "no base options beside an instance", TypeError)
+        instance = base
+        if params is not None:
+            given = [p for item in list(params) for p in _flat(item)]
+            held = [p for group in base.param_groups for p in group["params"]]
+            if len(given) != len(held) or any(a is not b for a, b in zip(given, held, strict=True)):
+                raise reject("params", "other tensors or another order", "None, or the tensors of base_optimizer")
+    else:
+        raise reject("base_optimizer", base, expected, TypeError)
+    for key in GROUP_KEYS:
+        if key in instance.defaults:
+            raise reject("base_optimizer", kind_name(instance), f"an optimizer without an option '{key}' of its own")
+    return instance
+
+
+def _flat(item: Any) -> list[Any]:
+    if isinstance(item, dict):
+        params = item["params"]
+        return [params] if isinstance(params, Tensor) else list(params)
+    return [item]
+
+
+def kind_name(optimizer: Optimizer) -> str:
+    """The class name of an optimizer, for messages and checkpoints."""
+    return type(optimizer).__name__
+
+
+def _refuse_kind(kind: type[Optimizer]) -> None:
+    if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam, TSAM)):
+        raise reject("base_optimizer", kind.__name__, "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)")
+
+
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    for g, group in enumerate(groups):
+        check_group(group, f"param_groups[{g}].")
+    check_parameters(
+        (f"param_groups[{g}]['params'][{i}]", p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
+    )

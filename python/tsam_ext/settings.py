@@ -1,0 +1,174 @@
+"""What a user may set, checked once: the settings of one TSAM and the values of one parameter group.
+
+Invariant: a Settings object and a checked group hold only values that every later layer accepts, so nothing below
+checks them again. Each message names the argument, what came and what was wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Tilt = float | torch.Tensor | Callable[[int], float]
+
+SAMPLERS = ("ascent", "noise")
+NOISES = ("gaussian", "sphere", "ball")
+BATCHES = ("whole", "split")
+GROUP_KEYS = ("rho", "radius", "adaptive")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_SAMPLES = 1 << 16
+
+
+def reject(argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise for a bad argument (so that ``raise reject(...)`` reads as one sentence)."""
+    return error(f"TSAM: {argument}: got {got!r}, expected {expected}")
+
+
+def checked_number(argument: str, value: object, expected: str, *, low: float = -math.inf) -> float:
+    """``value`` as a float that is finite and not below ``low``; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise reject(argument, value, expected, TypeError)
+    if not math.isfinite(value) or value < low:
+        raise reject(argument, value, expected)
+    return float(value)
+
+
+def checked_int(argument: str, value: object, low: int, high: int) -> int:
+    """``value`` as an int from ``low`` to ``high``; TypeError or ValueError otherwise."""
+    expected = f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise reject(argument, value, expected, TypeError)
+    if not low <= value <= high:
+        raise reject(argument, value, expected)
+    return int(value)
+
+
+def checked_bool(argument: str, value: object) -> bool:
+    """``value`` if it is a bool; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise reject(argument, value, "True or False", TypeError)
+    return value
+
+
+def checked_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value`` if it is one of ``choices``; TypeError or ValueError otherwise."""
+    expected = " or ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise reject(argument, value, expected, TypeError)
+    if value not in choices:
+        raise reject(argument, value, expected)
+    return value
+
+
+def check_group(group: Mapping[str, Any], where: str = "") -> None:
+    """Checks ``rho``, ``radius`` and ``adaptive`` of one parameter group, where present."""
+    if "rho" in group:
+        checked_number(f"{where}rho", group["rho"], "a finite number not below 0", low=0.0)
+    if group.get("radius") is not None:
+        expected = "None or a finite number not below 0"
+        checked_number(f"{where}radius", group["radius"], expected, low=0.0)
+    if "adaptive" in group:
+        checked_bool(f"{where}adaptive", group["adaptive"])
+    for key in Settings.__dataclass_fields__:
+        if key in group:
+            raise reject(f"{where}{key}", group[key], "one value for all groups, given to TSAM itself")
+
+
+def _checked_tilt(tilt: object) -> Tilt:
+    expected = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
+    if isinstance(tilt, torch.Tensor):
+        if tilt.numel() != 1 or not tilt.dtype.is_floating_point:
+            raise reject("tilt", f"a {tilt.dtype} tensor of shape {tuple(tilt.shape)}", expected)
+        return tilt
+    if callable(tilt):
+        return tilt
+    if isinstance(tilt, bool) or not isinstance(tilt, numbers.Real):
+        raise reject("tilt", tilt, expected, TypeError)
+    if math.isnan(tilt):
+        raise reject("tilt", tilt, expected)
+    return float(tilt)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that hold for all groups of one :class:`tsam_ext.TSAM`, whose docstring explains them."""
+
+    tilt: Tilt
+    num_samples: int
+    sampler: str
+    noise: str
+    batch: str
+    every: int
+    antithetic: bool
+    skip_nonfinite_loss: bool
+    same_masks: bool
+
+    @classmethod
+    def checked(cls, **values: Any) -> Settings:
+        """Settings from the constructor's arguments; TypeError or ValueError naming the first bad one."""
+        return cls(
+            tilt=_checked_tilt(values["tilt"]),
+            num_samples=checked_int("num_samples", values["num_samples"], 1, MAX_SAMPLES),
+            sampler=checked_choice("sampler", values["sampler"], SAMPLERS),
+            noise=checked_choice("noise", values["noise"], NOISES),
+            batch=checked_choice("batch", values["batch"], BATCHES),
+            every=checked_int("every", values["every"], 1, 1 << 31),
+            antithetic=checked_bool("antithetic", values["antithetic"]),
+            skip_nonfinite_loss=checked_bool("skip_nonfinite_loss", values["skip_nonfinite_loss"]),
+            same_masks=checked_bool("same_masks", values["same_masks"]),
+        )
+
+    def tilt_at(self, step: int) -> float | torch.Tensor:
+        """The tilt of one step: a float that is not NaN, or the tensor as it was given."""
+        if isinstance(self.tilt, torch.Tensor) or not callable(self.tilt):
+            return self.tilt
+        value = self.tilt(step)
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+            raise reject(f"tilt({step})", value, "a number from the tilt schedule")
+        return float(value)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for a checkpoint (a schedule or tensor tilt is not saved)."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain["tilt"] = self.tilt if isinstance(self.tilt, float) else None
+        return plain
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements are one stretch of memory without overlap, in any order of the dimensions."""
+    dims = sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1)
+    step = 1
+    for stride, size in dims:
+        if stride != step:
+            return tensor.numel() < 2
+        step *= size
+    return True
+
+
+def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
+    spans: list[tuple[int, int, str]] = []
+    for name, parameter in named:
+        if parameter.layout is not torch.strided:
+            raise reject(name, f"a {parameter.layout} tensor", "a dense tensor")
+        if parameter.dtype not in DTYPES:
+            expected = "a float32, float64, bfloat16 or float16 tensor"
+            raise reject(name, f"a {parameter.dtype} tensor", expected)
+        if parameter.device.type != "cpu":
+            raise reject(name, f"a tensor on {parameter.device}", "a cpu tensor (this build has no kernels for it)")
+        if not is_dense(parameter):
+            raise reject(name, f"strides {parameter.stride()} for shape {tuple(parameter.shape)}", "a dense tensor")
+        if parameter.numel():
+            begin = parameter.data_ptr()
+            spans.append((begin, begin + parameter.numel() * parameter.element_size(), name))
+    spans.sort()
+    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise reject(second, f"memory shared with {first}", "parameters that do not overlap")
