@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .base import base_of, check_groups
 from .estimate import Estimate, Sample, Table
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
-from .settings import (
-    GROUP_KEYS,
-    Settings,
-    Tilt,
-    check_group,
-    check_parameters,
-    checked_int,
-    reject,
-)
+from .settings import Settings, Tilt, check_group, checked_int, reject
 
 STATE_VERSION = 1
 NOISE_SCHEME = "philox4x32-10/box-muller/1"
@@ -118,8 +111,8 @@ class TSAM(Optimizer):
             raise reject("model", model, "a torch.nn.Module or None", TypeError)
         if seed is not None:
             checked_int("seed", seed, 0, (1 << 64) - 1)
-        base = _base_of(params, base_optimizer, base_kwargs)
-        _check_groups(base.param_groups)
+        base = base_of(params, base_optimizer, base_kwargs)
+        check_groups(base.param_groups)
         if seed is None:
             seed = int(torch.randint(0, (1 << 63) - 1, ()))
 
@@ -200,7 +193,7 @@ class TSAM(Optimizer):
         check_group(param_group, f"param_groups[{index}].")
         self._base.add_param_group(param_group)
         try:
-            _check_groups(self._base.param_groups)
+            check_groups(self._base.param_groups)
         except (TypeError, ValueError):
             del self._base.param_groups[index]
             raise
@@ -432,57 +425,3 @@ class TSAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
-
-
-def _base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) -> Optimizer:
-    """The base optimizer from its class or instance; refuses those that TSAM cannot wrap."""
-    expected = "a torch.optim.Optimizer class or instance"
-    if isinstance(base, type):
-        if not issubclass(base, Optimizer):
-            raise reject("base_optimizer", base, expected, TypeError)
-        kind = base
-        _refuse_kind(kind)
-        if params is None:
-            raise reject("params", None, "parameters, as base_optimizer is a class", TypeError)
-        instance = cast(Callable[..., Optimizer], base)(params, **kwargs)
-    elif isinstance(base, Optimizer):
-        _refuse_kind(type(base))
-        if kwargs:
-            raise reject(next(iter(kwargs)), kwargs[next(iter(kwargs))], "no base options beside an instance", TypeError)
-        instance = base
-        if params is not None:
-            given = [p for item in list(params) for p in _flat(item)]
-            held = [p for group in base.param_groups for p in group["params"]]
-            if len(given) != len(held) or any(a is not b for a, b in zip(given, held, strict=True)):
-                raise reject("params", "other tensors or another order", "None, or the tensors of base_optimizer")
-    else:
-        raise reject("base_optimizer", base, expected, TypeError)
-    for key in GROUP_KEYS:
-        if key in instance.defaults:
-            raise reject("base_optimizer", kind_name(instance), f"an optimizer without an option '{key}' of its own")
-    return instance
-
-
-def _flat(item: Any) -> list[Any]:
-    if isinstance(item, dict):
-        params = item["params"]
-        return [params] if isinstance(params, Tensor) else list(params)
-    return [item]
-
-
-def kind_name(optimizer: Optimizer) -> str:
-    """The class name of an optimizer, for messages and checkpoints."""
-    return type(optimizer).__name__
-
-
-def _refuse_kind(kind: type[Optimizer]) -> None:
-    if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam, TSAM)):
-        raise reject("base_optimizer", kind.__name__, "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)")
-
-
-def _check_groups(groups: list[dict[str, Any]]) -> None:
-    for g, group in enumerate(groups):
-        check_group(group, f"param_groups[{g}].")
-    check_parameters(
-        (f"param_groups[{g}]['params'][{i}]", p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
-    )

@@ -1,0 +1,72 @@
+// The module _C: each op of the library as a Python function that forwards to its torch.ops object.
+//
+// The static initialisers of schema.cpp and the back ends have registered the ops when this file's init runs. Each
+// function holds one reference to its op for the life of the process (never released: no destructor may run after
+// the interpreter). The op releases the GIL itself. This file includes no kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
+
+namespace py = pybind11;
+
+namespace {
+
+// What the signatures in the docstrings say; torch.ops checks the values.
+struct Tensor : py::object {
+  using py::object::object;
+  static bool check_(py::handle) { return true; }
+};
+template <typename T>
+struct List : py::object {
+  using py::object::object;
+  static bool check_(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()); }
+};
+
+}  // namespace
+
+namespace pybind11 {
+namespace detail {
+template <>
+struct handle_type_name<Tensor> {
+  static constexpr auto name = const_name("torch.Tensor");
+};
+template <typename T>
+struct handle_type_name<List<T>> {
+  static constexpr auto name = const_name("collections.abc.Sequence[") + make_caster<T>::name + const_name("]");
+};
+}  // namespace detail
+}  // namespace pybind11
+
+namespace {
+
+template <typename Result, typename... Args, typename... Names>
+void expose(py::module_& m, const py::object& ops, const char* name, const Names&... names) {
+  static_assert(sizeof...(Args) == sizeof...(Names));
+  const py::handle op = py::object(ops.attr(name).attr("default")).release();
+  m.def(name, [op](const Args&... args) -> Result { return op(args...).template cast<Result>(); }, py::arg(names)...);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled ops of tsam_ext; import tsam_ext, not this module.";
+  const py::object ops = py::module_::import("torch").attr("ops").attr("tsam");
+  using Tensors = List<Tensor>;
+
+  expose<Tensor, Tensor, double>(m, ops, "tilted_loss", "losses", "tilt");
+  expose<Tensor, Tensor, double>(m, ops, "tilted_weights", "losses", "tilt");
+  expose<Tensor, Tensor, Tensor, double>(m, ops, "tilted_reduce", "losses", "values", "tilt");
+  expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");
+
+  expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, py::str,
+         int64_t, bool, bool>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive", "base", "seed",
+                              "step", "sample", "noise", "dimension", "negate", "save");
+  expose<void, Tensors, Tensors, Tensor, List<bool>, int64_t>(m, ops, "grad_norm_", "grads", "origin", "state",
+                                                              "adaptive", "row");
+  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool>(
+      m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save");
+  expose<void, Tensor, Tensor>(m, ops, "tilt_begin_", "state", "tilt");
+  expose<void, Tensor, Tensor, double, int64_t, bool, bool>(m, ops, "tilt_update_", "state", "loss", "log_size", "row",
+                                                            "skip_nonfinite", "last");
+  expose<void, Tensors, Tensors, Tensor>(m, ops, "accumulate_", "accumulator", "grads", "state");
+  expose<void, Tensors, Tensors>(m, ops, "restore_", "position", "saved");
+}

@@ -1,0 +1,31 @@
+"""Tilted Sharpness-Aware Minimization as fused kernels: the optimizer TSAM and the ops it is made of.
+
+    opt = tsam_ext.TSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    loss = opt.step(closure)
+
+Needs PyTorch 2.10 or newer; importing checks that before the compiled part is loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._version import __version__
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+    raise ImportError(f"tsam_ext {__version__} needs torch >= 2.10, found torch {torch.__version__}.")
+
+from . import functional
+from .functional import tilted_loss, tilted_reduce, tilted_weights
+from .metrics import Diagnostics
+from .optim import TSAM
+
+__all__ = [
+    "TSAM",
+    "Diagnostics",
+    "__version__",
+    "functional",
+    "tilted_loss",
+    "tilted_reduce",
+    "tilted_weights",
+]

@@ -1,0 +1,219 @@
+"""The ops as functions: checked, documented, differentiable where that means something.
+
+Differentiable: tilted_loss, tilted_weights, tilted_reduce (first and second order, forward and reverse mode, vmap,
+torch.compile fullgraph). In place over lists of tensors, for samplers of one's own: perturb_, ascend_, restore_.
+Invariant: every check comes before the first write, and every in-place op bumps the version counters of what it wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import _ops
+
+__all__ = ["tilted_loss", "tilted_reduce", "tilted_weights"]
+
+
+def _check(op: str, tilt: float, losses: Tensor, values: Tensor | None = None) -> float:
+    if isinstance(tilt, bool) or not isinstance(tilt, (int, float)):
+        raise TypeError(f"tsam.{op}: tilt: got {tilt!r}, expected a number (inf and -inf too)")
+    if math.isnan(tilt):
+        raise ValueError(f"tsam.{op}: tilt: got nan, expected a number (inf and -inf too)")
+    for name, tensor in (("losses", losses), ("values", losses if values is None else values)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tsam.{op}: {name}: got {type(tensor).__name__}, expected a tensor")
+        if not tensor.dtype.is_floating_point or tensor.layout is not torch.strided:
+            got = f"a {tensor.layout} tensor of {tensor.dtype}"
+            raise ValueError(f"tsam.{op}: {name}: got {got}, expected a dense floating-point tensor")
+    if losses.dim() != 1 or losses.shape[0] == 0:
+        got = f"shape {tuple(losses.shape)}"
+        raise ValueError(f"tsam.{op}: losses: got {got}, expected a vector of at least one loss")
+    if values is not None:
+        if values.dim() < 1 or values.shape[0] != losses.shape[0]:
+            expected = f"{losses.shape[0]} entries in front, one for each loss"
+            raise ValueError(f"tsam.{op}: values: got shape {tuple(values.shape)}, expected {expected}")
+        if values.device != losses.device:
+            expected = f"a tensor on {losses.device}, as losses is"
+            raise ValueError(f"tsam.{op}: values: got a tensor on {values.device}, expected {expected}")
+    return float(tilt)
+
+
+def tilted_loss(losses: Tensor, tilt: float) -> Tensor:
+    """Tilted mean (1/t) log mean exp(t L): the mean at t=0, the maximum at t=inf, the minimum at t=-inf.
+
+    Args:
+        losses: shape ``[s]``, float32, float64, bfloat16 or float16.
+        tilt: t, any number or infinity.
+
+    Returns:
+        0-dim tensor of the dtype of ``losses``; float64 inside, all digits kept as t → 0 (log1p/expm1 form).
+        Its gradient is ``tilted_weights(losses, tilt)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Source: T. Li et al., "On tilted losses in machine learning: theory and applications", JMLR 24 (2023).
+
+    Example:
+        >>> import torch
+        >>> tilted_loss(torch.tensor([0.0, 1.0, 2.0]), float("inf"))
+        tensor(2.)
+    """
+    tilt = _check("tilted_loss", tilt, losses)
+    return _apply(_TiltedLoss, _TiltedLossReverse, losses, tilt)
+
+
+def tilted_weights(losses: Tensor, tilt: float) -> Tensor:
+    """softmax(t L): uniform at t=0, the extreme with ties shared at t=±inf.
+
+    Args:
+        losses: shape ``[s]``, float32, float64, bfloat16 or float16.
+        tilt: t, any number or infinity.
+
+    Returns:
+        Shape ``[s]``, dtype of ``losses``, summing to 1. At t = 0 and ±inf its gradient is zero.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch
+        >>> tilted_weights(torch.tensor([1.0, 3.0, 3.0]), float("inf"))
+        tensor([0.0000, 0.5000, 0.5000])
+    """
+    tilt = _check("tilted_weights", tilt, losses)
+    return _apply(_TiltedWeights, _TiltedWeightsReverse, losses, tilt)
+
+
+def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
+    """Σ_j softmax(t L)_j values_j: the tilted gradient of a step, if ``values`` are the samples' gradients.
+
+    Args:
+        losses: shape ``[s]``.
+        values: shape ``[s, ...]``; the sum runs over the first axis in float64, without a copy where contiguous.
+        tilt: t, any number or infinity.
+
+    Returns:
+        Shape ``values.shape[1:]``, dtype of ``values``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was wanted.
+
+    Example:
+        >>> import torch
+        >>> tilted_reduce(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.0)
+        tensor([2., 2.])
+    """
+    tilt = _check("tilted_reduce", tilt, losses, values)
+    return _apply(_TiltedReduce, _TiltedReduceReverse, losses, values.contiguous(), tilt)
+
+
+def _apply(function: Any, reverse_only: Any, *args: Any) -> Tensor:
+    # Dynamo refuses a Function with a jvp of its own where an input requires grad.
+    result: Tensor = (reverse_only if torch.compiler.is_compiling() else function).apply(*args)
+    return result
+
+
+def _rows(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The arguments of each row of a vmap."""
+    columns = [
+        [arg] * info.batch_size if dim is None else list(arg.unbind(dim))
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    return list(zip(*columns, strict=True))
+
+
+class _Tilted(torch.autograd.Function):
+    """What the three share: inputs kept for both modes, and vmap as one call a row, stacked."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.tilt = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @classmethod
+    def _vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return torch.stack([cls.apply(*row).clone() for row in _rows(info, in_dims, args)]), 0
+
+
+class _TiltedLossReverse(_Tilted):
+    @staticmethod
+    def forward(losses: Tensor, tilt: float) -> Tensor:
+        return _ops.tilted_loss(losses, tilt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (losses,) = ctx.saved_tensors
+        return grad * tilted_weights(losses, ctx.tilt), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _TiltedLoss._vmap(info, in_dims, *args)
+
+
+class _TiltedLoss(_TiltedLossReverse):
+    @staticmethod
+    def jvp(ctx: Any, losses_dot: Tensor, _: None) -> Tensor:
+        (losses,) = ctx.saved_tensors
+        return (tilted_weights(losses, ctx.tilt) * losses_dot).sum()
+
+
+class _TiltedWeightsReverse(_Tilted):
+    @staticmethod
+    def forward(losses: Tensor, tilt: float) -> Tensor:
+        return _ops.tilted_weights(losses, tilt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (losses,) = ctx.saved_tensors
+        return _ops.weights_backward(tilted_weights(losses, ctx.tilt), grad, ctx.tilt), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _TiltedWeights._vmap(info, in_dims, *args)
+
+
+class _TiltedWeights(_TiltedWeightsReverse):
+    @staticmethod
+    def jvp(ctx: Any, losses_dot: Tensor, _: None) -> Tensor:
+        (losses,) = ctx.saved_tensors
+        # The Jacobian of a softmax is symmetric, so forward mode is the reverse formula.
+        return _ops.weights_backward(tilted_weights(losses, ctx.tilt), losses_dot, ctx.tilt)
+
+
+class _TiltedReduceReverse(_Tilted):
+    @staticmethod
+    def forward(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
+        return _ops.tilted_reduce(losses, values, tilt)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        losses, values = ctx.saved_tensors
+        weights = tilted_weights(losses, ctx.tilt)
+        return *_ops.reduce_backward(weights, values, grad, ctx.tilt), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _TiltedReduce._vmap(info, in_dims, *args)
+
+
+class _TiltedReduce(_TiltedReduceReverse):
+    @staticmethod
+    def jvp(ctx: Any, losses_dot: Tensor | None, values_dot: Tensor | None, _: None) -> Tensor:
+        losses, values = ctx.saved_tensors
+        weights = tilted_weights(losses, ctx.tilt)
+        shape = (-1,) + (1,) * (values.dim() - 1)
+        change = torch.zeros_like(values[0])
+        if values_dot is not None:
+            change = change + (weights.to(values.dtype).reshape(shape) * values_dot).sum(0)
+        if losses_dot is not None:
+            weights_dot = _ops.weights_backward(weights, losses_dot, ctx.tilt).to(values.dtype)
+            change = change + (weights_dot.reshape(shape) * values).sum(0)
+        return change
