@@ -13,11 +13,13 @@ namespace {
 // What the signatures in the docstrings say; torch.ops checks the values.
 struct Tensor : py::object {
   using py::object::object;
+  explicit Tensor(const py::object& value) : py::object(value) {}
   static bool check_(py::handle) { return true; }
 };
 template <typename T>
 struct List : py::object {
   using py::object::object;
+  explicit List(const py::object& value) : py::object(value) {}
   static bool check_(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()); }
 };
 
@@ -31,7 +33,7 @@ struct handle_type_name<Tensor> {
 };
 template <typename T>
 struct handle_type_name<List<T>> {
-  static constexpr auto name = const_name("collections.abc.Sequence[") + make_caster<T>::name + const_name("]");
+  static constexpr auto name = const_name("list[") + make_caster<T>::name + const_name("]");
 };
 }  // namespace detail
 }  // namespace pybind11

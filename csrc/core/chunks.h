@@ -69,7 +69,7 @@ class ChunkPlan {
   int64_t part_begin(int64_t p, int64_t parts) const {
     if (p <= 0) return 0;
     if (p >= parts) return num_chunks();
-    const int64_t target = num_elements_ / parts * p;
+    const int64_t target = num_elements_ / parts * p + num_elements_ % parts * p / parts;
     int64_t before = 0, tensor = 0;
     const int64_t n = static_cast<int64_t>(sizes_.size());
     while (tensor < n && before + sizes_[tensor] <= target) before += sizes_[tensor++];

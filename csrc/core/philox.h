@@ -4,7 +4,8 @@
 // Counter: words 0-1 the quad (element index / 4), word 2 the step, word 3 purpose << 28 | sample. Key: the seed.
 // Layout: W consecutive quads side by side, x[component][lane]; element 4 * quad + component takes that component.
 // Invariant: every float operation is IEEE basic, sqrt or an explicit fma, so the bits are the same for every W,
-// instruction set, thread count, chunking and device. u >= 2^-33 bounds |z| by sqrt(66 ln 2) < 6.764.
+// instruction set, thread count, chunking and device. u in [2^-33, 1] is a float32: |z| <= sqrt(66 ln 2) < 6.764, and
+// of radii below 2^-12 (one draw in 3e7) only zero is ever seen.
 #pragma once
 
 #include <cmath>

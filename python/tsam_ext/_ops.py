@@ -1,12 +1,12 @@
 """torch.ops.tsam, and what PyTorch has to know about each op beside its kernels: fakes and autograd formulas.
 
 Schemas and what the arguments mean: csrc/ops/schema.cpp. This is the only file that names torch.ops. The list ops
-are called here unchecked except by the kernels themselves; tsam_ext.functional is the checked way in.
+are checked by the kernels themselves (csrc/ops/checks.h); tsam_ext.functional is the checked way to the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +31,20 @@ tilt_summary: Callable[[Tensor, int], Tensor] = _library.tilt_summary.default
 LIST_OPS = ("perturb_", "grad_norm_", "ascend_", "tilt_begin_", "tilt_update_", "accumulate_", "restore_")
 
 
-def _fake_in_place(*_args: Any) -> None:
-    return None
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        yield from (arg,) if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else ()
+
+
+def _fake_in_place(name: str) -> Callable[..., None]:
+    def fake(*args: Any) -> None:
+        # A list with a meta tensor in it comes here instead of to a kernel: doing nothing would be silent and wrong.
+        devices = sorted({str(t.device) for t in _tensors(args) if isinstance(t, Tensor)})
+        if len(devices) > 1:
+            got = f"tensors on {' and '.join(devices)}"
+            raise ValueError(f"tsam.{name}: got {got}, expected all arguments on one device")
+
+    return fake
 
 
 def _fake_loss(losses: Tensor, tilt: float) -> Tensor:
@@ -87,7 +99,7 @@ def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 for _name in LIST_OPS:
-    torch.library.register_fake(f"tsam::{_name}", _fake_in_place)
+    torch.library.register_fake(f"tsam::{_name}", _fake_in_place(_name))
 torch.library.register_fake("tsam::tilted_loss", _fake_loss)
 torch.library.register_fake("tsam::tilted_weights", _fake_weights)
 torch.library.register_fake("tsam::tilted_reduce", _fake_reduce)

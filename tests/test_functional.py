@@ -1,0 +1,171 @@
+"""tilted_loss, tilted_weights, tilted_reduce: values, derivatives of both orders and modes, transforms, refusals.
+
+Laws: shift invariance, the limits t -> 0 and t -> +-inf, the small-t expansion, gradient = weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import tsam_ext
+from tsam_ext import _C
+from tsam_ext import reference as oracle
+from tsam_ext.functional import tilted_loss, tilted_reduce, tilted_weights
+
+INF = float("inf")
+TILTS = [-INF, -20.0, -1.0, 0.0, 1e-12, 1e-8, 0.3, 1.0, 20.0, 1e4, INF]
+
+
+def losses_of(s: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(s, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tilt", TILTS)
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("s", [1, 2, 9])
+def test_values_are_the_reference_s(tilt: float, scale: float, s: int) -> None:
+    losses, values = losses_of(s, scale), torch.randn(s, 3, 5, dtype=torch.float64)
+    want = oracle.tilted_loss(losses, tilt)
+    assert torch.allclose(tilted_loss(losses, tilt), want, rtol=1e-12, atol=1e-14 * scale)
+    weights = oracle.tilted_weights(losses, tilt)
+    assert torch.allclose(tilted_weights(losses, tilt), weights, rtol=1e-7, atol=1e-15)
+    reduced = oracle.tilted_reduce(losses, values, tilt)
+    assert torch.allclose(tilted_reduce(losses, values, tilt), reduced, rtol=1e-7, atol=1e-14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-50, 50), min_size=1, max_size=12),
+    st.floats(-30, 30),
+    st.floats(-100, 100),
+)
+def test_laws(values: list[float], tilt: float, shift: float) -> None:
+    losses = torch.tensor(values, dtype=torch.float64)
+    value = tilted_loss(losses, tilt)
+    assert losses.min() - 1e-9 <= value <= losses.max() + 1e-9
+    assert torch.allclose(tilted_loss(losses + shift, tilt), value + shift, rtol=1e-10, atol=1e-8)
+    assert torch.allclose(tilted_weights(losses + shift, tilt), tilted_weights(losses, tilt), atol=1e-10)
+    assert tilted_weights(losses, tilt).sum().sub(1).abs() < 1e-12
+    assert tilted_loss(losses, tilt + 1) >= value - 1e-9  # monotone in the tilt
+    assert torch.allclose(tilted_loss(-losses, -tilt), -value, rtol=1e-10, atol=1e-9)
+
+
+def test_small_tilt_keeps_all_digits() -> None:
+    losses = losses_of(5)
+    variance = losses.var(correction=0)
+    for tilt in (1e-6, 1e-8, -1e-7):
+        slope = (tilted_loss(losses, tilt) - losses.mean()) / (tilt / 2)
+        assert abs(slope / variance - 1) < 1e-5 + 1e-14 / abs(tilt)
+    assert tilted_loss(losses.float(), 1e-8) != 0.0  # log-sum-exp minus log s gives 0 in float32
+
+
+@pytest.mark.parametrize("tilt", [-3.0, 0.0, 1e-6, 0.7, 5.0])
+def test_derivatives(tilt: float) -> None:
+    losses = losses_of(4).requires_grad_()
+    values = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    for op in (tilted_loss, tilted_weights, _C.tilted_loss, _C.tilted_weights):
+        forward = op in (tilted_loss, tilted_weights)
+        assert gradcheck(lambda x, op=op: op(x, tilt), (losses,), check_forward_ad=forward)
+        assert gradgradcheck(lambda x, op=op: op(x, tilt), (losses,))
+    for reduce in (tilted_reduce, _C.tilted_reduce):
+        def run(x: Tensor, v: Tensor, reduce=reduce) -> Tensor:
+            return reduce(x, v, tilt)
+
+        assert gradcheck(run, (losses, values), check_forward_ad=reduce is tilted_reduce)
+        assert gradgradcheck(run, (losses, values))
+    (grad,) = torch.autograd.grad(tilted_loss(losses, tilt), losses)
+    assert torch.equal(grad, tilted_weights(losses.detach(), tilt))
+
+
+@pytest.mark.parametrize("tilt", [INF, -INF])
+def test_the_gradient_at_an_infinite_tilt_is_shared_by_ties(tilt: float) -> None:
+    losses = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    tilted_loss(losses, tilt).backward()
+    want = [0.0, 0.5, 0.5, 0.0] if tilt > 0 else [0.5, 0.0, 0.0, 0.5]
+    assert losses.grad is not None
+    assert losses.grad.tolist() == want
+
+
+def test_transforms() -> None:
+    losses, tilt = losses_of(4), 0.9
+    batch, values = torch.stack([losses, 2 * losses, -losses]), torch.randn(4, 6, dtype=torch.float64)
+    from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+    for op, ref in ((tilted_loss, oracle.tilted_loss), (tilted_weights, oracle.tilted_weights)):
+        want = torch.stack([ref(row, tilt) for row in batch])
+        assert torch.allclose(vmap(lambda x, op=op: op(x, tilt))(batch), want)
+        want = jacrev(lambda x, ref=ref: ref(x, tilt))(losses)
+        for transform in (jacrev, jacfwd):
+            assert torch.allclose(transform(lambda x, op=op: op(x, tilt))(losses), want)
+    want = hessian(lambda x: oracle.tilted_loss(x, tilt))(losses)
+    assert torch.allclose(hessian(lambda x: tilted_loss(x, tilt))(losses), want)
+    rows = vmap(grad(lambda x: tilted_loss(x, tilt)))(batch)
+    assert torch.allclose(rows, torch.stack([oracle.tilted_weights(row, tilt) for row in batch]))
+    reduced = vmap(lambda x: tilted_reduce(x, values, tilt))(batch)
+    want = torch.stack([oracle.tilted_reduce(row, values, tilt) for row in batch])
+    assert torch.allclose(reduced, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
+    losses, values = losses_of(5).to(dtype), torch.randn(5, 70_001).to(dtype)
+    want = oracle.tilted_reduce(losses.double(), values.double(), 2.0)
+    # One rounding to dtype: half a unit in the last place.
+    unit = torch.finfo(dtype).eps
+    assert ((tilted_reduce(losses, values, 2.0).double() - want).abs() <= 0.5001 * unit * want.abs() + 1e-7).all()
+    assert tilted_loss(losses, 2.0) == oracle.tilted_loss(losses.double(), 2.0).to(dtype)
+
+
+@pytest.mark.parametrize("name", ["tilted_loss", "tilted_weights", "tilted_reduce"])
+def test_opcheck(name: str) -> None:
+    losses = losses_of(3).requires_grad_()
+    args = (losses, torch.randn(3, 4, dtype=torch.float64, requires_grad=True), 0.5)
+    op = getattr(torch.ops.tsam, name).default
+    torch.library.opcheck(op, args if name == "tilted_reduce" else (losses, 0.5))
+
+
+def test_compiles_fullgraph() -> None:
+    losses, values = losses_of(4).requires_grad_(), torch.randn(4, 3, dtype=torch.float64)
+
+    def run(x: Tensor, v: Tensor) -> Tensor:
+        return tilted_loss(x, 2.0) + tilted_reduce(x, v, 2.0).sum() + tilted_weights(x, 2.0)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.allclose(compiled(losses, values), run(losses, values))
+    grads = [torch.autograd.grad(f(losses, values), losses)[0] for f in (compiled, run)]
+    assert torch.allclose(*grads)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: tilted_loss(torch.ones(2), math.nan), ValueError, "tilted_loss: tilt: got nan"),
+        (lambda: tilted_loss(torch.ones(2), "1"), TypeError, "tilted_loss: tilt: got '1'"),
+        (lambda: tilted_loss([1.0], 1.0), TypeError, "losses: got list, expected a tensor"),
+        (lambda: tilted_loss(torch.ones(2, 2), 1.0), ValueError, r"losses: got shape \(2, 2\)"),
+        (lambda: tilted_weights(torch.ones(0), 1.0), ValueError, r"losses: got shape \(0,\)"),
+        (lambda: tilted_weights(torch.ones(2).long(), 1.0), ValueError, "int64, expected a dense floating"),
+        (lambda: tilted_reduce(torch.ones(2), torch.ones(3, 2), 1.0), ValueError, "expected 2 entries in front"),
+        (lambda: tilted_reduce(torch.ones(2), torch.ones(2, device="meta"), 1.0), ValueError, "values: got .*meta"),
+        (lambda: tilted_reduce(torch.ones(2), torch.ones(2).to_sparse(), 1.0), ValueError, "sparse"),
+    ],
+)
+def test_refusals(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_one_function_under_three_names() -> None:
+    losses = losses_of(3)
+    assert tsam_ext.tilted_loss is tilted_loss
+    same = [tilted_loss(losses, 1.5), _C.tilted_loss(losses, 1.5), torch.ops.tsam.tilted_loss(losses, 1.5)]
+    assert same[0] == same[1] == same[2]
+    assert _C.tilted_loss(losses=losses, tilt=1.5) == same[0]

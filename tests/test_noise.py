@@ -1,0 +1,196 @@
+"""The noise as users get it, through perturb_ at position 0, radius 1 and dimension 1, where theta is z itself.
+
+Laws: the bits depend on (seed, step, sample, element) alone; z is standard normal and independent across every word
+of the counter. Statistical tests draw from fixed seeds; each would fail by chance with probability below 1e-6.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from tsam_ext import _C
+from tsam_ext.metrics import new_state
+from tsam_ext.reference import noise as oracle
+
+N = 1 << 20
+
+
+def draw(
+    sizes: list[int],
+    base: list[int],
+    *,
+    seed: int = 1,
+    step: int = 0,
+    sample: int = 0,
+    noise: str = "gaussian",
+    dtype: torch.dtype = torch.float32,
+    dimension: int = 1,
+    negate: bool = False,
+) -> list[torch.Tensor]:
+    position = [torch.zeros(n, dtype=dtype) for n in sizes]
+    saved = [torch.empty_like(p) for p in position]
+    n = len(sizes)
+    _C.perturb_(
+        position, saved, new_state(0, torch.device("cpu")), [1.0] * n, [False] * n, base,
+        seed, step, sample, noise, dimension, negate, True,
+    )  # fmt: skip
+    return position
+
+
+def normals(n: int, base: int = 0, **counter: int) -> torch.Tensor:
+    return draw([n], [base], **counter)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 3000), min_size=1, max_size=6),
+    base=st.integers(0, 2**40),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    sample=st.integers(0, 2**28 - 1),
+)
+def test_an_element_has_its_noise_wherever_the_list_is_cut(
+    cuts: list[int], base: int, seed: int, step: int, sample: int
+) -> None:
+    whole = normals(sum(cuts), base, seed=seed, step=step, sample=sample)
+    bases = [base + sum(cuts[:i]) for i in range(len(cuts))]
+    pieces = draw(cuts, bases, seed=seed, step=step, sample=sample)
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_the_bits_do_not_depend_on_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(draw([300_001, 5, 70_000], [3, 400_000, 400_008], noise="ball"))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+PROGRAM = """
+import hashlib, torch
+from tsam_ext import _C
+from tsam_ext.metrics import new_state
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for noise in ("gaussian", "sphere", "ball"):
+        for adaptive in (False, True):
+            torch.manual_seed(0)
+            x = [torch.randn(n).to(dtype) for n in (70_001, 13, 0, 1)]
+            g = [torch.randn(n.shape).to(dtype) for n in x]
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            saved, state = [torch.empty_like(p) for p in x], new_state(2, torch.device("cpu"))
+            total = [torch.empty_like(p, dtype=wide) for p in x]
+            flags = [adaptive] * 4
+            _C.tilt_begin_(state, torch.tensor(3.0))
+            _C.perturb_(x, saved, state, [0.1] * 4, flags, [1, 70_004, 0, 70_020],
+                        5, 6, 7, noise, 70_015, False, True)
+            _C.grad_norm_(g, saved, state, flags, 0)
+            _C.ascend_(x, saved, g, state, [0.05] * 4, flags, False)
+            for row, loss in enumerate((0.3, 0.7)):
+                _C.tilt_update_(state, torch.tensor(loss), 0.0, row, False, row == 1)
+                _C.accumulate_(total, g, state)
+            for tensor in (*x, *saved, *total, state):
+                digest.update(tensor.view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_every_op_has_the_same_bits_on_every_instruction_set() -> None:
+    digests = {}
+    for isa in ("baseline", "avx2", "avx512"):
+        environment = {**os.environ, "TSAM_ISA": isa}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        digests[isa] = done.stdout
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("base", [0, 4, 2**34 - 8, 2**50 + 4])
+def test_the_noise_is_the_reference_s(base: int) -> None:
+    z = normals(4096, base, seed=2**62 + 11, step=9, sample=123)
+    exact = oracle.normal(4096, base=base, seed=2**62 + 11, step=9, sample=123)
+    assert (z.double() - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # Half a unit in the last place of values up to 6.8 (the float64 path adds float32 noise to float64 zeros).
+    [(torch.float64, 0.0), (torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)],
+)
+def test_every_dtype_gets_the_float32_noise(dtype: torch.dtype, tolerance: float) -> None:
+    z, other = normals(5000), draw([5000], [0], dtype=dtype)[0]
+    assert (z.double() - other.double()).abs().max() <= tolerance
+
+
+def test_normal_distribution() -> None:
+    z = normals(N).double().numpy()
+    # Kolmogorov-Smirnov at 1e-7, moments at 5.5 standard errors (4e-8 two-sided each).
+    assert stats.kstest(z, "norm").pvalue > 1e-7
+    for power, mean, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
+        error = abs((z**power).mean() - mean) / np.sqrt(variance / N)
+        assert error < 5.5, f"moment {power} off by {error} standard errors"
+    assert np.abs(z).max() < 6.764
+    assert np.abs(z).max() > 4.0
+
+
+def test_independent_across_every_word_of_the_counter() -> None:
+    first = normals(N).double()
+    others = {
+        "next element": first.roll(-1),
+        "next pair": first.roll(-2),
+        "next quad": first.roll(-4),
+        "2^34 elements on (word 1)": normals(N, 2**34).double(),
+        "next step": normals(N, step=1).double(),
+        "next sample": normals(N, sample=1).double(),
+        "seed + 1": normals(N, seed=2).double(),
+        "seed + 2^32": normals(N, seed=1 + 2**32).double(),
+    }
+    for name, other in others.items():
+        # Correlations of z and of z^2 - 1 (variance 2), each at 5.5 standard errors.
+        assert abs((first * other).mean()) * N**0.5 < 5.5, name
+        squares = (first**2 - 1) * (other**2 - 1) / 2
+        assert abs(squares.mean()) * N**0.5 < 5.5, name
+
+
+def test_negation_is_exact() -> None:
+    assert torch.equal(normals(1001), -draw([1001], [0], negate=True)[0])
+
+
+@pytest.mark.parametrize("noise", ["sphere", "ball"])
+def test_sphere_and_ball(noise: str) -> None:
+    sizes, base = [700, 0, 321], [0, 700, 700]
+    d = sum(sizes)
+    norms = []
+    for sample in range(400):
+        pieces = draw(sizes, base, sample=sample, noise=noise, dimension=d, dtype=torch.float64)
+        norms.append(torch.cat(pieces).norm().item())
+    if noise == "sphere":
+        assert np.allclose(norms, 1.0, rtol=1e-12)
+    else:
+        # ||eps||^d is uniform; the reference takes the same uniform from the same counter.
+        uniform = np.array(norms) ** d
+        exact = [oracle.uniform(seed=1, step=0, sample=j, purpose=3) for j in range(400)]
+        assert np.allclose(uniform, exact, rtol=1e-9)
+        assert stats.kstest(uniform, "uniform").pvalue > 1e-7
+
+
+def test_gaussian_norm_is_about_one() -> None:
+    d = 100_000
+    norm = draw([d], [0], dimension=d)[0].norm().item()
+    assert abs(norm - 1.0) < 5.5 / (2 * d) ** 0.5
