@@ -1,7 +1,8 @@
 """The build backend: scikit-build-core, plus torch where none is found.
 
-Only torch's headers are needed, and any torch from 2.10 on will do, so a machine that has one fetches nothing;
-elsewhere torch becomes a requirement of the isolated build. A build without torch ends in one sentence.
+Only torch's headers are needed, and any torch from 2.10 on will do, so a machine that has one
+fetches nothing; elsewhere torch becomes a requirement of the isolated build. A build without torch
+ends in one sentence.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Finds the folder of an installed torch without importing it, and prints it.
 
 Looked at in this order; the first torch that has the stable headers and is new enough wins:
-  1. TSAM_TORCH_DIR (the folder that holds torch's include/; if it is set, nothing else is looked at)
+  1. TSAM_TORCH_DIR (the folder that holds torch's include/; if set, nothing else is looked at)
   2. the Python that runs the build
   3. the same Python with -E (pip hides an environment's packages from a build through PYTHONPATH)
   4. the Pythons of $VIRTUAL_ENV and $CONDA_PREFIX
@@ -45,8 +45,10 @@ def version_of(folder: Path) -> tuple[int, int] | None:
         text = (headers / "headeronly" / "version.h").read_text()
     except OSError:
         return None  # the file came with 2.9
-    numbers = [re.search(rf"define\s+TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
-    return (int(numbers[0][1]), int(numbers[1][1])) if numbers[0] and numbers[1] else None
+    major, minor = (
+        re.search(rf"define\s+TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")
+    )
+    return (int(major[1]), int(minor[1])) if major and minor else None
 
 
 def _installed_here() -> str:
@@ -79,7 +81,7 @@ def _candidates() -> Iterator[str]:
     yield _installed_here()
     asked = set()
     for python in _pythons():
-        # Not resolved: an environment's python is a link, and the folder of the link is what makes the environment.
+        # Not resolved: an environment's python is a link, and the link's folder is what names it.
         if python not in asked:
             asked.add(python)
             yield _installed_for(python)
@@ -109,8 +111,9 @@ def require() -> Path:
     if found.folder is None:
         seen = f" (found only {', '.join(found.seen)})" if found.seen else ""
         raise SystemExit(
-            f"tsam_ext needs torch >= {MINIMUM} to build and found none{seen}: install it into this environment, "
-            f"activate the environment that has it, or set TSAM_TORCH_DIR to the folder of the torch package."
+            f"tsam_ext needs torch >= {MINIMUM} to build and found none{seen}: install it into "
+            "this environment, activate the environment that has it, or set TSAM_TORCH_DIR to the "
+            "folder of the torch package."
         )
     return found.folder
 

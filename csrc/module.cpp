@@ -59,7 +59,7 @@ PYBIND11_MODULE(_C, m) {
   expose<Tensor, Tensor, Tensor, double>(m, ops, "tilted_reduce", "losses", "values", "tilt");
   expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");
 
-  expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, py::str,
+  expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, int64_t,
          int64_t, bool, bool>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive", "base", "seed",
                               "step", "sample", "noise", "dimension", "negate", "save");
   expose<void, Tensors, Tensors, Tensor, List<bool>, int64_t>(m, ops, "grad_norm_", "grads", "origin", "state",

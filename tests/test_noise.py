@@ -20,6 +20,7 @@ from scipy import stats
 from tsam_ext import _C
 from tsam_ext.metrics import new_state
 from tsam_ext.reference import noise as oracle
+from tsam_ext.settings import NOISES
 
 N = 1 << 20
 
@@ -41,7 +42,7 @@ def draw(
     n = len(sizes)
     _C.perturb_(
         position, saved, new_state(0, torch.device("cpu")), [1.0] * n, [False] * n, base,
-        seed, step, sample, noise, dimension, negate, True,
+        seed, step, sample, NOISES.index(noise), dimension, negate, True,
     )  # fmt: skip
     return position
 
@@ -86,7 +87,7 @@ from tsam_ext import _C
 from tsam_ext.metrics import new_state
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for noise in ("gaussian", "sphere", "ball"):
+    for noise in range(3):
         for adaptive in (False, True):
             torch.manual_seed(0)
             x = [torch.randn(n).to(dtype) for n in (70_001, 13, 0, 1)]

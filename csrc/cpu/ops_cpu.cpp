@@ -61,18 +61,11 @@ double sum_chunks(const ChunkPlan& plan, const Body& body) {
 
 char* at(const Run& run, const Chunk& chunk) { return run.data + chunk.offset * item_bytes(run.dtype); }
 
-Noise noise_of(const char* op, const std::string& name) {
-  if (name == "gaussian") return Noise::kGaussian;
-  if (name == "sphere") return Noise::kSphere;
-  if (name == "ball") return Noise::kBall;
-  fail({op, "noise"}, "'" + name + "'", "'gaussian', 'sphere' or 'ball'");
-}
-
 // Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
 // no buffer for z: their norm has to be known before the first element is written.
 void perturb_(TensorList position, TensorList saved, Tensor state, std::vector<double> radius,
               std::vector<bool> adaptive, std::vector<int64_t> base, int64_t seed, int64_t step, int64_t sample,
-              std::string noise, int64_t dimension, bool negate, bool save) {
+              int64_t noise, int64_t dimension, bool negate, bool save) {
   const char* op = "perturb_";
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
   same_layouts(op, "saved", saved, "position", position);
@@ -85,7 +78,8 @@ void perturb_(TensorList position, TensorList saved, Tensor state, std::vector<d
   in_range({op, "step"}, step, 0, UINT32_MAX);
   in_range({op, "sample"}, sample, 0, kMaxSample);
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
-  const Noise kind = noise_of(op, noise);
+  in_range({op, "noise"}, noise, 0, 2);
+  const Noise kind = static_cast<Noise>(noise);
   disjoint(op, {{"position", moved}, {"saved", kept}});
 
   const uint64_t key = static_cast<uint64_t>(seed);

@@ -1,6 +1,7 @@
 // Every op of the library on one screen. (a!) marks what an op writes; list ops take lists of any length and dtype mix
 // on one device. csrc/README.md says how an op is added; python/tsam_ext/_ops.py holds fakes and autograd formulas.
 //
+// No str arguments: with the headers of torch 2.13 and older each one leaks a string a call. noise: core/perturb.h.
 // state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element (MATHEMATICS 5).
 #include <torch/csrc/stable/library.h>
 
@@ -16,7 +17,7 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   // In place over lists; not differentiable.
   m.def(
       "perturb_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!) state, float[] radius, bool[] adaptive, "
-      "int[] base, int seed, int step, int sample, str noise, int dimension, bool negate, bool save) -> ()");
+      "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save) -> ()");
   m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row) -> ()");
   m.def(
       "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] adaptive, "

@@ -15,7 +15,7 @@ def perturb_(
     seed: int,
     step: int,
     sample: int,
-    noise: str,
+    noise: int,
     dimension: int,
     negate: bool,
     save: bool,

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from . import _ops
 from .metrics import Slot, new_state
 from .module_state import NormStatistics, RandomMasks
-from .settings import Settings, is_dense, reject
+from .settings import NOISES, Settings, is_dense, reject
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Estimate:
     @torch.no_grad()
     def _prepare(self, index: int, probe: bool) -> None:
         first = self.first_loss is None
-        starts = index == 0 or not self._ascends or probe
+        starts = probe or not self._ascends
         if starts and not self.plain:
             if self.table.draws:
                 self.perturb(index)
@@ -256,7 +256,7 @@ class Estimate:
             self.seed,
             self.step % (1 << 32),
             index & ~1 if antithetic else index,
-            self.settings.noise,
+            NOISES.index(self.settings.noise),
             table.dimension,
             antithetic and index % 2 == 1,
             saves,

@@ -1,0 +1,343 @@
+"""The ways to write a step: closure, estimate and apply, samples() loop, SAM's two halves, perturbed().
+
+All are one estimate, so all of them give the same bits; twins that start from the same bits are compared.
+Also what stands between an estimate and its use: clipping, GradScaler, zero_grad, learning-rate schedulers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+from tsam_ext import TSAM, reference
+
+SETTINGS: list[dict[str, Any]] = [
+    {"sampler": "noise"},
+    {"sampler": "ascent"},
+    {"sampler": "ascent", "num_samples": 1, "radius": 0.0},
+    {"sampler": "ascent", "batch": "split", "tilt": math.inf},
+    {"sampler": "noise", "every": 2, "antithetic": True},
+]
+
+
+def pair(problem: Any, **options: Any) -> tuple[Any, ...]:
+    """Two twins, each with its optimizer."""
+    options = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 1, **options}
+    first, second = problem(), problem()
+    return first, TSAM(first.parameters, **options), second, TSAM(second.parameters, **options)
+
+
+def loop(task: Any, optimizer: TSAM) -> list[float]:
+    losses = []
+    for sample in optimizer.samples():
+        with sample:
+            x, y = optimizer.part(task.x, task.y)
+            loss = task.loss(x, y)
+            loss.backward()
+            sample.record(loss)
+            losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_the_samples_loop_is_the_closure(problem, options: dict[str, Any]) -> None:
+    ours, optimizer, theirs, twin = pair(problem, **options)
+    for _ in range(3):
+        losses = loop(ours, optimizer)
+        optimizer.apply()
+        before = len(theirs.calls)
+        assert theirs.train(twin, 1) == losses[:1]
+        assert len(losses) == len(theirs.calls) - before
+        assert ours.holds(theirs.copies())
+        assert torch.equal(optimizer.diagnostics.losses, twin.diagnostics.losses)
+
+
+def test_several_backward_calls_accumulate(problem) -> None:
+    """Two halves of the batch, one backward each, in the loop; the same sums in a closure."""
+    ours, optimizer, theirs, twin = pair(problem)
+
+    def halves(task: Any) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in (slice(0, 6), slice(6, 12)):
+            loss = task.loss(task.x[rows], task.y[rows]) / 2
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    for _ in range(3):
+        for sample in optimizer.samples():
+            with sample:
+                sample.record(halves(ours))
+        optimizer.apply()
+        twin.step(lambda: halves(theirs))
+        assert ours.holds(theirs.copies())
+    theirs.net.load_state_dict(problem().net.state_dict())
+    whole = TSAM(theirs.parameters, lr=0.1, momentum=0.9, rho=0.3, seed=1)
+    theirs.train(whole, 3)
+    torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_estimate_then_apply_is_step(problem, options: dict[str, Any]) -> None:
+    ours, optimizer, theirs, twin = pair(problem, **options)
+    for _ in range(3):
+        copies = ours.copies()
+        loss = optimizer.estimate_gradient(ours.closure(optimizer))
+        assert ours.holds(copies)
+        assert (loss.requires_grad, loss.shape) == (False, ())
+        optimizer.step()
+        assert [float(loss)] == theirs.train(twin, 1)
+        assert ours.holds(theirs.copies())
+
+
+def test_step_without_an_estimate_raises(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1)
+    copies = task.copies()
+    for call in (optimizer.step, optimizer.apply):
+        with pytest.raises(RuntimeError, match="estimate"):
+            call()
+    task.loss().backward()  # a plain gradient is no estimate
+    with pytest.raises(RuntimeError, match=r"step\(closure\)"):
+        optimizer.step()
+    assert task.holds(copies)
+    task.train(optimizer, 1)
+    with pytest.raises(RuntimeError):
+        optimizer.step()  # each estimate serves one step
+    optimizer.estimate_gradient(task.closure(optimizer))
+    optimizer.apply()
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+def test_break_restores_and_leaves_no_estimate(problem, stop: int) -> None:
+    ours, optimizer, theirs, twin = pair(problem)
+    copies, moved = ours.copies(), []
+    for k, sample in enumerate(optimizer.samples()):
+        with sample:
+            moved.append(not ours.holds(copies))
+            loss = ours.loss()
+            loss.backward()
+            sample.record(loss)
+        if k == stop:
+            break
+    del sample
+    assert any(moved)
+    assert ours.holds(copies)
+    assert all(p.grad is None for p in ours.parameters)
+    with pytest.raises(RuntimeError):
+        optimizer.apply()
+    assert ours.train(optimizer, 2) == theirs.train(twin, 2)
+    assert ours.holds(theirs.copies())
+
+
+def test_misuse_of_the_loop_raises_and_restores(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1)
+    copies = task.copies()
+
+    def no_record() -> None:
+        for sample in optimizer.samples():
+            with sample:
+                task.loss().backward()
+
+    def no_with() -> None:
+        for _ in optimizer.samples():
+            task.loss().backward()
+
+    def vector() -> None:
+        for sample in optimizer.samples():
+            with sample:
+                sample.record(torch.zeros(2))
+
+    for misuse, error in ((no_record, "record"), (no_with, "with sample"), (vector, "loss")):
+        with pytest.raises((RuntimeError, ValueError), match=error):
+            misuse()
+        assert task.holds(copies)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        optimizer.step(lambda: None)  # a closure that returns nothing
+    assert task.holds(copies)
+    old = next(iter(optimizer.samples()))
+    task.train(optimizer, 1)
+    with pytest.raises(RuntimeError), old:
+        pass
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_two_halves_of_sam_are_one_step(problem, adaptive: bool, zero_grad: bool) -> None:
+    options = {"num_samples": 1, "radius": 0.0, "adaptive": adaptive}
+    ours, optimizer, theirs, twin = pair(problem, **options)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = ours.loss()
+        loss.backward()
+        optimizer.first_step(zero_grad=True)
+        assert not ours.holds(theirs.copies())
+        ours.loss().backward()
+        optimizer.second_step(zero_grad=zero_grad)
+        assert (ours.parameters[0].grad is None) == zero_grad
+        assert theirs.train(twin, 1) == [float(loss.detach())]
+        assert ours.holds(theirs.copies())
+    assert optimizer.state_dict()["tsam"]["step"] == 3
+    with pytest.raises(RuntimeError, match="first_step"):
+        optimizer.second_step()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_samples": 1}, {"num_samples": 2, "radius": 0.0}, {"sampler": "noise", "num_samples": 1}],
+)  # fmt: skip
+def test_the_two_halves_need_sam(problem, options: dict[str, Any]) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1, **options)
+    copies = task.copies()
+    task.loss().backward()
+    for half in (optimizer.first_step, optimizer.second_step):
+        with pytest.raises(RuntimeError, match=r"samples\(\)"):
+            half()
+    assert task.holds(copies)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "sphere", "ball"])
+def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
+    """The noise that the oracle draws; a second time the same; bit-identical after exceptions too."""
+    task = problem()
+    options = {"sampler": "noise", "noise": noise, "radius": 1.5, "seed": 9}
+    optimizer = TSAM(task.parameters, lr=0.1, **options)
+    copies = task.copies()
+    offsets = reference.base_offsets([p.numel() for p in task.parameters])
+    nu = reference.unit_noise(task.parameters, offsets, seed=9, step=0, sample=0, noise=noise)
+    for _ in range(2):
+        with optimizer.perturbed():
+            inside = task.copies()
+            assert torch.is_grad_enabled()
+        for p, o, v in zip(inside, copies, nu, strict=True):
+            torch.testing.assert_close(p, o + 1.5 * v, rtol=1e-6, atol=1e-6)
+        assert task.holds(copies)
+    with pytest.raises(KeyError), optimizer.perturbed():
+        raise KeyError
+    assert task.holds(copies)
+    with torch.no_grad(), optimizer.perturbed():
+        pass
+    ours, steady = problem(), TSAM(problem().parameters, lr=0.1, **options)
+    del steady
+    twin = TSAM(ours.parameters, lr=0.1, **options)
+    assert task.train(optimizer, 2) == ours.train(twin, 2)  # looking changed nothing
+    assert task.holds(ours.copies())
+
+
+def test_part_takes_what_a_batch_is_made_of(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1, batch="split", sampler="noise")
+    x, names = torch.arange(12.0), [f"row {i}" for i in range(12)]
+    assert torch.equal(optimizer.part(x), x)  # outside a step: everything
+    seen = []
+
+    def closure() -> Tensor:
+        part, labels = optimizer.part(x, names)
+        seen.append((part.tolist(), labels))
+        return task.loss()
+
+    optimizer.estimate_gradient(closure)
+    assert seen[1] == ([4.0, 5.0, 6.0, 7.0], ["row 4", "row 5", "row 6", "row 7"])
+    copies = task.copies()
+    with pytest.raises(ValueError, match=r"part.*11 rows.*12"):
+        optimizer.step(lambda: optimizer.part(x, x[1:]) and task.loss())
+    with pytest.raises(TypeError, match="part"):
+        optimizer.part()
+    with pytest.raises(RuntimeError, match="part"):
+        optimizer.step(task.loss)  # a split batch that nobody split
+    lengths = iter([12, 10])
+    with pytest.raises(ValueError, match=r"10 rows.*12"):
+        optimizer.step(lambda: (optimizer.part(x[: next(lengths)]), task.loss())[1])
+    assert task.holds(copies)
+
+
+def test_zero_grad_and_clipping_between_estimate_and_apply(problem) -> None:
+    ours, optimizer, theirs, twin = pair(problem)
+    for _ in range(3):
+        optimizer.estimate_gradient(ours.closure(optimizer))
+        norm = torch.nn.utils.clip_grad_norm_(ours.parameters, 0.05)
+        assert float(norm) > 0.05
+        assert float(ours.gradient().norm()) == pytest.approx(0.05, rel=1e-4)
+        optimizer.apply()
+        twin.estimate_gradient(theirs.closure(twin))
+        scale = 0.05 / (float(theirs.gradient().norm()) + 1e-6)
+        for p in theirs.parameters:
+            p.grad.mul_(scale)
+        twin.step()
+        torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-12, atol=1e-14)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in ours.parameters)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours.parameters)
+
+
+def test_grad_scaler(problem) -> None:
+    """Scaled by a power of two, unscaled between estimate and apply: the unscaled run's parameters."""
+    ours, optimizer, theirs, twin = pair(problem)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        overflow = step == 1
+
+        def closure(overflow: bool = overflow) -> Tensor:
+            loss = ours.loss()
+            scaler.scale(loss).backward()
+            if overflow:
+                ours.parameters[0].grad[0, 0] = math.inf
+            return loss
+
+        copies = ours.copies()
+        optimizer.estimate_gradient(closure)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert ours.holds(copies) == overflow
+        if not overflow:
+            theirs.train(twin, 1)
+        torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-9, atol=1e-12)
+    assert scaler.get_scale() == 512.0
+
+
+SCHEDULES = {
+    "step": lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=10),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 1), lr_scheduler.ExponentialLR(o, 0.7)], [1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("form", ["closure", "loop"])
+def test_schedulers_on_either_object(problem, name: str, form: str) -> None:
+    """On TSAM and on its base: no warning, the same learning rates, the same bits."""
+    ours, optimizer, theirs, twin = pair(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedules = SCHEDULES[name](optimizer), SCHEDULES[name](twin.base_optimizer)
+        rates = []
+        for _ in range(4):
+            for task, own, schedule in zip(
+                (ours, theirs), (optimizer, twin), schedules, strict=True
+            ):
+                if form == "closure":
+                    task.train(own, 1)
+                else:
+                    loop(task, own)
+                    own.apply()
+                schedule.step(*([1.0] if name == "plateau" else []))
+            rates.append(optimizer.param_groups[0]["lr"])
+            assert (
+                rates[-1] == twin.param_groups[0]["lr"] == twin.base_optimizer.param_groups[0]["lr"]
+            )
+            assert ours.holds(theirs.copies())
+        assert len(set(rates)) > 2

@@ -1,0 +1,241 @@
+"""An exception at any moment of a step leaves everything as before it, and the next step as if it had not been.
+
+Parameters by their bits, the random generator, the step count, the diagnostics' owner; p.grad is None, or zero in
+the same tensor where one existed. Version counters move whenever parameters do, so autograd notices stale graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from tsam_ext import TSAM
+
+RUNS: list[dict[str, Any]] = [
+    {"sampler": "noise"},
+    {"sampler": "ascent"},
+    {"sampler": "ascent", "radius": 0.0},
+    {"sampler": "ascent", "batch": "split", "adaptive": True},
+    {"sampler": "noise", "every": 2},
+]
+
+
+class Interrupted(Exception):
+    """Raised by the closures below."""
+
+
+def failing(
+    task: Any, optimizer: TSAM, at: int, error: type[BaseException], after_backward: bool
+) -> Callable[[], Tensor]:
+    """The usual closure with dropout, raising in its run number ``at``."""
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        x, y = optimizer.part(task.x, task.y)
+        loss = task.loss(x, y)
+        if calls == at + 1 and not after_backward:
+            raise error
+        loss.backward()
+        if calls == at + 1:
+            raise error
+        return loss
+
+    return closure
+
+
+def cases() -> list[Any]:
+    listed = []
+    for options in RUNS:
+        count = 3 if options["sampler"] == "noise" else 6
+        for at in range(count):
+            listed += [(options, 0, at), (options, 2, at)]
+        if "every" in options:
+            listed.append((options, 1, 0))  # a plain step has one run
+    return listed
+
+
+@pytest.mark.parametrize(("options", "steps", "at"), cases())
+@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int, error) -> None:
+    ours, theirs = problem(dropout=0.5), problem(dropout=0.5)
+    settings = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 3, **options}
+    optimizer = TSAM(ours.parameters, **settings)
+    twin = TSAM(theirs.parameters, **settings)
+    torch.manual_seed(1)
+    ours.train(optimizer, steps)
+    torch.manual_seed(1)
+    theirs.train(twin, steps)
+    for after_backward in (False, True):
+        optimizer.zero_grad()
+        copies, generator = ours.copies(), torch.random.get_rng_state()
+        saved = optimizer.state_dict()
+        with pytest.raises(error):
+            optimizer.step(failing(ours, optimizer, at, error, after_backward))
+        assert ours.holds(copies)
+        assert torch.equal(torch.random.get_rng_state(), generator)
+        assert optimizer.state_dict()["tsam"] == saved["tsam"]
+        assert all(p.grad is None for p in ours.parameters)
+        assert ours.rows.equal(optimizer.part(ours.rows))  # outside a step again
+        with pytest.raises(RuntimeError):
+            optimizer.apply()
+    for _ in range(2):
+        losses = ours.train(optimizer, 1)
+        torch.random.set_rng_state(generator)
+        assert losses == theirs.train(twin, 1)
+        generator = torch.random.get_rng_state()
+        assert ours.holds(theirs.copies())
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
+    """Views into one bucket, as a data-parallel reducer owns: same tensors, zeroed, filled by the next step."""
+    task, twin = problem(), problem()
+    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, seed=3)
+    bucket = torch.full((task.flat().numel(),), 7.0, dtype=torch.float64)
+    begin = 0
+    for p in task.parameters:
+        p.grad = bucket[begin : begin + p.numel()].view_as(p)
+        begin += p.numel()
+    buffers = [p.grad for p in task.parameters]
+    with pytest.raises(Interrupted):
+        optimizer.step(failing(task, optimizer, at, Interrupted, True))
+    assert all(p.grad is b for p, b in zip(task.parameters, buffers, strict=True))
+    assert not bucket.any()
+    optimizer.estimate_gradient(task.closure(optimizer))
+    assert all(p.grad is b for p, b in zip(task.parameters, buffers, strict=True))
+    other = TSAM(twin.parameters, lr=0.1, rho=0.3, seed=3)
+    other.estimate_gradient(twin.closure(other))
+    assert torch.equal(bucket, twin.gradient())
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
+    ours, theirs = problem(), problem()
+    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
+    copies = ours.copies()
+
+    def loop(raise_inside: bool) -> None:
+        for k, sample in enumerate(optimizer.samples()):
+            with sample:
+                loss = ours.loss()
+                loss.backward()
+                sample.record(loss)
+                if k == at and raise_inside:
+                    raise Interrupted
+            if k == at:
+                raise Interrupted
+
+    for inside in (True, False):
+        with pytest.raises(Interrupted):
+            loop(inside)
+        gc.collect()
+        assert ours.holds(copies)
+        assert all(p.grad is None for p in ours.parameters)
+    assert ours.train(optimizer, 2) == theirs.train(twin, 2)
+    assert ours.holds(theirs.copies())
+
+
+def test_an_abandoned_loop_ends_with_the_next_step(problem) -> None:
+    """The iterator is kept alive, so nothing closed it; a new step starts from the true parameters."""
+    ours, theirs = problem(), problem()
+    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
+    copies = ours.copies()
+    iterator = iter(optimizer.samples())
+    with next(iterator) as sample:
+        loss = ours.loss()
+        loss.backward()
+        sample.record(loss)
+    next(iterator)
+    assert not ours.holds(copies)
+    assert ours.train(optimizer, 1) == theirs.train(twin, 1)
+    assert ours.holds(theirs.copies())
+    del iterator
+    gc.collect()
+    assert ours.holds(theirs.copies())
+
+
+def test_a_failed_half_of_sam_can_be_abandoned(problem) -> None:
+    ours, theirs = problem(), problem()
+    settings = {"lr": 0.1, "rho": 0.3, "num_samples": 1, "radius": 0.0}
+    optimizer, twin = (TSAM(t.parameters, **settings) for t in (ours, theirs))
+    copies = ours.copies()
+    ours.loss().backward()
+    optimizer.first_step(zero_grad=True)
+    assert not ours.holds(copies)
+    # No second_step: the user's code raised. The next step begins from the true parameters.
+    assert ours.train(optimizer, 1) == theirs.train(twin, 1)
+    assert ours.holds(theirs.copies())
+
+
+def test_extreme_values_come_back_bit_for_bit(problem) -> None:
+    """Where subtracting the perturbation again would not do: tiny, huge, negative zero, infinite, NaN."""
+    task = problem(dtype=torch.float32)
+    values = torch.tensor([1e-38, 3e38, -0.0, float("inf"), float("nan"), 1e-45, 1.0])
+    with torch.no_grad():
+        task.parameters[1].copy_(values)
+    bits = task.parameters[1].detach().view(torch.int32).clone()
+    optimizer = TSAM(task.parameters, lr=0.1, rho=1e3)
+    optimizer.estimate_gradient(task.closure(optimizer))
+    assert torch.equal(task.parameters[1].detach().view(torch.int32), bits)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "noise"}, {"sampler": "ascent", "radius": 0.0}])
+def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> None:
+    task, seen = problem(), []
+    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, **options)
+    start = [p._version for p in task.parameters]
+
+    def closure() -> Tensor:
+        seen.append([p._version for p in task.parameters])
+        loss = task.loss()
+        loss.backward()
+        return loss
+
+    optimizer.estimate_gradient(closure)
+    seen.append([p._version for p in task.parameters])
+    if options["sampler"] == "noise":
+        assert all(a < b for a, b in zip(start, seen[0], strict=True))
+    for before, after in zip(seen, seen[1:], strict=False):
+        assert all(a < b for a, b in zip(before, after, strict=True))
+
+
+def test_autograd_refuses_a_graph_from_before_a_move(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1, sampler="noise")
+    stale = task.loss()
+    with optimizer.perturbed(), pytest.raises(RuntimeError, match="modified by an inplace"):
+        stale.backward()
+    with optimizer.perturbed():
+        inside = task.loss()
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        inside.backward()
+    kept = []
+
+    def closure() -> Tensor:
+        kept.append(task.loss())
+        kept[0].backward(retain_graph=True)
+        return kept[-1]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        optimizer.step(closure)
+
+
+def test_parameters_keep_their_memory(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1)
+    pointers = [p.data_ptr() for p in task.parameters]
+    pointers_inside = []
+
+    def closure() -> Tensor:
+        pointers_inside.append([p.data_ptr() for p in task.parameters])
+        return task.closure(optimizer)()
+
+    optimizer.step(closure)
+    assert all(inside == pointers for inside in pointers_inside)
+    assert [p.data_ptr() for p in task.parameters] == pointers
