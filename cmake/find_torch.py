@@ -45,9 +45,7 @@ def version_of(folder: Path) -> tuple[int, int] | None:
         text = (headers / "headeronly" / "version.h").read_text()
     except OSError:
         return None  # the file came with 2.9
-    major, minor = (
-        re.search(rf"define\s+TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")
-    )
+    major, minor = (re.search(rf"define\s+TORCH_VERSION_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR"))
     return (int(major[1]), int(minor[1])) if major and minor else None
 
 
@@ -58,9 +56,7 @@ def _installed_here() -> str:
 
 def _installed_for(python: Path) -> str:
     try:
-        done = subprocess.run(
-            [python, "-E", "-c", _LOCATE], capture_output=True, text=True, timeout=60, cwd="/"
-        )
+        done = subprocess.run([python, "-E", "-c", _LOCATE], capture_output=True, text=True, timeout=60, cwd="/")
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,8 +1,8 @@
-"""A few small problems that the optimizer's tests share, each with its data and a closure that counts.
+"""A few small problems that the optimizer's tests share, each with its data and a closure.
 
-A Problem is built from a seed alone, so two of the same kind are bit-equal twins: one goes through the code under
-test, the other through the oracle or an undisturbed run. Twins are the only thing tests compare across.
-Layout: ``mlp`` 12 rows of 5 random features; ``digits`` 96 real 8x8 digits; both cross-entropy, float64 by default.
+A Problem is built from a seed alone, so two of the same kind are bit-equal twins: one goes through
+the code under test, the other through the oracle or an undisturbed run. ``mlp``: 12 rows of 5 random
+features; ``digits``: 96 real 8x8 digits; both with cross-entropy and in float64 by default.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ class Problem:
     def gradient(self) -> Tensor:
         """All gradients in one vector, zero where p.grad is None."""
         zero = torch.zeros_like
-        return torch.cat(
-            [(zero(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
-        )
+        return torch.cat([(zero(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
 
     def holds(self, copies: list[Tensor]) -> bool:
         """Whether every parameter has the bits of ``copies``."""

@@ -29,7 +29,9 @@ def _runs_here(name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+def reports(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, subprocess.CompletedProcess[str]]:
     compiler = shutil.which("g++")
     assert compiler, "g++ is needed, as for building the package itself"
     folder = tmp_path_factory.mktemp("core")

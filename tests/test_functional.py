@@ -9,12 +9,11 @@ import math
 
 import pytest
 import torch
+import tsam_ext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-
-import tsam_ext
 from tsam_ext import _C
 from tsam_ext import reference as oracle
 from tsam_ext.functional import tilted_loss, tilted_reduce, tilted_weights
@@ -76,6 +75,7 @@ def test_derivatives(tilt: float) -> None:
         assert gradcheck(lambda x, op=op: op(x, tilt), (losses,), check_forward_ad=forward)
         assert gradgradcheck(lambda x, op=op: op(x, tilt), (losses,))
     for reduce in (tilted_reduce, _C.tilted_reduce):
+
         def run(x: Tensor, v: Tensor, reduce=reduce) -> Tensor:
             return reduce(x, v, tilt)
 
@@ -96,7 +96,10 @@ def test_the_gradient_at_an_infinite_tilt_is_shared_by_ties(tilt: float) -> None
 
 def test_transforms() -> None:
     losses, tilt = losses_of(4), 0.9
-    batch, values = torch.stack([losses, 2 * losses, -losses]), torch.randn(4, 6, dtype=torch.float64)
+    batch, values = (
+        torch.stack([losses, 2 * losses, -losses]),
+        torch.randn(4, 6, dtype=torch.float64),
+    )
     from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
     for op, ref in ((tilted_loss, oracle.tilted_loss), (tilted_weights, oracle.tilted_weights)):
@@ -152,10 +155,26 @@ def test_compiles_fullgraph() -> None:
         (lambda: tilted_loss([1.0], 1.0), TypeError, "losses: got list, expected a tensor"),
         (lambda: tilted_loss(torch.ones(2, 2), 1.0), ValueError, r"losses: got shape \(2, 2\)"),
         (lambda: tilted_weights(torch.ones(0), 1.0), ValueError, r"losses: got shape \(0,\)"),
-        (lambda: tilted_weights(torch.ones(2).long(), 1.0), ValueError, "int64, expected a dense floating"),
-        (lambda: tilted_reduce(torch.ones(2), torch.ones(3, 2), 1.0), ValueError, "expected 2 entries in front"),
-        (lambda: tilted_reduce(torch.ones(2), torch.ones(2, device="meta"), 1.0), ValueError, "values: got .*meta"),
-        (lambda: tilted_reduce(torch.ones(2), torch.ones(2).to_sparse(), 1.0), ValueError, "sparse"),
+        (
+            lambda: tilted_weights(torch.ones(2).long(), 1.0),
+            ValueError,
+            "int64, expected a dense floating",
+        ),
+        (
+            lambda: tilted_reduce(torch.ones(2), torch.ones(3, 2), 1.0),
+            ValueError,
+            "expected 2 entries in front",
+        ),
+        (
+            lambda: tilted_reduce(torch.ones(2), torch.ones(2, device="meta"), 1.0),
+            ValueError,
+            "values: got .*meta",
+        ),
+        (
+            lambda: tilted_reduce(torch.ones(2), torch.ones(2).to_sparse(), 1.0),
+            ValueError,
+            "sparse",
+        ),
     ],
 )
 def test_refusals(call, error: type[Exception], message: str) -> None:
@@ -166,6 +185,10 @@ def test_refusals(call, error: type[Exception], message: str) -> None:
 def test_one_function_under_three_names() -> None:
     losses = losses_of(3)
     assert tsam_ext.tilted_loss is tilted_loss
-    same = [tilted_loss(losses, 1.5), _C.tilted_loss(losses, 1.5), torch.ops.tsam.tilted_loss(losses, 1.5)]
+    same = [
+        tilted_loss(losses, 1.5),
+        _C.tilted_loss(losses, 1.5),
+        torch.ops.tsam.tilted_loss(losses, 1.5),
+    ]
     assert same[0] == same[1] == same[2]
     assert _C.tilted_loss(losses=losses, tilt=1.5) == same[0]

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
 from tsam_ext import _C
 from tsam_ext.metrics import HEADER, ROW, Slot, new_state
 
@@ -21,7 +20,12 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # One rounding of the result (half a unit in the last place, relative to values up to about 4), and for float32 the
 # roundings inside one multiply-add.
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.float64: 1e-14,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -38,9 +42,7 @@ sizes_of = st.lists(st.sampled_from([0, 1, 3, 4, 63, 64, 65, 127, 1000, 65_537])
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=sizes_of, dtype=st.sampled_from(DTYPES), adaptive=st.booleans(), save=st.booleans())
-def test_norm_and_ascend_are_the_formula(
-    sizes: list[int], dtype: torch.dtype, adaptive: bool, save: bool
-) -> None:
+def test_norm_and_ascend_are_the_formula(sizes: list[int], dtype: torch.dtype, adaptive: bool, save: bool) -> None:
     n = len(sizes)
     x, g, origin = (tensors(sizes, dtype, seed) for seed in (0, 1, 2))
     if save:
@@ -51,8 +53,7 @@ def test_norm_and_ascend_are_the_formula(
     norm = torch.cat(scaled).norm()
     rho = [0.3 + 0.1 * i for i in range(n)]
     expected = [
-        p.double() + (r / norm if norm > 0 else 0.0) * a * b
-        for p, r, a, b in zip(x, rho, d, scaled, strict=True)
+        p.double() + (r / norm if norm > 0 else 0.0) * a * b for p, r, a, b in zip(x, rho, d, scaled, strict=True)
     ]
     state = new_state(1, CPU)
     _C.grad_norm_(g, origin, state, [adaptive] * n, 0)
@@ -66,9 +67,7 @@ def test_norm_and_ascend_are_the_formula(
 
 @settings(max_examples=30, deadline=None)
 @given(sizes=sizes_of, dtype=st.sampled_from(DTYPES), adaptive=st.booleans())
-def test_perturb_saves_then_starts_from_the_copy(
-    sizes: list[int], dtype: torch.dtype, adaptive: bool
-) -> None:
+def test_perturb_saves_then_starts_from_the_copy(sizes: list[int], dtype: torch.dtype, adaptive: bool) -> None:
     n, x = len(sizes), tensors(sizes, dtype, 3)
     start = [p.clone() for p in x]
     saved = [torch.full_like(p, 7.0) for p in x]
@@ -241,8 +240,8 @@ def test_other_ops_refuse_too() -> None:
         _C.ascend_(x, [torch.zeros(4)], [torch.zeros(4, dtype=torch.float64)], state, [0.1], [False], True)
     with pytest.raises(ValueError, match=r"ascend_: rho\[0\]: got -0.1"):
         _C.ascend_(x, [torch.zeros(4)], [torch.zeros(4)], state, [-0.1], [False], True)
+    half = torch.zeros(4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"accumulate_: accumulator\[0\]: got dtype bfloat16, expected float32"):
-        half = torch.zeros(4, dtype=torch.bfloat16)
         _C.accumulate_([half], [half.clone()], state)
     with pytest.raises(ValueError, match=r"tilt_update_: loss: got shape \(2\).*one element"):
         _C.tilt_update_(state, torch.zeros(2), 0.0, 0, False, True)
@@ -260,8 +259,8 @@ def test_other_ops_refuse_too() -> None:
 
 
 def test_the_slots_are_those_of_the_header() -> None:
-    from pathlib import Path
     import re
+    from pathlib import Path
 
     text = (Path(__file__).parents[1] / "csrc" / "core" / "tilt.h").read_text()
     slots = {name: int(value) for name, value in re.findall(r"\bk(\w+) = (\d+)", text)}

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-
 from tsam_ext import _C
 from tsam_ext.metrics import new_state
 from tsam_ext.reference import noise as oracle
@@ -114,9 +113,7 @@ def test_every_op_has_the_same_bits_on_every_instruction_set() -> None:
     digests = {}
     for isa in ("baseline", "avx2", "avx512"):
         environment = {**os.environ, "TSAM_ISA": isa}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
-        )
+        done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         digests[isa] = done.stdout
     assert len(set(digests.values())) == 1, digests

@@ -1,7 +1,7 @@
-"""The ways to write a step: closure, estimate and apply, samples() loop, SAM's two halves, perturbed().
+"""The ways to write a step: closure, estimate and apply, samples(), SAM's halves, perturbed().
 
-All are one estimate, so all of them give the same bits; twins that start from the same bits are compared.
-Also what stands between an estimate and its use: clipping, GradScaler, zero_grad, learning-rate schedulers.
+All are one estimate, so all give the same bits; twins that start from the same bits are compared.
+Also what stands between an estimate and its use: clipping, GradScaler, zero_grad, schedulers.
 """
 
 from __future__ import annotations
@@ -125,7 +125,6 @@ def test_break_restores_and_leaves_no_estimate(problem, stop: int) -> None:
             sample.record(loss)
         if k == stop:
             break
-    del sample
     assert any(moved)
     assert ours.holds(copies)
     assert all(p.grad is None for p in ours.parameters)
@@ -188,10 +187,15 @@ def test_two_halves_of_sam_are_one_step(problem, adaptive: bool, zero_grad: bool
         optimizer.second_step()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_samples": 1}, {"num_samples": 2, "radius": 0.0}, {"sampler": "noise", "num_samples": 1}],
-)  # fmt: skip
+NOT_SAM: list[dict[str, Any]] = [
+    {},
+    {"num_samples": 1},
+    {"num_samples": 2, "radius": 0.0},
+    {"sampler": "noise", "num_samples": 1},
+]
+
+
+@pytest.mark.parametrize("options", NOT_SAM)
 def test_the_two_halves_need_sam(problem, options: dict[str, Any]) -> None:
     task = problem()
     optimizer = TSAM(task.parameters, lr=0.1, **options)
@@ -224,8 +228,7 @@ def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
     assert task.holds(copies)
     with torch.no_grad(), optimizer.perturbed():
         pass
-    ours, steady = problem(), TSAM(problem().parameters, lr=0.1, **options)
-    del steady
+    ours = problem()
     twin = TSAM(ours.parameters, lr=0.1, **options)
     assert task.train(optimizer, 2) == ours.train(twin, 2)  # looking changed nothing
     assert task.holds(ours.copies())
@@ -326,9 +329,7 @@ def test_schedulers_on_either_object(problem, name: str, form: str) -> None:
         schedules = SCHEDULES[name](optimizer), SCHEDULES[name](twin.base_optimizer)
         rates = []
         for _ in range(4):
-            for task, own, schedule in zip(
-                (ours, theirs), (optimizer, twin), schedules, strict=True
-            ):
+            for task, own, schedule in zip((ours, theirs), (optimizer, twin), schedules, strict=True):
                 if form == "closure":
                     task.train(own, 1)
                 else:
@@ -336,8 +337,6 @@ def test_schedulers_on_either_object(problem, name: str, form: str) -> None:
                     own.apply()
                 schedule.step(*([1.0] if name == "plateau" else []))
             rates.append(optimizer.param_groups[0]["lr"])
-            assert (
-                rates[-1] == twin.param_groups[0]["lr"] == twin.base_optimizer.param_groups[0]["lr"]
-            )
+            assert rates[-1] == twin.param_groups[0]["lr"] == twin.base_optimizer.param_groups[0]["lr"]
             assert ours.holds(theirs.copies())
         assert len(set(rates)) > 2

@@ -27,9 +27,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def sam_step(
-    parameters: list[Tensor], loss: Callable[[], Tensor], rho: float, adaptive: bool
-) -> None:
+def sam_step(parameters: list[Tensor], loss: Callable[[], Tensor], rho: float, adaptive: bool) -> None:
     """SAM's gradient into p.grad, ASAM's with eta = 0: ε = rho T²g/‖Tg‖, T = 1 or |θ|. By hand."""
     origin = [p.detach().clone() for p in parameters]
     gradients = torch.autograd.grad(loss(), parameters)
@@ -139,9 +137,7 @@ def test_the_estimate_is_the_gradient_of_the_tilted_loss(problem, tilt, dtype) -
         losses.append(cross_entropy(functional_call(task.net, moved, (task.x,)), task.y))
     reference.tilted_loss(torch.stack(losses), tilt).backward()
     optimizer.estimate_gradient(task.closure(optimizer))
-    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5}[
-        dtype
-    ]  # float32: some 100 roundings of 2^-24
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5}[dtype]  # float32: some 100 roundings of 2^-24
     expected = torch.cat([p.grad.flatten() for p in twins])
     torch.testing.assert_close(task.gradient(), expected, rtol=tolerance, atol=tolerance)
     assert float(optimizer.diagnostics.losses.std()) > 0.05
@@ -206,10 +202,10 @@ def test_plain_steps_are_the_base_optimizer_s(problem, batch: str) -> None:
         loss = theirs.loss()
         loss.backward()
         plain.step()
-        assert ours.train(optimizer, 1) == [float(loss)]
+        assert ours.train(optimizer, 1) == [loss.item()]
         assert ours.holds(theirs.copies())
         assert optimizer.diagnostics.weights.tolist() == [1.0]
-        assert optimizer.diagnostics.losses.tolist() == [float(loss)]
+        assert optimizer.diagnostics.losses.tolist() == [loss.item()]
     options = {"every": 3, "batch": batch, "rho": 0.3}
     (ours, losses, _), (theirs, expected, _) = run_pair(problem, False, steps=5, **options)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)

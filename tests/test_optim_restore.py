@@ -1,13 +1,15 @@
-"""An exception at any moment of a step leaves everything as before it, and the next step as if it had not been.
+"""An exception at any moment of a step leaves everything as before it.
 
-Parameters by their bits, the random generator, the step count, the diagnostics' owner; p.grad is None, or zero in
-the same tensor where one existed. Version counters move whenever parameters do, so autograd notices stale graphs.
+Parameters by their bits, the random generator, the step count; p.grad is None, or zero in the same
+tensor where one existed; the next step is as if nothing had happened. Version counters move whenever
+parameters do, so that autograd notices stale graphs.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-class Interrupted(Exception):
+class InterruptedStepError(Exception):
     """Raised by the closures below."""
 
 
@@ -61,7 +63,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("options", "steps", "at"), cases())
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [InterruptedStepError, KeyboardInterrupt])
 def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int, error) -> None:
     ours, theirs = problem(dropout=0.5), problem(dropout=0.5)
     settings = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 3, **options}
@@ -94,7 +96,7 @@ def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int
 
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
-    """Views into one bucket, as a data-parallel reducer owns: same tensors, zeroed, filled by the next step."""
+    """Views into one bucket, as a reducer owns: same tensors, zeroed, filled by the next step."""
     task, twin = problem(), problem()
     optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, seed=3)
     bucket = torch.full((task.flat().numel(),), 7.0, dtype=torch.float64)
@@ -103,8 +105,8 @@ def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
         p.grad = bucket[begin : begin + p.numel()].view_as(p)
         begin += p.numel()
     buffers = [p.grad for p in task.parameters]
-    with pytest.raises(Interrupted):
-        optimizer.step(failing(task, optimizer, at, Interrupted, True))
+    with pytest.raises(InterruptedStepError):
+        optimizer.step(failing(task, optimizer, at, InterruptedStepError, True))
     assert all(p.grad is b for p, b in zip(task.parameters, buffers, strict=True))
     assert not bucket.any()
     optimizer.estimate_gradient(task.closure(optimizer))
@@ -127,12 +129,12 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
                 loss.backward()
                 sample.record(loss)
                 if k == at and raise_inside:
-                    raise Interrupted
+                    raise InterruptedStepError
             if k == at:
-                raise Interrupted
+                raise InterruptedStepError
 
     for inside in (True, False):
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedStepError):
             loop(inside)
         gc.collect()
         assert ours.holds(copies)
@@ -201,7 +203,7 @@ def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> No
     seen.append([p._version for p in task.parameters])
     if options["sampler"] == "noise":
         assert all(a < b for a, b in zip(start, seen[0], strict=True))
-    for before, after in zip(seen, seen[1:], strict=False):
+    for before, after in pairwise(seen):
         assert all(a < b for a, b in zip(before, after, strict=True))
 
 

@@ -28,12 +28,20 @@ tilted_weights: Callable[[Tensor, float], Tensor] = _library.tilted_weights.defa
 tilted_reduce: Callable[[Tensor, Tensor, float], Tensor] = _library.tilted_reduce.default
 tilt_summary: Callable[[Tensor, int], Tensor] = _library.tilt_summary.default
 
-LIST_OPS = ("perturb_", "grad_norm_", "ascend_", "tilt_begin_", "tilt_update_", "accumulate_", "restore_")
+LIST_OPS = (
+    "perturb_",
+    "grad_norm_",
+    "ascend_",
+    "tilt_begin_",
+    "tilt_update_",
+    "accumulate_",
+    "restore_",
+)
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
     for arg in args:
-        yield from (arg,) if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else ()
+        yield from ((arg,) if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else ())
 
 
 def _fake_in_place(name: str) -> Callable[..., None]:

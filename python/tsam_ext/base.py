@@ -30,18 +30,31 @@ def base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) 
     elif isinstance(base, Optimizer):
         _refuse_kind(type(base))
         if kwargs:
-            raise reject(next(iter(kwargs)), kwargs[next(iter(kwargs))], "no base options beside an instance", TypeError)
+            raise reject(
+                next(iter(kwargs)),
+                kwargs[next(iter(kwargs))],
+                "no base options beside an instance",
+                TypeError,
+            )
         instance = base
         if params is not None:
             given = [p for item in list(params) for p in _flat(item)]
             held = [p for group in base.param_groups for p in group["params"]]
             if len(given) != len(held) or any(a is not b for a, b in zip(given, held, strict=True)):
-                raise reject("params", "other tensors or another order", "None, or the tensors of base_optimizer")
+                raise reject(
+                    "params",
+                    "other tensors or another order",
+                    "None, or the tensors of base_optimizer",
+                )
     else:
         raise reject("base_optimizer", base, expected, TypeError)
     for key in GROUP_KEYS:
         if key in instance.defaults:
-            raise reject("base_optimizer", kind_name(instance), f"an optimizer without an option '{key}' of its own")
+            raise reject(
+                "base_optimizer",
+                kind_name(instance),
+                f"an optimizer without an option '{key}' of its own",
+            )
     return instance
 
 
@@ -59,12 +72,18 @@ def kind_name(optimizer: Optimizer) -> str:
 
 def _refuse_kind(kind: type[Optimizer]) -> None:
     if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam)) or hasattr(kind, "estimate_gradient"):
-        raise reject("base_optimizer", kind.__name__, "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)")
+        raise reject(
+            "base_optimizer",
+            kind.__name__,
+            "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)",
+        )
 
 
 def check_groups(groups: list[dict[str, Any]]) -> None:
     for g, group in enumerate(groups):
         check_group(group, f"param_groups[{g}].")
     check_parameters(
-        (f"param_groups[{g}]['params'][{i}]", p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
+        (f"param_groups[{g}]['params'][{i}]", p)
+        for g, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
     )

@@ -114,7 +114,7 @@ def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
     return _apply(_TiltedReduce, _TiltedReduceReverse, losses, values.contiguous(), tilt)
 
 
-def _apply(function: Any, reverse_only: Any, *args: Any) -> Tensor:
+def _apply(function: Any, reverse_only: Any, *args: Tensor | float) -> Tensor:
     # Dynamo refuses a Function with a jvp of its own where an input requires grad.
     result: Tensor = (reverse_only if torch.compiler.is_compiling() else function).apply(*args)
     return result
@@ -140,7 +140,7 @@ class _Tilted(torch.autograd.Function):
 
     @classmethod
     def _vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return torch.stack([cls.apply(*row).clone() for row in _rows(info, in_dims, args)]), 0
+        return torch.stack([_apply(cls, cls, *row).clone() for row in _rows(info, in_dims, args)]), 0
 
 
 class _TiltedLossReverse(_Tilted):

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import checkpoint
 from .base import base_of, check_groups
 from .estimate import Estimate, Sample, Table
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
 from .settings import Settings, Tilt, check_group, checked_int, reject
-
-STATE_VERSION = 1
-NOISE_SCHEME = "philox4x32-10/box-muller/1"
 
 
 class TSAM(Optimizer):
@@ -145,7 +143,7 @@ class TSAM(Optimizer):
         return self._base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
         return self._base.param_groups if self._base is not None else []
 
@@ -155,7 +153,7 @@ class TSAM(Optimizer):
             self._base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's state."""
         return self._base.state if self._base is not None else {}
 
@@ -165,7 +163,7 @@ class TSAM(Optimizer):
             self._base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base optimizer's defaults, with rho, radius and adaptive among them."""
         return self._base.defaults if self._base is not None else {}
 
@@ -200,7 +198,7 @@ class TSAM(Optimizer):
 
     # Steps.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
         The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once a
@@ -366,31 +364,17 @@ class TSAM(Optimizer):
             self.zero_grad()
 
     def _check_two_steps(self, name: str) -> None:
-        s = self._settings
-        if s.num_samples != 1 or s.sampler != "ascent" or s.batch != "whole" or s.every != 1 or self._draws():
+        if not self._settings.two_steps or Table.of(self.param_groups).draws:
             raise RuntimeError(
                 f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, sampler='ascent', "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
 
-    def _draws(self) -> bool:
-        return Table.of(self.param_groups).draws
-
     # State.
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""
-        shapes = [[list(p.shape) for p in group["params"]] for group in self.param_groups]
-        own = {
-            "version": STATE_VERSION,
-            "noise_scheme": NOISE_SCHEME,
-            "step": self._step,
-            "seed": self.seed,
-            "base_optimizer": type(self.base_optimizer).__name__,
-            "shapes": shapes,
-            "settings": self._settings.describe(),
-        }
-        return {**self.base_optimizer.state_dict(), "tsam": own}
+        return checkpoint.pack(self.base_optimizer, self._settings, step=self._step, seed=self.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
@@ -401,22 +385,12 @@ class TSAM(Optimizer):
         Raises:
             ValueError: before anything changes, if the base class, the shapes or the noise scheme differ.
         """
-        own = state_dict.get("tsam")
-        if own is not None:
-            expected = {
-                "version": STATE_VERSION,
-                "noise_scheme": NOISE_SCHEME,
-                "base_optimizer": type(self.base_optimizer).__name__,
-                "shapes": [[list(p.shape) for p in group["params"]] for group in self.param_groups],
-            }
-            for key, value in expected.items():
-                if own.get(key) != value:
-                    raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
-        self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "tsam"})
+        rest, own = checkpoint.unpack(self.base_optimizer, state_dict)
+        self.base_optimizer.load_state_dict(rest)
         self._set_own_keys()
         self._end_estimate()
         if own is not None:
-            self._step, self.seed = int(own["step"]), int(own["seed"])
+            self._step, self.seed = own
 
     def __getstate__(self) -> dict[str, Any]:
         keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step")

@@ -6,6 +6,7 @@ checks them again. Each message names the argument, what came and what was wante
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +44,7 @@ def checked_int(argument: str, value: object, low: int, high: int) -> int:
     expected = f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise reject(argument, value, expected, TypeError)
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise reject(argument, value, expected)
     return int(value)
 
@@ -123,6 +124,11 @@ class Settings:
             same_masks=checked_bool("same_masks", values["same_masks"]),
         )
 
+    @property
+    def two_steps(self) -> bool:
+        """Whether a step is one ascent and one gradient on the whole batch, as SAM's two-step form has it."""
+        return self.num_samples == 1 and self.sampler == "ascent" and self.batch == "whole" and self.every == 1
+
     def tilt_at(self, step: int) -> float | torch.Tensor:
         """The tilt of one step: a float that is not NaN, or the tensor as it was given."""
         if isinstance(self.tilt, torch.Tensor) or not callable(self.tilt):
@@ -162,13 +168,21 @@ def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
             expected = "a float32, float64, bfloat16 or float16 tensor"
             raise reject(name, f"a {parameter.dtype} tensor", expected)
         if parameter.device.type != "cpu":
-            raise reject(name, f"a tensor on {parameter.device}", "a cpu tensor (this build has no kernels for it)")
+            raise reject(
+                name,
+                f"a tensor on {parameter.device}",
+                "a cpu tensor (this build has no kernels for it)",
+            )
         if not is_dense(parameter):
-            raise reject(name, f"strides {parameter.stride()} for shape {tuple(parameter.shape)}", "a dense tensor")
+            raise reject(
+                name,
+                f"strides {parameter.stride()} for shape {tuple(parameter.shape)}",
+                "a dense tensor",
+            )
         if parameter.numel():
             begin = parameter.data_ptr()
             spans.append((begin, begin + parameter.numel() * parameter.element_size(), name))
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise reject(second, f"memory shared with {first}", "parameters that do not overlap")

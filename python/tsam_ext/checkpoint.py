@@ -1,0 +1,44 @@
+"""What a checkpoint holds beside the base optimizer's state, and when it may be loaded.
+
+Invariant: everything is checked before anything is changed; plain values only, so ``weights_only=True`` loads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .settings import Settings, reject
+
+KEY = "tsam"
+STATE_VERSION = 1
+NOISE_SCHEME = "philox4x32-10/box-muller/1"
+
+
+def _identity(base: Optimizer) -> dict[str, Any]:
+    """What has to be equal here and there for a state to mean the same."""
+    return {
+        "version": STATE_VERSION,
+        "noise_scheme": NOISE_SCHEME,
+        "base_optimizer": type(base).__name__,
+        "shapes": [[list(p.shape) for p in group["params"]] for group in base.param_groups],
+    }
+
+
+def pack(base: Optimizer, settings: Settings, *, step: int, seed: int) -> dict[str, Any]:
+    """The base's state dict with one more key."""
+    own = {**_identity(base), "step": step, "seed": seed, "settings": settings.describe()}
+    return {**base.state_dict(), KEY: own}
+
+
+def unpack(base: Optimizer, state: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """The base's own part of ``state``, and (step, seed) if it was saved by TSAM; ValueError if it does not fit."""
+    own = state.get(KEY)
+    rest = {key: value for key, value in state.items() if key != KEY}
+    if own is None:
+        return rest, None
+    for key, value in _identity(base).items():
+        if own.get(key) != value:
+            raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
+    return rest, (int(own["step"]), int(own["seed"]))
