@@ -220,7 +220,7 @@ def test_an_infinite_tilt_takes_one_sample_s_gradient(problem, sampler, tilt, ch
     def closure() -> Tensor:
         loss = task.loss()
         loss.backward()
-        seen.append((float(loss), task.gradient().clone()))
+        seen.append((loss.item(), task.gradient().clone()))
         return loss
 
     first = optimizer.estimate_gradient(closure)

@@ -76,12 +76,13 @@ def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int
     for after_backward in (False, True):
         optimizer.zero_grad()
         copies, generator = ours.copies(), torch.random.get_rng_state()
-        saved = optimizer.state_dict()
+        saved, losses = optimizer.state_dict(), optimizer.diagnostics.losses
         with pytest.raises(error):
             optimizer.step(failing(ours, optimizer, at, error, after_backward))
         assert ours.holds(copies)
         assert torch.equal(torch.random.get_rng_state(), generator)
         assert optimizer.state_dict()["tsam"] == saved["tsam"]
+        assert torch.equal(optimizer.diagnostics.losses, losses)  # of the last completed step
         assert all(p.grad is None for p in ours.parameters)
         assert ours.rows.equal(optimizer.part(ours.rows))  # outside a step again
         with pytest.raises(RuntimeError):

@@ -40,7 +40,8 @@ TSAM_HD int64_t find_tensor(const int64_t* first_chunk, int64_t num_tensors, int
   return low;
 }
 
-TSAM_HD Chunk chunk_at(const int64_t* first_chunk, const int64_t* sizes, int64_t num_tensors, int64_t c, int64_t chunk) {
+TSAM_HD Chunk chunk_at(const int64_t* first_chunk, const int64_t* sizes, int64_t num_tensors, int64_t c,
+                       int64_t chunk) {
   const int64_t tensor = find_tensor(first_chunk, num_tensors, c);
   const int64_t offset = (c - first_chunk[tensor]) * chunk;
   const int64_t left = sizes[tensor] - offset;

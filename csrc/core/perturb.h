@@ -25,8 +25,7 @@ struct Perturb {
   template <int W>
   TSAM_HD void operator()(const C (&origin)[W], const float (&z)[W], C (&position)[W]) const {
     if (adaptive) {
-      for (int i = 0; i < W; ++i)
-        position[i] = fused(scale * magnitude(origin[i]), static_cast<C>(z[i]), origin[i]);
+      for (int i = 0; i < W; ++i) position[i] = fused(scale * magnitude(origin[i]), static_cast<C>(z[i]), origin[i]);
     } else {
       for (int i = 0; i < W; ++i) position[i] = fused(scale, static_cast<C>(z[i]), origin[i]);
     }

@@ -17,14 +17,14 @@ void widen(const float (&z)[4 * kQuads], int offset, C (&x)[W]) {
 }
 
 void draw(float* z_out, int64_t n, uint64_t element, Stream stream) {
-  for_noise(n, element, stream, [&](int64_t i, auto count, const float(&z)[4 * kQuads]) {
+  for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[4 * kQuads]) {
     for (int k = 0; k < count; ++k) z_out[i + k] = z[k];
   });
 }
 
 double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
   SquareSum sum;
-  for_noise(n, element, stream, [&](int64_t, auto count, const float(&z)[4 * kQuads]) {
+  for_noise(n, element, stream, [&](int64_t, auto count, const float (&z)[4 * kQuads]) {
     for (int offset = 0; offset < 4 * kQuads; offset += kLanes) {
       double x[kLanes];
       for (int k = 0; k < kLanes; ++k) x[k] = offset + k < count ? static_cast<double>(z[offset + k]) : 0.0;
@@ -41,7 +41,7 @@ void perturb_run(T* position, T* saved, int64_t n, uint64_t element, const Strea
   constexpr int W = 4 * kQuads;
   const Perturb<C> functor{static_cast<C>(scale), adaptive};
   const T* from = save ? position : saved;
-  for_noise(n, element, stream, [&](int64_t i, auto count, const float(&z)[W]) {
+  for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
     C origin[W], moved[W];
     load(from + i, count, origin);
     if (save)
@@ -163,17 +163,10 @@ void round_sum(DType dtype, void* out, const double* sum, int64_t n) {
 #define TSAM_STRING_(x) #x
 #define TSAM_STRING(x) TSAM_STRING_(x)
 extern const cpu::Kernels kernel_table;
-const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),
-                                   cpu_apply::draw,
-                                   cpu_apply::noise_sum_squares,
-                                   cpu_apply::perturb,
-                                   cpu_apply::sum_squares,
-                                   cpu_apply::ascend,
-                                   cpu_apply::assign,
-                                   cpu_apply::blend,
-                                   cpu_apply::poison,
-                                   cpu_apply::add_weighted,
-                                   cpu_apply::round_sum};
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::draw,        cpu_apply::noise_sum_squares,
+                                   cpu_apply::perturb,      cpu_apply::sum_squares, cpu_apply::ascend,
+                                   cpu_apply::assign,       cpu_apply::blend,       cpu_apply::poison,
+                                   cpu_apply::add_weighted, cpu_apply::round_sum};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -92,10 +92,9 @@ void perturb_(TensorList position, TensorList saved, Tensor state, std::vector<d
   };
   double sum_squares = 0.0;
   if (kind != Noise::kGaussian)
-    sum_squares = sum_chunks(
-        plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
-  const double scale =
-      noise_scale(kind, dimension, sum_squares, make_stream(key, step_word, kBallRadius, sample_word));
+    sum_squares =
+        sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
+  const double scale = noise_scale(kind, dimension, sum_squares, make_stream(key, step_word, kBallRadius, sample_word));
   s[kNoiseScale] = scale;
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
@@ -204,8 +203,7 @@ void restore_(TensorList position, TensorList saved) {
   disjoint(op, {{"position", to}, {"saved", from}});
   for_chunks(plan_of(to), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    std::memcpy(at(to[t], chunk), at(from[t], chunk),
-                static_cast<size_t>(chunk.length * item_bytes(to[t].dtype)));
+    std::memcpy(at(to[t], chunk), at(from[t], chunk), static_cast<size_t>(chunk.length * item_bytes(to[t].dtype)));
   });
 }
 
@@ -233,14 +231,17 @@ Tensor rounded(const std::vector<double>& values, const Tensor& like, torch::hea
 Tensor tilted_loss(Tensor losses, double tilt) {
   const std::vector<double> values = checked_losses("tilted_loss", losses);
   checked_tilt("tilted_loss", tilt);
-  return rounded({tilted_value(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt)}, losses, {});
+  return rounded(
+      {tilted_value(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt)},
+      losses, {});
 }
 
 Tensor tilted_weights(Tensor losses, double tilt) {
   const std::vector<double> values = checked_losses("tilted_weights", losses);
   checked_tilt("tilted_weights", tilt);
   std::vector<double> weights(values.size());
-  tilted_softmax(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt, weights.data());
+  tilted_softmax(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt,
+                 weights.data());
   return rounded(weights, losses, losses.sizes());
 }
 

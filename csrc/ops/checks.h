@@ -97,9 +97,7 @@ inline DType dtype_of(const Where& where, const Tensor& tensor) {
 
 inline DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
-inline int64_t item_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Dense and without overlap: sorted by stride, every dimension steps over exactly the ones below it. Then the
 // elements are one stretch of memory, whatever the order of the dimensions (contiguous, channels_last, permuted).
@@ -180,8 +178,8 @@ inline void disjoint(const char* op, std::initializer_list<NamedRuns> lists) {
   for (const NamedRuns& list : lists)
     for (size_t i = 0; i < list.runs.size(); ++i)
       if (list.runs[i].bytes > 0)
-        spans.push_back({list.runs[i].data, list.runs[i].data + list.runs[i].bytes, list.argument,
-                         static_cast<int64_t>(i)});
+        spans.push_back(
+            {list.runs[i].data, list.runs[i].data + list.runs[i].bytes, list.argument, static_cast<int64_t>(i)});
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   for (size_t k = 1; k < spans.size(); ++k) {
     if (spans[k].begin >= spans[k - 1].end) continue;

@@ -20,11 +20,11 @@ STABLE_TORCH_LIBRARY(tsam, m) {
       "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save) -> ()");
   m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row) -> ()");
   m.def(
-      "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] adaptive, "
+      "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
+      "adaptive, "
       "bool save) -> ()");
   m.def("tilt_begin_(Tensor(a!) state, Tensor tilt) -> ()");
-  m.def(
-      "tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
+  m.def("tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
   m.def("accumulate_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor state) -> ()");
   m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
 }

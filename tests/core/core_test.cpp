@@ -80,7 +80,8 @@ static void noise() {
   // Quads around 2^32 cross a word of the counter.
   for (const uint64_t quad : {uint64_t{0}, uint64_t{4294967296u} - 32, uint64_t{1} << 50}) {
     const auto a = draw<1>(stream, quad, 2048), b = draw<8>(stream, quad, 2048), c = draw<32>(stream, quad, 2048);
-    same = same && std::memcmp(a.data(), b.data(), a.size() * 4) == 0 && std::memcmp(a.data(), c.data(), a.size() * 4) == 0;
+    same = same && std::memcmp(a.data(), b.data(), a.size() * 4) == 0 &&
+           std::memcmp(a.data(), c.data(), a.size() * 4) == 0;
     std::printf("digest noise %" PRIu64 " %016" PRIx64 "\n", quad, digest(c.data(), c.size() * 4));
     for (size_t i = 0; i < a.size(); ++i) {
       uint32_t x[4][1];
@@ -144,7 +145,8 @@ static void conversions() {
     return h.bits;
   };
   check(half(65519.0f) == 0x7bff && half(65520.0f) == 0x7c00 && half(2049.0f) == 0x6800 && half(2051.0f) == 0x6802 &&
-            half(0x1p-25f) == 0 && half(0x1.8p-24f) == 2 && half(0x1.002p-14f) == 0x0400 && half(0x1.006p-14f) == 0x0402,
+            half(0x1p-25f) == 0 && half(0x1.8p-24f) == 2 && half(0x1.002p-14f) == 0x0400 &&
+            half(0x1.006p-14f) == 0x0402,
         "float16 rounds to nearest even, overflows at 65520, keeps subnormals");
   const auto brain = [](float f) {
     BFloat16 b{0};
@@ -227,14 +229,15 @@ static void values() {
   for (const double t : {1e-8, 1e-6, -1e-7})
     ok = ok && std::fabs((tilted_value(losses, third, 3, t) - mean) / (t / 2) - variance) < 1e-5 + 1e-15 / std::fabs(t);
   check(ok, "small t: mean + (t/2) variance, all digits");
-  check(tilted_value(losses, third, 3, 0) == mean_loss(losses, third, 3) && tilted_value(losses, third, 3, INFINITY) == 1.5 &&
-            tilted_value(losses, third, 3, -INFINITY) == 0.25,
+  check(tilted_value(losses, third, 3, 0) == mean_loss(losses, third, 3) &&
+            tilted_value(losses, third, 3, INFINITY) == 1.5 && tilted_value(losses, third, 3, -INFINITY) == 0.25,
         "t = 0, inf and -inf");
   double continuity = 0;
   for (double t = 0.05; t < 4; t *= 1.01) {
     long double sum = 0;
     for (const double l : losses) sum += std::exp(static_cast<long double>(t) * l) / 3;
-    continuity = std::fmax(continuity, std::fabs(tilted_value(losses, third, 3, t) - static_cast<double>(std::log(sum) / t)));
+    continuity =
+        std::fmax(continuity, std::fabs(tilted_value(losses, third, 3, t) - static_cast<double>(std::log(sum) / t)));
   }
   check(continuity < 1e-14, "both forms of the value agree with long double");
   const double equal[] = {INFINITY, INFINITY, 0.0};

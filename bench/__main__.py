@@ -1,0 +1,29 @@
+"""``python -m bench COMMAND``: the command line of the benchmarks, one module a command.
+
+Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage, 130 interrupted (``--resume`` goes on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line and runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of tsam_ext.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.add_parser(commands)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished runs are kept, --resume goes on from them", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

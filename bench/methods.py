@@ -1,0 +1,96 @@
+"""The methods of the main job, their settings, and how the settings were chosen.
+
+Chosen once with ``python -m bench train --tune`` (bench/README.md prints its table): by accuracy on the *noisy* labels
+of validation images, on seeds that the job does not use; first the learning rate at ERM's own optimum, then, at that
+learning rate, each method's own settings. Nothing was chosen by test accuracy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from tsam_ext import TSAM
+
+LEARNING_RATE = 0.02
+MOMENTUM = 0.9
+BATCH = 64
+EPOCHS = 40
+WIDTH = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, TSAM's settings (None: the base optimizer alone) and what a step costs."""
+
+    name: str
+    options: dict[str, Any] | None
+    gradients: int  # whole-batch gradients a step
+    why: str = field(default="", compare=False)
+
+    def optimizer(self, model: nn.Module, learning_rate: float, seed: int) -> Optimizer:
+        """A fresh optimizer for ``model``."""
+        base = {"lr": learning_rate, "momentum": MOMENTUM}
+        if self.options is None:
+            return SGD(model.parameters(), **base)
+        return TSAM(model.parameters(), SGD, seed=seed, **self.options, **base)
+
+
+METHODS = (
+    Method("ERM", None, 1, "the base optimizer"),
+    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.17}, 2, "one ascent, no noise"),
+    Method("TSAM", {"num_samples": 3, "radius": 1.0, "rho": 0.17, "tilt": 1.0}, 6, "ascent, s=3"),
+    Method(
+        "TSAM split",
+        {"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": 1.0},
+        2,
+        "ascent, s=8 over parts of the batch",
+    ),
+)
+
+
+def grid() -> dict[str, list[dict[str, Any]]]:
+    """What ``--tune`` tries for each method, at ERM's learning rate."""
+    sam = [{"num_samples": 1, "radius": 0.0, "rho": rho} for rho in (0.05, 0.1, 0.17, 0.3, 0.5)]
+    tsam = [
+        {"num_samples": 3, "radius": radius, "rho": rho, "tilt": tilt}
+        for rho in (0.1, 0.17, 0.3)
+        for radius in (0.5, 1.0, 2.0)
+        for tilt in (1.0,)
+    ]
+    tsam += [{"num_samples": 3, "radius": 1.0, "rho": 0.17, "tilt": tilt} for tilt in (0.0, 5.0)]
+    split = [
+        {"num_samples": 8, "batch": "split", "radius": radius, "rho": rho, "tilt": tilt}
+        for rho in (0.05, 0.1, 0.17)
+        for radius in (1.0, 2.0)
+        for tilt in (1.0,)
+    ]
+    split += [
+        {"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": tilt} for tilt in (0.0, -1.0)
+    ]
+    return {"SAM": sam, "TSAM": tsam, "TSAM split": split}
+
+
+LEARNING_RATES = (0.01, 0.02, 0.05, 0.1)
+
+
+def network(side: int) -> nn.Module:
+    """A small convolutional net with GroupNorm for images of ``side`` × ``side``."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+        return [convolution, nn.AvgPool2d(2), nn.GroupNorm(4, outputs), nn.ReLU()]
+
+    rest = side // 4
+    layers = [*block(1, WIDTH), *block(WIDTH, 2 * WIDTH), nn.Flatten(), nn.Linear(2 * WIDTH * rest * rest, 10)]
+    return nn.Sequential(*layers)
+
+
+def initial(side: int, seed: int) -> nn.Module:
+    """The net with the initial weights of ``seed``, the same for every method."""
+    torch.manual_seed(seed)
+    return network(side)

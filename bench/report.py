@@ -1,0 +1,140 @@
+"""From results to what a person reads: the table, the verdict, the picture and a JSON file.
+
+Differences are paired by seed: data, label noise, order and initial weights are the same for all methods of a seed.
+Standard errors are sample standard deviations over √seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tsam_ext
+
+from .methods import Method
+from .run import Result
+
+Finals = dict[str, dict[int, float]]
+
+
+def finals(results: list[Result]) -> Finals:
+    """Last accuracy by method and seed."""
+    found: Finals = {}
+    for result in results:
+        found.setdefault(result.method, {})[result.seed] = result.accuracy[-1]
+    return found
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (NaN for a single value)."""
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return float(np.mean(values)), error
+
+
+def paired(scores: Finals, method: str, baseline: str) -> tuple[float, float]:
+    """Mean and standard error of the differences over the seeds that both have."""
+    seeds = sorted(scores[method].keys() & scores[baseline].keys())
+    return mean_and_error([scores[method][seed] - scores[baseline][seed] for seed in seeds])
+
+
+def table(results: list[Result], methods: list[Method]) -> str:
+    """The table as text."""
+    scores = finals(results)
+    seconds = {m.name: float(np.mean([r.seconds for r in results if r.method == m.name])) for m in methods}
+    head = ("method", "test accuracy %", "minus ERM", "minus SAM", "gradients/step", "seconds")
+    rows = [head]
+    for m in methods:
+        cells = [m.name, "{:.2f} ± {:.2f}".format(*mean_and_error(list(scores[m.name].values())))]
+        for baseline in ("ERM", "SAM"):
+            known = baseline in scores and m.name != baseline
+            cells.append("{:+.2f} ± {:.2f}".format(*paired(scores, m.name, baseline)) if known else "")
+        rows.append((*cells, str(m.gradients), f"{seconds[m.name]:.1f}"))  # type: ignore[arg-type]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def verdict(results: list[Result]) -> list[str]:
+    """What has gone wrong: diverged runs, and methods that do not beat ERM by more than two standard errors."""
+    wrong = [f"{r.method}, seed {r.seed}: the loss is not finite" for r in results if not r.finite]
+    scores = finals(results)
+    for method in scores:
+        if method != "ERM" and "ERM" in scores:
+            difference, error = paired(scores, method, "ERM")
+            if not difference > 2 * error:
+                wrong.append(f"{method} minus ERM is {difference:+.2f} ± {error:.2f}: not above two standard errors")
+    return wrong
+
+
+def environment(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a figure has to be quoted with."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tsam_ext": tsam_ext.__version__,
+        **settings,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def picture(results: list[Result], methods: list[Method], path: Path, title: str) -> None:
+    """Curves with a band of one standard error, and each seed's final accuracy, paired, beside them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2), layout="constrained")
+    scores = finals(results)
+    for i, m in enumerate(methods):
+        curves = np.array([r.accuracy for r in results if r.method == m.name])
+        epochs = next(r.epochs for r in results if r.method == m.name)
+        center = curves.mean(0)
+        error = curves.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.zeros_like(center)
+        cost = f"{m.gradients} gradient{'s' if m.gradients > 1 else ''}/step"
+        left.plot(epochs, center, color=f"C{i}", marker="o", markersize=3, label=f"{m.name} ({cost})")
+        left.fill_between(epochs, center - error, center + error, color=f"C{i}", alpha=0.2, linewidth=0)
+        values = list(scores[m.name].values())
+        right.plot([i] * len(values), values, "o", color=f"C{i}", zorder=3)
+        right.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color=f"C{i}", linewidth=2)
+    for seed in sorted({r.seed for r in results}):
+        line = [scores[m.name].get(seed, np.nan) for m in methods]
+        right.plot(range(len(methods)), line, color="0.8", linewidth=0.8, zorder=1)
+    left.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+    left.legend(frameon=False)
+    right.set(title="last epoch, one line a seed", xticks=range(len(methods)))
+    right.set_xticklabels([m.name for m in methods])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_json(path: Path, results: list[Result], settings: dict[str, Any]) -> None:
+    """Everything that was measured, with where and when."""
+    rows = [vars(r) for r in results]
+    path.write_text(json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n")
+
+
+def read_json(path: Path) -> list[Result]:
+    """The results in a file of :func:`write_json`; none if it is not there."""
+    if not path.exists():
+        return []
+    return [Result(**row) for row in json.loads(path.read_text())["results"]]
