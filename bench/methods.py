@@ -34,7 +34,7 @@ class Method:
 
     def optimizer(self, model: nn.Module, learning_rate: float, seed: int) -> Optimizer:
         """A fresh optimizer for ``model``."""
-        base = {"lr": learning_rate, "momentum": MOMENTUM}
+        base: dict[str, Any] = {"lr": learning_rate, "momentum": MOMENTUM}
         if self.options is None:
             return SGD(model.parameters(), **base)
         return TSAM(model.parameters(), SGD, seed=seed, **self.options, **base)
@@ -69,9 +69,7 @@ def grid() -> dict[str, list[dict[str, Any]]]:
         for radius in (1.0, 2.0)
         for tilt in (1.0,)
     ]
-    split += [
-        {"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": tilt} for tilt in (0.0, -1.0)
-    ]
+    split += [{"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": tilt} for tilt in (0.0, -1.0)]
     return {"SAM": sam, "TSAM": tsam, "TSAM split": split}
 
 

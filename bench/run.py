@@ -105,7 +105,8 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    loss: Any = optimizer.step(closure)
+    step: Any = optimizer.step  # torch annotates closures as returning float
+    loss = step(closure)
     return torch.as_tensor(loss).detach()
 
 

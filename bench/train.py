@@ -19,8 +19,9 @@ from .report import mean_and_error, paired, picture, read_json, table, verdict, 
 from .report import finals as finals_of
 from .run import Job, Result, run_all
 
-SEEDS = (11, 12, 13, 14, 15, 16)
-QUICK_SEEDS, QUICK_EPOCHS = (11, 12, 13), 14
+SEEDS: tuple[int, ...] = (11, 12, 13, 14, 15, 16)
+QUICK_SEEDS: tuple[int, ...] = (11, 12, 13)
+QUICK_EPOCHS = 14
 TUNING_SEEDS = (901, 902, 903)
 
 
@@ -72,9 +73,7 @@ def _compare(options: argparse.Namespace) -> int:
         seeds = tuple(range(SEEDS[0], SEEDS[0] + options.seeds))
     epochs = options.epochs or (QUICK_EPOCHS if options.quick else EPOCHS)
     methods = [m for m in METHODS if m.name in options.methods]
-    jobs = [
-        Job(m, seed, options.data, options.label_noise, epochs, LEARNING_RATE) for seed in seeds for m in methods
-    ]
+    jobs = [Job(m, seed, options.data, options.label_noise, epochs, LEARNING_RATE) for seed in seeds for m in methods]
     settings = {"command": "python -m bench train", "data": options.data, "label_noise": options.label_noise}
     settings |= {"epochs": epochs, "seeds": list(seeds), "methods": {m.name: m.options for m in methods}}
     results = _run(jobs, options, options.out / "train.json", settings)

@@ -141,7 +141,7 @@ def test_streaming_is_the_batch_softmax(tilt: float, scale: float, dtype: torch.
     for i, got in enumerate(total):
         parts = torch.stack([w * g[i].double() for w, g in zip(weights, grads, strict=True)])
         error = (got.double() - parts.sum(0)).abs() / parts.abs().sum(0)
-        # MATHEMATICS 4: relative to sum w |g| per element; six roundings of float32, or of float64.
+        # relative to sum w |g| per element; six roundings of float32, or of float64.
         assert error.max() < (1e-6 if dtype != torch.float64 else 1e-12)
     summary = _C.tilt_summary(state, s)
     assert torch.allclose(summary[:s], weights, rtol=1e-9, atol=1e-300)

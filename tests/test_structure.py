@@ -26,13 +26,14 @@ LAYERS = {
     "_C": set(),
     "settings": set(),
     "module_state": set(),
+    "table": set(),
     "_ops": {"_C"},
     "functional": {"_ops"},
     "metrics": {"_ops"},
     "base": {"settings"},
     "checkpoint": {"settings"},
-    "estimate": {"_ops", "metrics", "module_state", "settings"},
-    "optim": {"base", "checkpoint", "estimate", "metrics", "module_state", "settings"},
+    "estimate": {"_ops", "metrics", "module_state", "settings", "table"},
+    "optim": {"base", "checkpoint", "estimate", "metrics", "module_state", "settings", "table"},
 }
 
 
@@ -208,6 +209,13 @@ def test_public_docstrings_run() -> None:
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0
+
+
+def test_the_readme_s_code_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope: dict[str, object] = {}
+    exec(block, scope)
+    assert isinstance(scope["loss"], torch.Tensor)
 
 
 def test_everything_public_is_documented_and_there() -> None:

@@ -1,4 +1,4 @@
-// How a sample leaves the parameters theta_0 (MATHEMATICS 2): by noise, and by ascent along the gradient there.
+// How a sample leaves the parameters theta_0: by noise, and by ascent along the gradient there.
 //
 //   perturb: theta = theta_0 + (r_k nu) D z              nu = 1/sqrt(d), 1/|z| or U^(1/d)/|z|
 //   ascend:  theta = theta   + (rho_k / |D g|) D (D g)   no ascent where |D g| = 0

@@ -1,4 +1,4 @@
-// Streaming tilt (MATHEMATICS 4): the weighted mean of gradients under weights n_j e^(t L_j), without keeping them.
+// Streaming tilt: the weighted mean of gradients under weights n_j e^(t L_j), without keeping them.
 //
 //   e = t (L - L_first) + log n;  m' = max(m, e);  a = S e^(m - m');  b = e^(e - m');  S' = a + b
 //   A <- (a / S') A + (b / S') g, the first counted sample assigns;  t = +-inf: greater replaces, equal averages

@@ -1,4 +1,4 @@
-// Batch tilt over s losses with shares p_j of the batch (sum 1): the value and the weights (MATHEMATICS 1 and 4).
+// Batch tilt over s losses with shares p_j of the batch (sum 1): the value and the weights.
 //
 //   value = Lbar + log1p(sum_j p_j expm1(t (L_j - Lbar))) / t,  Lbar = sum_j p_j L_j;   weights_j ~ p_j e^(t L_j)
 //

@@ -2,7 +2,7 @@
 // on one device. csrc/README.md says how an op is added; python/tsam_ext/_ops.py holds fakes and autograd formulas.
 //
 // No str arguments: with the headers of torch 2.13 and older each one leaks a string a call. noise: core/perturb.h.
-// state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element (MATHEMATICS 5).
+// state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tsam, m) {

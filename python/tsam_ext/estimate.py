@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,50 +19,7 @@ from . import _ops
 from .metrics import Slot, new_state
 from .module_state import NormStatistics, RandomMasks
 from .settings import NOISES, Settings, is_dense, reject
-
-
-@dataclass
-class Table:
-    """The trainable parameters of a step in order, and what each group says about them.
-
-    ``moves``: indices of the perturbed ones; ``base``: element index of the first element (MATHEMATICS 5: storage
-    order, each parameter rounded up to a multiple of 4, frozen ones keep theirs); ``dimension``: elements perturbed.
-    """
-
-    parameters: list[Tensor] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    rho: list[float] = field(default_factory=list)
-    radius: list[float] = field(default_factory=list)
-    adaptive: list[bool] = field(default_factory=list)
-    base: list[int] = field(default_factory=list)
-    moves: list[int] = field(default_factory=list)
-    dimension: int = 0
-
-    @classmethod
-    def of(cls, groups: list[dict[str, Any]]) -> Table:
-        """The table of the optimizer's parameter groups as they are now."""
-        table, element = cls(), 0
-        for g, group in enumerate(groups):
-            rho, radius = float(group["rho"]), group["radius"]
-            for i, parameter in enumerate(group["params"]):
-                size = parameter.numel()
-                if parameter.requires_grad:
-                    if rho != 0.0:
-                        table.moves.append(len(table.parameters))
-                        table.dimension += size
-                    table.parameters.append(parameter)
-                    table.names.append(f"param_groups[{g}]['params'][{i}]")
-                    table.rho.append(rho)
-                    table.radius.append(rho if radius is None else float(radius))
-                    table.adaptive.append(group["adaptive"])
-                    table.base.append(element)
-                element += (size + 3) // 4 * 4
-        return table
-
-    @property
-    def draws(self) -> bool:
-        """Whether any perturbed parameter has a radius, so that there is noise at all."""
-        return any(self.radius[i] != 0.0 for i in self.moves)
+from .table import Table
 
 
 class Sample:
@@ -133,7 +88,7 @@ class Estimate:
         self.state = new_state(self.num_samples, device)
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
-        self.closed = self.completed = False
+        self.closed = False
         self.rows: int | None = None  # rows of the batch, once part() has seen it
         self._part_called = False
         self._model = model
@@ -228,6 +183,7 @@ class Estimate:
             _ops.tilt_update_(self.state, sample.loss, log_size, sample.index, skip, last)
             self._accumulate(gradients, adopt=sample.index == 0)
 
+    @torch.no_grad()
     def gradients(self) -> dict[int, Tensor]:
         """The gradients that this pass has left, each in its parameter's layout."""
         gradients = {}
@@ -242,6 +198,7 @@ class Estimate:
             gradients[i] = gradient
         return gradients
 
+    @torch.no_grad()
     def perturb(self, index: int) -> None:
         """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
         moves, table = self.table.moves, self.table
@@ -266,6 +223,7 @@ class Estimate:
         )
         increment_version([table.parameters[i] for i in moves])
 
+    @torch.no_grad()
     def ascend(self, gradients: dict[int, Tensor], row: int) -> None:
         """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved."""
         table = self.table
@@ -371,7 +329,8 @@ class Estimate:
                 parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
             else:
                 parameter.grad = None
-        self.closed = self.completed = True
+        self.closed = True
+        self._forget()
 
     @torch.no_grad()
     def abort(self) -> None:
@@ -386,6 +345,11 @@ class Estimate:
             parameter.grad = buffer if buffer is None else buffer.zero_()
         self._masks.rewind()
         self._statistics.rewind()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of everything the size of the parameters but the scratch."""
+        self._sums, self._buffers, self._origin = {}, [], {}
 
     def undo(self) -> None:
         """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once)."""

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .base import base_of, check_groups
-from .estimate import Estimate, Sample, Table
+from .estimate import Estimate, Sample
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
 from .settings import Settings, Tilt, check_group, checked_int, reject
+from .table import Table
 
 
 class TSAM(Optimizer):
@@ -311,23 +312,17 @@ class TSAM(Optimizer):
         if self._estimate is not None and not self._estimate.closed:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
         estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
-        with torch.no_grad():
-            try:
-                self._move(estimate, sample)
-                with torch.enable_grad():
-                    yield
-            finally:
-                estimate.undo()
-
-    def _move(self, estimate: Estimate, sample: int) -> None:
-        if estimate.table.draws:
-            estimate.perturb(sample)
-        if self._settings.sampler == "ascent":
-            estimate.ascend(estimate.gradients(), sample)
+        try:
+            if estimate.table.draws:
+                estimate.perturb(sample)
+            if self._settings.sampler == "ascent":
+                estimate.ascend(estimate.gradients(), sample)
+            yield
+        finally:
+            estimate.undo()
 
     # Code written for SAM.
 
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
@@ -346,7 +341,6 @@ class TSAM(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
 

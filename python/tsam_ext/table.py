@@ -1,0 +1,57 @@
+"""The parameters of a step in one list, and where each lies in the noise.
+
+Layout: element index = offset in the concatenation of all parameters in storage order, each base rounded up to a
+multiple of 4, frozen ones keeping theirs (csrc/core/philox.h).
+Invariant: made afresh each step from the groups, so a changed rho, group or requires_grad is never missed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Table:
+    """The trainable parameters of a step in order, and what each group says about them.
+
+    ``moves``: indices of the perturbed ones; ``base``: element index of the first element; ``dimension``: how many
+    elements are perturbed.
+    """
+
+    parameters: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    rho: list[float] = field(default_factory=list)
+    radius: list[float] = field(default_factory=list)
+    adaptive: list[bool] = field(default_factory=list)
+    base: list[int] = field(default_factory=list)
+    moves: list[int] = field(default_factory=list)
+    dimension: int = 0
+
+    @classmethod
+    def of(cls, groups: list[dict[str, Any]]) -> Table:
+        """The table of the optimizer's parameter groups as they are now."""
+        table, element = cls(), 0
+        for g, group in enumerate(groups):
+            rho, radius = float(group["rho"]), group["radius"]
+            for i, parameter in enumerate(group["params"]):
+                size = parameter.numel()
+                if parameter.requires_grad:
+                    if rho != 0.0:
+                        table.moves.append(len(table.parameters))
+                        table.dimension += size
+                    table.parameters.append(parameter)
+                    table.names.append(f"param_groups[{g}]['params'][{i}]")
+                    table.rho.append(rho)
+                    table.radius.append(rho if radius is None else float(radius))
+                    table.adaptive.append(group["adaptive"])
+                    table.base.append(element)
+                element += (size + 3) // 4 * 4
+        return table
+
+    @property
+    def draws(self) -> bool:
+        """Whether any perturbed parameter has a radius, so that there is noise at all."""
+        return any(self.radius[i] != 0.0 for i in self.moves)
