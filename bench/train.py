@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from .data import DATASETS
 from .methods import EPOCHS, LEARNING_RATE, LEARNING_RATES, METHODS, Method, grid
-from .report import mean_and_error, paired, picture, read_json, table, verdict, write_json
 from .report import finals as finals_of
+from .report import mean_and_error, paired, picture, read_json, table, verdict, write_json
 from .run import Job, Result, run_all
 
 SEEDS: tuple[int, ...] = (11, 12, 13, 14, 15, 16)
@@ -94,14 +94,15 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _run(jobs: list[Job], options: argparse.Namespace, path: Path, settings: dict[str, Any]) -> list[Result]:
     wanted = {job.key: job for job in jobs}
-    kept = [r for r in read_json(path) if r.key in wanted] if options.resume else []
-    done = {r.key: r for r in kept}
+    before = read_json(path) if options.resume else []
+    done = {r.key: r for r in before if r.key in wanted}
+    others = [r for r in before if r.key not in wanted] if options.tune else []
     left = [job for job in jobs if job.key not in done]
     with tqdm(total=sum(job.cost for job in jobs), unit="epoch·gradient", desc="training") as bar:
         bar.update(sum(wanted[key].cost for key in done))
         for job, result in run_all(left, min(options.workers, max(1, len(left)))):
             done[result.key] = result
-            write_json(path, list(done.values()), settings)
+            write_json(path, [*others, *done.values()], settings)
             bar.update(job.cost)
             bar.set_postfix_str(f"{job.method.name}: {result.accuracy[-1]:.1f}%")
     return [done[job.key] for job in jobs]
@@ -110,6 +111,9 @@ def _run(jobs: list[Job], options: argparse.Namespace, path: Path, settings: dic
 def _tune(options: argparse.Namespace) -> int:
     epochs = options.epochs or EPOCHS
     path = options.out / "tune.json"
+    if not options.resume:
+        path.unlink(missing_ok=True)
+    options.resume = True  # each part of the search keeps the results of the parts before it
 
     def scores(tries: list[tuple[Method, float]]) -> list[tuple[float, float]]:
         jobs = [

@@ -9,11 +9,12 @@ import math
 
 import pytest
 import torch
-import tsam_ext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+
+import tsam_ext
 from tsam_ext import _C
 from tsam_ext import reference as oracle
 from tsam_ext.functional import tilted_loss, tilted_reduce, tilted_weights

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from tsam_ext import _C
 from tsam_ext.metrics import HEADER, ROW, Slot, new_state
 

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+
 from tsam_ext import _C
 from tsam_ext.metrics import new_state
 from tsam_ext.reference import noise as oracle

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import Parameter
+
 from tsam_ext import TSAM
 
 NAN, INF = math.nan, math.inf

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from tsam_ext import TSAM, reference
 
 SETTINGS: list[dict[str, Any]] = [

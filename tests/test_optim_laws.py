@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+
 from tsam_ext import TSAM, reference
 from tsam_ext.reference import ReferenceTSAM
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from tsam_ext import TSAM
 
 SAM = {"num_samples": 1, "radius": 0.0}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
 from tsam_ext import TSAM, reference
 from tsam_ext.reference import ReferenceTSAM
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from tsam_ext import TSAM
 
 RUNS: list[dict[str, Any]] = [

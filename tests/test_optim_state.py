@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tsam_ext import TSAM
 from tsam_ext.reference import ReferenceTSAM
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
+
 from tsam_ext import TSAM
 
 

@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+
 from tsam_ext import reference
 from tsam_ext.reference import StreamingTilt, normal, philox4x32, unit_noise
 
@@ -65,9 +66,7 @@ def test_normals_follow_the_written_scheme() -> None:
         length = math.sqrt(-2 * math.log((x[0] + 0.5) / 2**32))
         expected.append(length * (math.sin(angle) if lane % 2 else math.cos(angle)))
     drawn = normal(11, base, seed, step, sample, purpose)
-    torch.testing.assert_close(
-        drawn, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(drawn, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_a_slice_of_the_stream_is_the_stream() -> None:
@@ -132,9 +131,7 @@ def test_unit_noise_norms_order_and_antithesis() -> None:
         minus = unit_noise(tensors, [0, 120], sample=3, noise=noise, antithetic=True, **where)
         plus = unit_noise(tensors, [0, 120], sample=2, noise=noise, antithetic=True, **where)
         assert all(torch.equal(a, -b) for a, b in zip(minus, plus, strict=True))
-        assert torch.equal(
-            plus[1], unit_noise(tensors, [0, 120], sample=2, noise=noise, **where)[1]
-        )
+        assert torch.equal(plus[1], unit_noise(tensors, [0, 120], sample=2, noise=noise, **where)[1])
 
 
 # Tilted losses.
@@ -221,9 +218,7 @@ def test_streaming_is_batch(tilt: float, scale: float) -> None:
         exponent = 0.0 if math.isinf(tilt) else abs(tilt) * scale
         error = (mean - expected).abs() / reference.tilted_reduce(losses, values.abs(), tilt, sizes)
         assert float(error.max()) < 1e-14 * (s + exponent)
-        assert state.ess == pytest.approx(
-            1.0 / float(weights.square().sum()), rel=1e-14 * (4 + exponent)
-        )
+        assert state.ess == pytest.approx(1.0 / float(weights.square().sum()), rel=1e-14 * (4 + exponent))
 
 
 def test_streaming_and_losses_that_are_not_finite() -> None:
@@ -264,9 +259,7 @@ def test_torch_noise_of_the_baseline_obeys_the_same_laws(problem) -> None:
         task = problem(dtype=torch.float32)
         origin, seen = task.copies(), []
         options = {"sampler": "noise", "noise": noise, "radius": 0.3, "num_samples": 4}
-        optimizer = reference.ReferenceTSAM(
-            task.parameters, lr=0.1, antithetic=True, rng="torch", **options
-        )
+        optimizer = reference.ReferenceTSAM(task.parameters, lr=0.1, antithetic=True, rng="torch", **options)
 
         def closure(task=task, origin=origin, seen=seen) -> Tensor:
             seen.append([p.detach() - o for p, o in zip(task.parameters, origin, strict=True)])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import tsam_ext
 from tsam_ext import _C
 

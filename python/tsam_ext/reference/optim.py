@@ -199,9 +199,7 @@ class ReferenceTSAM:
                 moved.append(_Perturbed(p, origin, offset, own["rho"], radius, own["adaptive"]))
         return moved
 
-    def _run(
-        self, closure: Callable[[], Tensor], trained: Sequence[Tensor], masks: Tensor
-    ) -> Tensor:
+    def _run(self, closure: Callable[[], Tensor], trained: Sequence[Tensor], masks: Tensor) -> Tensor:
         """One forward and backward pass under the step's random masks."""
         if self._passes and self.same_masks:
             torch.random.set_rng_state(masks)
@@ -221,9 +219,7 @@ class ReferenceTSAM:
         for m, v in zip(moved, noise, strict=True):
             theta = _wide(m.origin)
             shift = v.to(theta.dtype) * (m.radius * scale)
-            m.parameter.copy_(
-                torch.addcmul(theta, shift, theta.abs()) if m.adaptive else theta + shift
-            )
+            m.parameter.copy_(torch.addcmul(theta, shift, theta.abs()) if m.adaptive else theta + shift)
 
     def _noise(self, moved: list[_Perturbed]) -> tuple[list[Tensor], Tensor]:
         noise = unit_noise(
@@ -244,17 +240,10 @@ class ReferenceTSAM:
         generators = {}
         for device in {m.parameter.device for m in moved}:
             generators[device] = torch.Generator(device)
-            generators[device].manual_seed(
-                (self.seed << 32) + (self.num_steps << 12) + draw & (1 << 63) - 1
-            )
-        z = [
-            torch.empty_like(_wide(m.origin)).normal_(generator=generators[m.parameter.device])
-            for m in moved
-        ]
+            generators[device].manual_seed((self.seed << 32) + (self.num_steps << 12) + draw & (1 << 63) - 1)
+        z = [torch.empty_like(_wide(m.origin)).normal_(generator=generators[m.parameter.device]) for m in moved]
         first = generators[moved[0].parameter.device]
-        scale = noise_scale(
-            z, self.noise, lambda: float(torch.rand((), generator=first, device=first.device))
-        )
+        scale = noise_scale(z, self.noise, lambda: float(torch.rand((), generator=first, device=first.device)))
         return z, -scale if odd else scale
 
     def _ascend(self, moved: list[_Perturbed]) -> Tensor:
@@ -269,9 +258,7 @@ class ReferenceTSAM:
         )
 
     @staticmethod
-    def _accumulate(
-        means: list[Tensor | None], trained: Sequence[Tensor], keep: float, add: float
-    ) -> None:
+    def _accumulate(means: list[Tensor | None], trained: Sequence[Tensor], keep: float, add: float) -> None:
         """A <- keep A + add g; a gradient that is None in some passes counts as zero there."""
         for i, p in enumerate(trained):
             mean = means[i]

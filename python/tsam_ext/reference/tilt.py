@@ -48,9 +48,7 @@ def tilted_weights(losses: Tensor, tilt: float, sizes: Tensor | None = None) -> 
     return torch.softmax(share.log() + tilt * (losses - losses.detach().mean()), 0)
 
 
-def tilted_reduce(
-    losses: Tensor, values: Tensor, tilt: float, sizes: Tensor | None = None
-) -> Tensor:
+def tilted_reduce(losses: Tensor, values: Tensor, tilt: float, sizes: Tensor | None = None) -> Tensor:
     """Σ_j w_j values_j over the first axis of ``values`` (``[s, ...]``)."""
     weights = tilted_weights(losses, tilt, sizes).to(values.dtype)
     return (weights.reshape(-1, *[1] * (values.dim() - 1)) * values).sum(0)
