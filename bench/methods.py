@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 
 from tsam_ext import TSAM
 
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.002
 MOMENTUM = 0.9
 BATCH = 64
 EPOCHS = 40
@@ -55,25 +55,19 @@ METHODS = (
 
 def grid() -> dict[str, list[dict[str, Any]]]:
     """What ``--tune`` tries for each method, at ERM's learning rate."""
-    sam = [{"num_samples": 1, "radius": 0.0, "rho": rho} for rho in (0.05, 0.1, 0.17, 0.3, 0.5)]
-    tsam = [
-        {"num_samples": 3, "radius": radius, "rho": rho, "tilt": tilt}
-        for rho in (0.1, 0.17, 0.3)
-        for radius in (0.5, 1.0, 2.0)
-        for tilt in (1.0,)
-    ]
-    tsam += [{"num_samples": 3, "radius": 1.0, "rho": 0.17, "tilt": tilt} for tilt in (0.0, 5.0)]
+    sam = [{"num_samples": 1, "radius": 0.0, "rho": rho} for rho in (0.03, 0.05, 0.08, 0.12)]
+    moves = [(0.03, 0.3), (0.05, 0.05), (0.05, 0.3), (0.05, 1.0), (0.08, 0.3)]
+    tsam = [{"num_samples": 3, "rho": rho, "radius": radius, "tilt": 1.0} for rho, radius in moves]
+    tsam.append({"num_samples": 3, "rho": 0.05, "radius": 0.3, "tilt": 20.0})
     split = [
-        {"num_samples": 8, "batch": "split", "radius": radius, "rho": rho, "tilt": tilt}
-        for rho in (0.05, 0.1, 0.17)
-        for radius in (1.0, 2.0)
-        for tilt in (1.0,)
+        {"num_samples": 4, "batch": "split", "rho": rho, "radius": radius, "tilt": 1.0}
+        for rho in (0.03, 0.05, 0.08)
+        for radius in (0.0, 0.3)
     ]
-    split += [{"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": tilt} for tilt in (0.0, -1.0)]
     return {"SAM": sam, "TSAM": tsam, "TSAM split": split}
 
 
-LEARNING_RATES = (0.01, 0.02, 0.05, 0.1)
+LEARNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
 def network(side: int) -> nn.Module:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -110,8 +112,17 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
     return torch.as_tensor(loss).detach()
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+def _begin_worker() -> None:
+    """An interrupt is the parent's to handle, and a worker does not outlive its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_all(jobs: list[Job], workers: int, run: Callable[[Job], Result] = train_once) -> Iterator[tuple[Job, Result]]:
@@ -122,7 +133,7 @@ def run_all(jobs: list[Job], workers: int, run: Callable[[Job], Result] = train_
             yield job, run(job)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     waiting: dict[Future[Result], Job] = {pool.submit(run, job): job for job in jobs}
     try:
         while waiting:
