@@ -42,13 +42,13 @@ class Method:
 
 METHODS = (
     Method("ERM", None, 1, "the base optimizer"),
-    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.17}, 2, "one ascent, no noise"),
-    Method("TSAM", {"num_samples": 3, "radius": 1.0, "rho": 0.17, "tilt": 1.0}, 6, "ascent, s=3"),
+    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.03}, 2, "one ascent, no noise"),
+    Method("TSAM", {"num_samples": 3, "rho": 0.03, "radius": 0.3, "tilt": 1.0}, 6, "ascent, s=3"),
     Method(
         "TSAM split",
-        {"num_samples": 8, "batch": "split", "radius": 2.0, "rho": 0.1, "tilt": 1.0},
+        {"num_samples": 4, "batch": "split", "rho": 0.03, "radius": 0.0, "tilt": 1.0},
         2,
-        "ascent, s=8 over parts of the batch",
+        "ascent, s=4 over parts of the batch",
     ),
 )
 

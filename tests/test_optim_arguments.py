@@ -7,6 +7,7 @@ Invariant: what is refused (an argument, a parameter, a base optimizer) is left 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -166,26 +167,27 @@ def test_a_refused_instance_is_left_as_it_was() -> None:
 
 
 SHARED = torch.zeros(16)
-UNUSABLE: dict[str, tuple[list[Parameter], str, str]] = {
-    "sparse": ([Parameter(torch.eye(3).to_sparse())], "sparse", "dense"),
-    "sparse csr": ([Parameter(torch.eye(3).to_sparse_csr())], "sparse", "dense"),
-    "complex": ([Parameter(torch.ones(3, dtype=torch.complex64))], "complex64", "float32"),
-    "meta": ([Parameter(torch.ones(3, device="meta"))], "meta", "cpu"),
-    "gaps": ([Parameter(torch.zeros(4, 6)[:, ::2])], "strides", "dense"),
-    "expanded": ([Parameter(torch.zeros(1).expand(5))], "strides", "dense"),
+UNUSABLE: dict[str, tuple[Callable[[], list[Parameter]], str, str]] = {
+    "sparse": (lambda: [Parameter(torch.eye(3).to_sparse())], "sparse", "dense"),
+    "sparse csr": (lambda: [Parameter(torch.eye(3).to_sparse_csr())], "sparse", "dense"),
+    "complex": (lambda: [Parameter(torch.ones(3, dtype=torch.complex64))], "complex64", "float32"),
+    "meta": (lambda: [Parameter(torch.ones(3, device="meta"))], "meta", "cpu"),
+    "gaps": (lambda: [Parameter(torch.zeros(4, 6)[:, ::2])], "strides", "dense"),
+    "expanded": (lambda: [Parameter(torch.zeros(1).expand(5))], "strides", "dense"),
     "overlapping": (
-        [Parameter(SHARED[:6]), Parameter(torch.ones(2)), Parameter(SHARED[4:])],
+        lambda: [Parameter(SHARED[:6]), Parameter(torch.ones(2)), Parameter(SHARED[4:])],
         r"memory shared with param_groups\[.\]\['params'\]\[0\]",
         "overlap",
     ),
-    "same memory": ([Parameter(SHARED[:6]), Parameter(SHARED[:6])], "memory shared", "overlap"),
+    "same memory": (lambda: [Parameter(SHARED[:6]), Parameter(SHARED[:6])], "memory shared", "overlap"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_parameters_that_cannot_be_moved_are_named(name: str) -> None:
-    bad, got, wanted = UNUSABLE[name]
+    build, got, wanted = UNUSABLE[name]
+    bad = build()
     match = rf"^TSAM: param_groups\[0\]\['params'\]\[\d\]: got .*{got}.*, expected .*{wanted}"
     with pytest.raises(ValueError, match=match):
         TSAM(bad, lr=0.1)

@@ -121,6 +121,20 @@ def test_a_closure_may_zero_and_may_return_a_number(problem, set_to_none: bool) 
         assert ours.holds(theirs.copies())
 
 
+def test_the_returned_loss_is_the_first_pass_s_own_value(problem) -> None:
+    """Also where every pass leaves its loss in the same tensor, which the next pass then overwrites."""
+    ours, optimizer, theirs, twin = pair(problem)
+    memory = torch.zeros((), dtype=torch.float64)
+
+    def closure() -> Tensor:
+        loss = ours.loss()
+        loss.backward()
+        return memory.copy_(loss.detach())
+
+    assert [float(optimizer.step(closure))] == theirs.train(twin, 1)
+    assert float(memory) == float(twin.diagnostics.losses[-1])
+
+
 def test_step_without_an_estimate_raises(problem) -> None:
     task = problem()
     optimizer = TSAM(task.parameters, lr=0.1)

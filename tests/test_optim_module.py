@@ -27,8 +27,9 @@ def convolutions(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Conv2d(4, 3, 2),
-        nn.InstanceNorm2d(3, momentum=None, track_running_stats=True),
+        nn.InstanceNorm2d(3, track_running_stats=True),
         nn.Flatten(),
+        nn.BatchNorm1d(27, momentum=None),
         nn.Linear(27, 3),
     )
     x, y = torch.randn(8, 2, 6, 6), torch.randint(0, 3, (8,))

@@ -253,13 +253,18 @@ def test_gradient_tensors_are_filled_not_replaced(problem, set_to_none: bool) ->
         assert ours.holds(theirs.copies())
 
 
+@pytest.mark.parametrize("bucket", ["one a parameter", "one for all"])
 @pytest.mark.parametrize("sampler", ["ascent", "noise"])
-def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str) -> None:
-    """As a reducer does with its buckets, here one a parameter: each pass leaves its gradients in them."""
+def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str, bucket: str) -> None:
+    """As a reducer does: each pass leaves its gradients in views of the same buckets."""
     estimates = []
     for reuse in (False, True):
         task = problem()
-        owned = [torch.zeros_like(p).flatten().view_as(p) for p in task.parameters]
+        sizes = [p.numel() for p in task.parameters]
+        chunks = list(torch.zeros(sum(sizes), dtype=torch.float64).split(sizes))
+        if bucket == "one a parameter":
+            chunks = [chunk.clone() for chunk in chunks]
+        owned = [chunk.view_as(p) for chunk, p in zip(chunks, task.parameters, strict=True)]
         optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=3.0, seed=2)
 
         def closure(task=task, owned=owned, reuse=reuse) -> Tensor:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsam_ext import TSAM
+from tsam_ext import TSAM, _ops
 
 RUNS: list[dict[str, Any]] = [
     {"sampler": "noise"},
@@ -142,6 +142,51 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
         assert ours.holds(copies)
         assert all(p.grad is None for p in ours.parameters)
     assert ours.train(optimizer, 2) == theirs.train(twin, 2)
+    assert ours.holds(theirs.copies())
+
+
+OPS = {
+    "noise": ("perturb_", "tilt_update_", "accumulate_", "restore_"),
+    "ascent": ("perturb_", "grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
+    "sam": ("grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
+}
+
+
+@pytest.mark.parametrize(("run", "op"), [(run, op) for run, ops in OPS.items() for op in ops])
+@pytest.mark.parametrize("ran", [False, True])
+def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op: str, ran: bool) -> None:
+    """Ctrl-C arrives where it likes: also when a copy was announced and not made, or made and not yet noted."""
+    options = {"sampler": "noise"} if run == "noise" else {"radius": 0.0 if run == "sam" else 0.3}
+    counted, stop_at = [0], [0]
+    original = getattr(_ops, op)
+
+    def interrupted(*args: Any) -> None:
+        counted[0] += 1
+        if counted[0] == stop_at[0] and not ran:
+            raise KeyboardInterrupt
+        original(*args)
+        if counted[0] == stop_at[0] and ran:
+            raise KeyboardInterrupt
+
+    ours, theirs = problem(), problem()
+    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3, **options) for t in (ours, theirs))
+    ours.train(optimizer, 1)
+    theirs.train(twin, 1)
+    monkeypatch.setattr(_ops, op, interrupted)
+    ours.train(optimizer, 1)  # counts the calls of an undisturbed step
+    calls, copies = counted[0], ours.copies()
+    assert calls > 0
+    theirs.train(twin, 1)
+    for at in range(1, calls + 1):
+        # A new object each time, whose scratch holds no copy of this step yet.
+        fresh = TSAM(ours.parameters, lr=0.1, rho=0.3, seed=3, **options)
+        for user in (fresh, optimizer):
+            counted[0], stop_at[0] = 0, at
+            with pytest.raises(KeyboardInterrupt):
+                ours.train(user, 1)
+            stop_at[0] = 0
+            assert ours.holds(copies)
+    assert ours.train(optimizer, 1) == theirs.train(twin, 1)
     assert ours.holds(theirs.copies())
 
 
