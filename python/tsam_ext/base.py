@@ -53,7 +53,7 @@ def base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) 
             raise reject(
                 "base_optimizer",
                 kind_name(instance),
-                f"an optimizer without an option '{key}' of its own",
+                f"an optimizer without an option '{key}' (TSAM may hold it already)",
             )
     return instance
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .settings import Settings, reject
+from .settings import Settings, checked_int, reject
 
 KEY = "tsam"
 STATE_VERSION = 1
@@ -41,4 +41,5 @@ def unpack(base: Optimizer, state: dict[str, Any]) -> tuple[dict[str, Any], tupl
     for key, value in _identity(base).items():
         if own.get(key) != value:
             raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
-    return rest, (int(own["step"]), int(own["seed"]))
+    step = checked_int("load_state_dict: step", own.get("step"), 0, (1 << 63) - 1)
+    return rest, (step, checked_int("load_state_dict: seed", own.get("seed"), 0, (1 << 64) - 1))

@@ -118,6 +118,11 @@ class Estimate:
             self.abort()
 
     @property
+    def repeats(self) -> bool:
+        """Whether the step runs the model more than once."""
+        return self.num_samples > 1 or self._ascends
+
+    @property
     def _ascends(self) -> bool:
         return self.settings.sampler == "ascent" and not self.plain
 
@@ -299,9 +304,10 @@ class Estimate:
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         if buffer is not None and buffer.dtype == wide and buffer.stride() == gradient.stride():
             return buffer.zero_() if zero else buffer
-        # A gradient inside a larger storage (a reducer's bucket) is overwritten by the next backward pass.
+        # A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-        if not zero and buffer is None and gradient.dtype == wide and whole and is_dense(gradient):
+        own = whole and not gradient._is_view() and is_dense(gradient)
+        if not zero and buffer is None and gradient.dtype == wide and own:
             return None
         total = torch.empty_like(gradient, dtype=wide)
         return total.zero_() if zero else total

@@ -131,6 +131,7 @@ class TSAM(Optimizer):
         self._saved: dict[Tensor, Tensor] = {}
         self._estimate: Estimate | None = None
         self._pending = False
+        self._inside_perturbed = False
         self._watched = False
         self._diagnostics = Diagnostics()
 
@@ -197,8 +198,6 @@ class TSAM(Optimizer):
             del self._base.param_groups[index]
             raise
 
-    # Steps.
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
@@ -252,10 +251,11 @@ class TSAM(Optimizer):
 
         Several backward calls an item accumulate. Leaving the loop early, by break or exception, restores everything.
         """
+        self._refuse_inside_perturbed("a step")
         table = Table.of(self.param_groups)
         self._end_estimate()
         estimate = self._estimate = self._new_estimate(table, plain=self._step % self._settings.every != 0)
-        watch = TrainingNormWatch() if self.model is None and not self._watched else None
+        watch = TrainingNormWatch() if self.model is None and not self._watched and estimate.repeats else None
         try:
             yield from estimate.passes()
         finally:
@@ -309,9 +309,11 @@ class TSAM(Optimizer):
         ascent along them as well. ``p.grad`` is left alone.
         """
         checked_int("sample", sample, 0, self._settings.num_samples - 1)
+        self._refuse_inside_perturbed("perturbed()")
         if self._estimate is not None and not self._estimate.closed:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
         estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
+        self._inside_perturbed = True
         try:
             if estimate.table.draws:
                 estimate.perturb(sample)
@@ -319,9 +321,12 @@ class TSAM(Optimizer):
                 estimate.ascend(estimate.gradients(), sample)
             yield
         finally:
+            self._inside_perturbed = False
             estimate.undo()
 
-    # Code written for SAM.
+    def _refuse_inside_perturbed(self, what: str) -> None:
+        if self._inside_perturbed:
+            raise RuntimeError(f"TSAM: {what} inside perturbed(): what is there now is not where the step starts.")
 
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
@@ -330,6 +335,7 @@ class TSAM(Optimizer):
             RuntimeError: with other settings (use :meth:`samples`).
         """
         self._check_two_steps("first_step")
+        self._refuse_inside_perturbed("first_step()")
         self._end_estimate()
         estimate = self._estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
         try:
@@ -363,8 +369,6 @@ class TSAM(Optimizer):
                 f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, sampler='ascent', "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
-
-    # State.
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""

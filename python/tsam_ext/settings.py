@@ -80,11 +80,15 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
             raise reject(f"{where}{key}", group[key], "one value for all groups, given to TSAM itself")
 
 
+def _check_tilt_tensor(argument: str, tilt: torch.Tensor) -> None:
+    if tilt.numel() != 1 or not tilt.dtype.is_floating_point:
+        raise reject(argument, f"a {tilt.dtype} tensor of shape {tuple(tilt.shape)}", "a float 0-dim tensor")
+
+
 def _checked_tilt(tilt: object) -> Tilt:
     expected = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
     if isinstance(tilt, torch.Tensor):
-        if tilt.numel() != 1 or not tilt.dtype.is_floating_point:
-            raise reject("tilt", f"a {tilt.dtype} tensor of shape {tuple(tilt.shape)}", expected)
+        _check_tilt_tensor("tilt", tilt)
         return tilt
     if callable(tilt):
         return tilt
@@ -135,6 +139,7 @@ class Settings:
             return self.tilt
         value = self.tilt(step)
         if isinstance(value, torch.Tensor):
+            _check_tilt_tensor(f"tilt({step})", value)
             return value
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
             raise reject(f"tilt({step})", value, "a number from the tilt schedule")
