@@ -130,11 +130,17 @@ def picture(results: list[Result], methods: list[Method], path: Path, title: str
 def write_json(path: Path, results: list[Result], settings: dict[str, Any]) -> None:
     """Everything that was measured, with where and when."""
     rows = [vars(r) for r in results]
-    path.write_text(json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n")
+    text = json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n"
+    draft = path.with_suffix(".part")
+    draft.write_text(text)
+    draft.replace(path)  # a kill in mid-write leaves the file of the run before
 
 
 def read_json(path: Path) -> list[Result]:
-    """The results in a file of :func:`write_json`; none if it is not there."""
+    """The results in a file of :func:`write_json` by these versions of torch and tsam_ext; none if it is not there."""
     if not path.exists():
         return []
-    return [Result(**row) for row in json.loads(path.read_text())["results"]]
+    found, here = json.loads(path.read_text()), environment({})
+    if any(found["environment"][key] != here[key] for key in ("torch", "tsam_ext")):
+        return []
+    return [Result(**row) for row in found["results"]]
