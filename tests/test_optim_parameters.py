@@ -279,6 +279,29 @@ def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str, buc
     assert torch.equal(*estimates)
 
 
+def test_a_closure_that_writes_into_the_buffer_that_was_there(problem) -> None:
+    """The buffer that p.grad was before the step is also where each pass leaves its gradient."""
+    estimates = []
+    for reuse in (False, True):
+        task = problem()
+        held = [torch.zeros_like(p, requires_grad=False) for p in task.parameters]
+        for p, buffer in zip(task.parameters, held, strict=True):
+            p.grad = buffer if reuse else None
+        optimizer = TSAM(task.parameters, lr=0.1, rho=0.5, tilt=3.0, seed=2)
+
+        def closure(task=task, held=held, reuse=reuse) -> Tensor:
+            loss = task.loss()
+            gradients = torch.autograd.grad(loss, task.parameters)
+            for p, g, buffer in zip(task.parameters, gradients, held, strict=True):
+                p.grad = buffer.copy_(g) if reuse else g
+            return loss
+
+        optimizer.estimate_gradient(closure)
+        estimates.append(task.gradient())
+        assert not reuse or all(p.grad is b for p, b in zip(task.parameters, held, strict=True))
+    assert torch.equal(*estimates)
+
+
 def test_parameters_that_change_dtype_between_steps(problem) -> None:
     """net.double() replaces the data behind each parameter; what was kept for the old ones is not used."""
     ours, theirs = problem(dtype=torch.float32), problem(dtype=torch.float32)

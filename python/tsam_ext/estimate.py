@@ -302,7 +302,8 @@ class Estimate:
     def _new_sum(self, gradient: Tensor, buffer: Tensor | None, zero: bool) -> Tensor | None:
         """Memory for a mean: the buffer that p.grad was, or new; None where the gradient itself may serve."""
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        if buffer is not None and buffer.dtype == wide and buffer.stride() == gradient.stride():
+        apart = buffer is not None and buffer.data_ptr() != gradient.data_ptr()
+        if buffer is not None and apart and buffer.dtype == wide and buffer.stride() == gradient.stride():
             return buffer.zero_() if zero else buffer
         # A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
