@@ -122,8 +122,8 @@ def test_every_op_has_the_same_bits_on_every_instruction_set() -> None:
 
 @pytest.mark.parametrize("base", [0, 4, 2**34 - 8, 2**50 + 4])
 def test_the_noise_is_the_reference_s(base: int) -> None:
-    z = normals(4096, base, seed=2**62 + 11, step=9, sample=123)
-    exact = oracle.normal(4096, base=base, seed=2**62 + 11, step=9, sample=123)
+    z = normals(N, base, seed=2**62 + 11, step=9, sample=123)
+    exact = oracle.normal(N, base=base, seed=2**62 + 11, step=9, sample=123)
     assert (z.double() - exact).abs().max() < 1e-6
 
 

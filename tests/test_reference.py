@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 
 import pytest
 import torch
@@ -53,6 +54,10 @@ def test_philox_agrees_with_integers() -> None:
     assert words.tolist() == [integer_philox(counter, key) for counter in counters]
 
 
+def float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
 def test_normals_follow_the_written_scheme() -> None:
     """Element, seed, step, purpose and sample each land in their own word, the high halves too."""
     seed, step, sample, purpose = 0xDEADBEEF_12345678, 7 + (5 << 32), 9, 3
@@ -63,7 +68,8 @@ def test_normals_follow_the_written_scheme() -> None:
         counter = [quad & 0xFFFFFFFF, quad >> 32, 7, purpose << 28 | sample]
         x = integer_philox(counter, [seed & 0xFFFFFFFF, seed >> 32])[lane // 2 * 2 :]
         angle = 2 * math.pi * x[1] / 2**32
-        length = math.sqrt(-2 * math.log((x[0] + 0.5) / 2**32))
+        u = float32((float32(x[0]) + 0.5) / 2**32)  # a float32, rounded once as x and once as u
+        length = math.sqrt(-2 * math.log(u))
         expected.append(length * (math.sin(angle) if lane % 2 else math.cos(angle)))
     drawn = normal(11, base, seed, step, sample, purpose)
     torch.testing.assert_close(drawn, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)

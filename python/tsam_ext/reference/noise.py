@@ -67,7 +67,9 @@ def normal(
     x0, x1, x2, x3 = (word.double() for word in _words(quads, seed, step, sample, purpose))
     lanes = []
     for even, odd in ((x0, x1), (x2, x3)):
-        length = torch.sqrt(-2.0 * torch.log((even + 0.5) * 2.0**-32))
+        # u is a float32 by definition, next to 1 too: it decides the few radii below 0.01.
+        u = ((even.float().double() + 0.5) * 2.0**-32).float().double()
+        length = torch.sqrt(-2.0 * torch.log(u))
         angle = 2.0 * math.pi * odd * 2.0**-32
         lanes += [length * torch.cos(angle), length * torch.sin(angle)]
     return torch.stack(lanes, 1).flatten()[base % 4 : base % 4 + numel]
