@@ -8,7 +8,7 @@ of validation images, on seeds that the job does not use; first the learning rat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class Method:
     name: str
     options: dict[str, Any] | None
     gradients: int  # whole-batch gradients a step
-    why: str = field(default="", compare=False)
 
     def optimizer(self, model: nn.Module, learning_rate: float, seed: int) -> Optimizer:
         """A fresh optimizer for ``model``."""
@@ -42,14 +41,13 @@ class Method:
 
 
 METHODS = (
-    Method("ERM", None, 1, "the base optimizer"),
-    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.1}, 2, "one ascent, no noise"),
-    Method("TSAM", {"num_samples": 3, "rho": 0.1, "radius": 1.0, "tilt": 1.0}, 6, "ascent, s=3"),
+    Method("ERM", None, 1),
+    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.1}, 2),
+    Method("TSAM", {"num_samples": 3, "rho": 0.1, "radius": 1.0, "tilt": 1.0}, 6),
     Method(
         "TSAM split",
         {"num_samples": 4, "batch": "split", "rho": 0.1, "radius": 1.0, "tilt": 1.0},
         2,
-        "ascent, s=4 over parts of the batch",
     ),
 )
 

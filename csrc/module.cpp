@@ -8,6 +8,12 @@
 
 namespace py = pybind11;
 
+namespace tsam {
+namespace cpu {
+const char* isa_name();
+}
+}  // namespace tsam
+
 namespace {
 
 // What the signatures in the docstrings say; torch.ops checks the values.
@@ -53,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled ops of tsam_ext; import tsam_ext, not this module.";
   const py::object ops = py::module_::import("torch").attr("ops").attr("tsam");
   using Tensors = List<Tensor>;
+  m.attr("__isa__") = tsam::cpu::isa_name();
 
   expose<Tensor, Tensor, double>(m, ops, "tilted_loss", "losses", "tilt");
   expose<Tensor, Tensor, double>(m, ops, "tilted_weights", "losses", "tilt");

@@ -48,5 +48,7 @@ const Kernels& kernels() {
   return table;
 }
 
+const char* isa_name() { return kernels().isa; }
+
 }  // namespace cpu
 }  // namespace tsam

@@ -16,12 +16,6 @@ void widen(const float (&z)[4 * kQuads], int offset, C (&x)[W]) {
   for (int i = 0; i < W; ++i) x[i] = static_cast<C>(z[offset + i]);
 }
 
-void draw(float* z_out, int64_t n, uint64_t element, Stream stream) {
-  for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[4 * kQuads]) {
-    for (int k = 0; k < count; ++k) z_out[i + k] = z[k];
-  });
-}
-
 double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
   SquareSum sum;
   for_noise(n, element, stream, [&](int64_t, auto count, const float (&z)[4 * kQuads]) {
@@ -163,9 +157,10 @@ void round_sum(DType dtype, void* out, const double* sum, int64_t n) {
 #define TSAM_STRING_(x) #x
 #define TSAM_STRING(x) TSAM_STRING_(x)
 extern const cpu::Kernels kernel_table;
-const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::draw,        cpu_apply::noise_sum_squares,
-                                   cpu_apply::perturb,      cpu_apply::sum_squares, cpu_apply::ascend,
-                                   cpu_apply::assign,       cpu_apply::blend,       cpu_apply::poison,
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::noise_sum_squares,
+                                   cpu_apply::perturb,      cpu_apply::sum_squares,
+                                   cpu_apply::ascend,       cpu_apply::assign,
+                                   cpu_apply::blend,        cpu_apply::poison,
                                    cpu_apply::add_weighted, cpu_apply::round_sum};
 
 }  // namespace TSAM_ISA

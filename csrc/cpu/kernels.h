@@ -14,9 +14,6 @@ namespace cpu {
 struct Kernels {
   const char* isa;
 
-  // z(element) for the n elements from `element` on, as float32. Words: write 1.
-  void (*draw)(float* z, int64_t n, uint64_t element, Stream stream);
-
   // sum of z^2 over the run. Words: 0.
   double (*noise_sum_squares)(int64_t n, uint64_t element, Stream stream);
 
@@ -48,6 +45,9 @@ struct Kernels {
 
 // The table for this processor; TSAM_ISA=baseline, avx2 or avx512 in the environment picks a lower one.
 const Kernels& kernels();
+
+// Its name, for tests that compare instruction sets.
+const char* isa_name();
 
 }  // namespace cpu
 }  // namespace tsam

@@ -22,8 +22,7 @@ def base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) 
     if isinstance(base, type):
         if not issubclass(base, Optimizer):
             raise reject("base_optimizer", base, expected, TypeError)
-        kind = base
-        _refuse_kind(kind)
+        _refuse_kind(base)
         if params is None:
             raise reject("params", None, "parameters, as base_optimizer is a class", TypeError)
         instance = cast(Callable[..., Optimizer], base)(params, **kwargs)
@@ -52,7 +51,7 @@ def base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) 
         if key in instance.defaults:
             raise reject(
                 "base_optimizer",
-                kind_name(instance),
+                type(instance).__name__,
                 f"an optimizer without an option '{key}' (TSAM may hold it already)",
             )
     return instance
@@ -65,11 +64,6 @@ def _flat(item: Any) -> list[Any]:
     return [item]
 
 
-def kind_name(optimizer: Optimizer) -> str:
-    """The class name of an optimizer, for messages and checkpoints."""
-    return type(optimizer).__name__
-
-
 def _refuse_kind(kind: type[Optimizer]) -> None:
     if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam)) or hasattr(kind, "estimate_gradient"):
         raise reject(
@@ -80,6 +74,7 @@ def _refuse_kind(kind: type[Optimizer]) -> None:
 
 
 def check_groups(groups: list[dict[str, Any]]) -> None:
+    """Checks our keys in each group and that the kernels can take every parameter."""
     for g, group in enumerate(groups):
         check_group(group, f"param_groups[{g}].")
     check_parameters(
