@@ -59,11 +59,17 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled ops of tsam_ext; import tsam_ext, not this module.";
   const py::object ops = py::module_::import("torch").attr("ops").attr("tsam");
   using Tensors = List<Tensor>;
+  using TensorPair = py::typing::Tuple<Tensor, Tensor>;
   m.attr("__isa__") = tsam::cpu::isa_name();
 
   expose<Tensor, Tensor, double>(m, ops, "tilted_loss", "losses", "tilt");
   expose<Tensor, Tensor, double>(m, ops, "tilted_weights", "losses", "tilt");
   expose<Tensor, Tensor, Tensor, double>(m, ops, "tilted_reduce", "losses", "values", "tilt");
+  expose<TensorPair, Tensor, Tensor, Tensor, Tensor, Tensor>(m, ops, "leapfrog", "position", "momentum",
+                                                             "grad_log_density", "step_size", "inverse_mass");
+  expose<Tensor, Tensor, Tensor, Tensor>(m, ops, "kick", "momentum", "grad_log_density", "a");
+  expose<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, int64_t>(m, ops, "perturb", "x", "radius", "seed", "draw",
+                                                                     "base", "kind");
   expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");
 
   expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, int64_t,

@@ -159,7 +159,7 @@ def test_compiles_fullgraph() -> None:
         (
             lambda: tilted_weights(torch.ones(2).long(), 1.0),
             ValueError,
-            "int64, expected a dense floating",
+            "int64, expected a dense tensor of float32",
         ),
         (
             lambda: tilted_reduce(torch.ones(2), torch.ones(3, 2), 1.0),

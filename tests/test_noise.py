@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tsam_ext import _C
+from tsam_ext.functional.checks import NOISES
 from tsam_ext.metrics import new_state
 from tsam_ext.reference import noise as oracle
-from tsam_ext.settings import NOISES
 
 N = 1 << 20
 

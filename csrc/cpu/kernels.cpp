@@ -4,6 +4,7 @@
 // Invariant: no function here has external linkage but the table, and none is a template of another library.
 #include "apply.h"
 
+#include "../core/leapfrog.h"
 #include "../core/tilt.h"
 
 namespace tsam {
@@ -134,11 +135,15 @@ void poison(DType dtype, void* accumulator, int64_t n) {
   });
 }
 
-void add_weighted(DType dtype, double* out, const void* values, int64_t n, double weight) {
+void add_weighted(DType dtype, double* out, const void* values, int64_t step, int64_t n, double weight) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T* v = static_cast<const T*>(values);
-    for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i])), out[i]);
+    if (step == 1) {
+      for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i])), out[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i * step])), out[i]);
+    }
   });
 }
 
@@ -148,6 +153,49 @@ void round_sum(DType dtype, void* out, const double* sum, int64_t n) {
     using C = compute_t<T>;
     T* o = static_cast<T*>(out);
     for (int64_t i = 0; i < n; ++i) from_compute(static_cast<C>(sum[i]), o[i]);
+  });
+}
+
+template <typename T, typename C, typename Count>
+void load_factor(const cpu::Factor& factor, int64_t i, Count count, C (&x)[kLanes]) {
+  if (factor.each != nullptr) {
+    load(static_cast<const T*>(factor.each) + i, count, x);
+  } else {
+    for (int k = 0; k < kLanes; ++k) x[k] = static_cast<C>(factor.all);
+  }
+}
+
+void leapfrog(DType dtype, const void* position, const void* momentum, const void* grad, cpu::Factor step,
+              cpu::Factor inverse_mass, void* position_out, void* momentum_out, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C x[kLanes], p[kLanes], g[kLanes], h[kLanes], m[kLanes];
+      load(static_cast<const T*>(position) + i, count, x);
+      load(static_cast<const T*>(momentum) + i, count, p);
+      load(static_cast<const T*>(grad) + i, count, g);
+      load_factor<T>(step, i, count, h);
+      load_factor<T>(inverse_mass, i, count, m);
+      Leapfrog<C>{}(g, h, m, x, p);
+      store(x, count, static_cast<T*>(position_out) + i);
+      store(p, count, static_cast<T*>(momentum_out) + i);
+    });
+  });
+}
+
+void kick(DType dtype, const void* momentum, const void* grad, cpu::Factor a, void* out, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C p[kLanes], g[kLanes], factor[kLanes];
+      load(static_cast<const T*>(momentum) + i, count, p);
+      load(static_cast<const T*>(grad) + i, count, g);
+      load_factor<T>(a, i, count, factor);
+      Kick<C>{}(g, factor, p);
+      store(p, count, static_cast<T*>(out) + i);
+    });
   });
 }
 
@@ -161,7 +209,8 @@ const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::noise_sum
                                    cpu_apply::perturb,      cpu_apply::sum_squares,
                                    cpu_apply::ascend,       cpu_apply::assign,
                                    cpu_apply::blend,        cpu_apply::poison,
-                                   cpu_apply::add_weighted, cpu_apply::round_sum};
+                                   cpu_apply::add_weighted, cpu_apply::round_sum,
+                                   cpu_apply::leapfrog,     cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -11,6 +11,12 @@
 namespace tsam {
 namespace cpu {
 
+// A factor of a formula: a value an element in the op's dtype, or (each null) one for all.
+struct Factor {
+  double all;
+  const void* each;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -37,10 +43,18 @@ struct Kernels {
   // accumulator = NaN, in the compute type of dtype. Words: write 1.
   void (*poison)(DType dtype, void* accumulator, int64_t n);
 
-  // out += weight * values, the sum held in float64. Words: read 2, write 1.
-  void (*add_weighted)(DType dtype, double* out, const void* values, int64_t n, double weight);
+  // out += weight * values, the sum held in float64; `step` is the distance of two values. Words: read 2, write 1.
+  void (*add_weighted)(DType dtype, double* out, const void* values, int64_t step, int64_t n, double weight);
   // out (dtype) = rounded sum. Words: read 1, write 1.
   void (*round_sum)(DType dtype, void* out, const double* sum, int64_t n);
+
+  // momentum_out = momentum + step / 2 grad, position_out = position + step inverse_mass momentum_out.
+  // Words: read 3, write 2, and 1 for each factor that has a value an element.
+  void (*leapfrog)(DType dtype, const void* position, const void* momentum, const void* grad, Factor step,
+                   Factor inverse_mass, void* position_out, void* momentum_out, int64_t n);
+
+  // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value an element.
+  void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);
 };
 
 // The table for this processor; TSAM_ISA=baseline, avx2 or avx512 in the environment picks a lower one.

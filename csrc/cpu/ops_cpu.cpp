@@ -1,14 +1,12 @@
-// The ops on CPU tensors: check every argument, plan the chunks, share them over threads, run the kernels.
+// The list ops on CPU tensors: check every argument, plan the chunks, share them over threads, run the kernels.
 //
-// Layout: lists become Runs (checks.h), a ChunkPlan cuts them, each thread takes a contiguous part of the plan.
-// Invariant: nothing is written before all checks passed, and no result depends on the number of threads: elements
-// are independent, and sums go through one partial a chunk, added in chunk order.
+// Layout: lists become Runs (checks.h), a ChunkPlan cuts them, parallel.h shares the chunks over threads.
+// Invariant: nothing is written before all checks passed, and no result depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -16,50 +14,13 @@
 #include "../core/weights.h"
 #include "../ops/checks.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace tsam {
 namespace cpu {
 namespace {
 
 using namespace checks;
-
-// Below this many elements waking a second thread costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
-
-ChunkPlan plan_of(const Runs& runs) {
-  std::vector<int64_t> sizes;
-  sizes.reserve(runs.size());
-  for (const Run& run : runs) sizes.push_back(run.size);
-  return ChunkPlan(sizes);
-}
-
-// body(chunk index, chunk) for every chunk, once, in parallel over about equal numbers of elements.
-template <typename Body>
-void for_chunks(const ChunkPlan& plan, const Body& body) {
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t parts = plan.num_elements() < kSerialElements ? 1 : threads;
-  const auto run_part = [&](int64_t part) {
-    const int64_t end = plan.part_begin(part + 1, parts);
-    for (int64_t c = plan.part_begin(part, parts); c < end; ++c) body(c, plan[c]);
-  };
-  if (parts == 1) {
-    run_part(0);
-    return;
-  }
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) run_part(part);
-  });
-}
-
-// Sum over chunks in chunk order.
-template <typename Body>
-double sum_chunks(const ChunkPlan& plan, const Body& body) {
-  std::vector<double> partial(static_cast<size_t>(plan.num_chunks()), 0.0);
-  for_chunks(plan, [&](int64_t c, const Chunk& chunk) { partial[static_cast<size_t>(c)] = body(chunk); });
-  return std::accumulate(partial.begin(), partial.end(), 0.0);
-}
-
-char* at(const Run& run, const Chunk& chunk) { return run.data + chunk.offset * item_bytes(run.dtype); }
 
 // Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
 // no buffer for z: their norm has to be known before the first element is written.
@@ -207,75 +168,6 @@ void restore_(TensorList position, TensorList saved) {
   });
 }
 
-std::vector<double> even_shares(size_t s) { return std::vector<double>(s, 1.0 / static_cast<double>(s)); }
-
-std::vector<double> checked_losses(const char* op, const Tensor& losses) {
-  const Run run = checked_run({op, "losses"}, losses);
-  if (losses.dim() != 1 || run.size == 0) fail({op, "losses"}, shape_name(losses), "a vector of at least one loss");
-  std::vector<double> values(static_cast<size_t>(run.size), 0.0);
-  kernels().add_weighted(run.dtype, values.data(), run.data, run.size, 1.0);
-  return values;
-}
-
-void checked_tilt(const char* op, double tilt) {
-  if (std::isnan(tilt)) fail({op, "tilt"}, "nan", "a number or an infinity");
-}
-
-Tensor rounded(const std::vector<double>& values, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
-  Tensor out = torch::stable::new_empty(like, shape);
-  const Run run = checked_run({"tilted", "result"}, out);
-  kernels().round_sum(run.dtype, run.data, values.data(), run.size);
-  return out;
-}
-
-Tensor tilted_loss(Tensor losses, double tilt) {
-  const std::vector<double> values = checked_losses("tilted_loss", losses);
-  checked_tilt("tilted_loss", tilt);
-  return rounded(
-      {tilted_value(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt)},
-      losses, {});
-}
-
-Tensor tilted_weights(Tensor losses, double tilt) {
-  const std::vector<double> values = checked_losses("tilted_weights", losses);
-  checked_tilt("tilted_weights", tilt);
-  std::vector<double> weights(values.size());
-  tilted_softmax(values.data(), even_shares(values.size()).data(), static_cast<int64_t>(values.size()), tilt,
-                 weights.data());
-  return rounded(weights, losses, losses.sizes());
-}
-
-// Words a value: read s, and one rounded result; the sum of a chunk stays in a float64 buffer of the cache.
-Tensor tilted_reduce(Tensor losses, Tensor values, double tilt) {
-  const char* op = "tilted_reduce";
-  const std::vector<double> loss = checked_losses(op, losses);
-  checked_tilt(op, tilt);
-  const Run all = checked_run({op, "values"}, values);
-  const int64_t s = static_cast<int64_t>(loss.size());
-  if (values.dim() < 1 || values.size(0) != s || !values.is_contiguous())
-    fail({op, "values"}, shape_name(values), "a contiguous tensor with " + std::to_string(s) + " entries in front");
-  std::vector<double> weights(loss.size());
-  tilted_softmax(loss.data(), even_shares(loss.size()).data(), s, tilt, weights.data());
-
-  const std::vector<int64_t> shape(values.sizes().begin() + 1, values.sizes().end());
-  Tensor out = torch::stable::new_empty(values, shape);
-  const Run result = checked_run({op, "result"}, out);
-  const int64_t bytes = item_bytes(all.dtype);
-  const Kernels& k = kernels();
-  for_chunks(plan_of({result}), [&](int64_t, const Chunk& chunk) {
-    constexpr int64_t kBlock = 4096;
-    double sum[kBlock];
-    for (int64_t i = chunk.offset; i < chunk.offset + chunk.length; i += kBlock) {
-      const int64_t n = std::min(kBlock, chunk.offset + chunk.length - i);
-      std::fill(sum, sum + n, 0.0);
-      for (int64_t j = 0; j < s; ++j)
-        k.add_weighted(all.dtype, sum, all.data + (j * result.size + i) * bytes, n, weights[static_cast<size_t>(j)]);
-      k.round_sum(all.dtype, result.data + i * bytes, sum, n);
-    }
-  });
-  return out;
-}
-
 Tensor tilt_summary(Tensor state, int64_t num_samples) {
   const char* op = "tilt_summary";
   in_range({op, "num_samples"}, num_samples, 0, kMaxSample);
@@ -326,8 +218,5 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("tilt_update_", TORCH_BOX(&tsam::cpu::tilt_update_));
   m.impl("accumulate_", TORCH_BOX(&tsam::cpu::accumulate_));
   m.impl("restore_", TORCH_BOX(&tsam::cpu::restore_));
-  m.impl("tilted_loss", TORCH_BOX(&tsam::cpu::tilted_loss));
-  m.impl("tilted_weights", TORCH_BOX(&tsam::cpu::tilted_weights));
   m.impl("tilt_summary", TORCH_BOX(&tsam::cpu::tilt_summary));
-  m.impl("tilted_reduce", TORCH_BOX(&tsam::cpu::tilted_reduce));
 }

@@ -115,12 +115,18 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline Run checked_run(const Where& where, const Tensor& tensor) {
+// The elements of a tensor that is only read, whatever its strides.
+inline Run checked_elements(const Where& where, const Tensor& tensor) {
   const DType dtype = dtype_of(where, tensor);
   if (!tensor.is_cpu()) fail(where, device_name(tensor), "a cpu tensor, like the op's other arguments");
-  if (!is_dense(tensor)) fail(where, shape_name(tensor), "a dense tensor whose elements do not overlap");
   const int64_t size = tensor.numel();
   return Run{static_cast<char*>(tensor.data_ptr()), size, dtype, size * item_bytes(dtype)};
+}
+
+inline Run checked_run(const Where& where, const Tensor& tensor) {
+  const Run run = checked_elements(where, tensor);
+  if (!is_dense(tensor)) fail(where, shape_name(tensor), "a dense tensor whose elements do not overlap");
+  return run;
 }
 
 inline Runs checked_runs(const char* op, const char* argument, const TensorList& tensors) {

@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def("tilted_loss(Tensor losses, float tilt) -> Tensor");
   m.def("tilted_weights(Tensor losses, float tilt) -> Tensor");
   m.def("tilted_reduce(Tensor losses, Tensor values, float tilt) -> Tensor");
+  m.def(
+      "leapfrog(Tensor position, Tensor momentum, Tensor grad_log_density, Tensor step_size, Tensor inverse_mass) "
+      "-> (Tensor, Tensor)");
+  m.def("kick(Tensor momentum, Tensor grad_log_density, Tensor a) -> Tensor");
+  m.def("perturb(Tensor x, Tensor radius, int seed, int draw, int base, int kind) -> Tensor");
 
   // Weights of the samples that state has seen, then ESS and tilted loss: float64 [num_samples + 2].
   m.def("tilt_summary(Tensor state, int num_samples) -> Tensor");

@@ -26,6 +26,9 @@ restore_: Callable[..., None] = _library.restore_.default
 tilted_loss: Callable[[Tensor, float], Tensor] = _library.tilted_loss.default
 tilted_weights: Callable[[Tensor, float], Tensor] = _library.tilted_weights.default
 tilted_reduce: Callable[[Tensor, Tensor, float], Tensor] = _library.tilted_reduce.default
+leapfrog: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _library.leapfrog.default
+kick: Callable[[Tensor, Tensor, Tensor], Tensor] = _library.kick.default
+perturb: Callable[[Tensor, Tensor, int, int, int, int], Tensor] = _library.perturb.default
 tilt_summary: Callable[[Tensor, int], Tensor] = _library.tilt_summary.default
 
 LIST_OPS = (
@@ -37,6 +40,8 @@ LIST_OPS = (
     "accumulate_",
     "restore_",
 )
+
+NAMES = (*LIST_OPS, "tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb", "tilt_summary")
 
 
 def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -64,7 +69,15 @@ def _fake_weights(losses: Tensor, tilt: float) -> Tensor:
 
 
 def _fake_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
-    return values.new_empty(values.shape[1:])
+    return torch.empty_like(values[0])
+
+
+def _fake_leapfrog(position: Tensor, momentum: Tensor, grad: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(position), torch.empty_like(position)
+
+
+def _fake_first(first: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(first)
 
 
 def _fake_summary(state: Tensor, num_samples: int) -> Tensor:
@@ -106,12 +119,76 @@ def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return *reduce_backward(tilted_weights(losses, ctx.tilt), values, grad, ctx.tilt), None
 
 
+def _to_factor(change: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a factor from that of each element: summed where the factor is one number."""
+    return (change.sum() if factor.dim() == 0 else change).to(factor.dtype)
+
+
+def keep_leapfrog(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what leapfrog_backward needs: of the outputs the momentum, of the inputs all but position and momentum."""
+    _, _, grad, step, inverse_mass = inputs
+    ctx.save_for_backward(grad, step, inverse_mass, output[1])
+
+
+def leapfrog_backward(ctx: Any, grad_position: Tensor, grad_momentum: Tensor) -> tuple[Tensor | None, ...]:
+    """With A = G_p + h m⁻¹ G_x: x: G_x, p: A, g: h/2 A, h: m⁻¹ p' G_x + g A / 2, m⁻¹: h p' G_x."""
+    grad, step, inverse_mass, half = ctx.saved_tensors
+    _, _, grad_needed, step_needed, mass_needed = ctx.needs_input_grad
+    through = (grad_momentum + step * inverse_mass * grad_position).to(grad.dtype)
+    of_grad = (0.5 * step * through).to(grad.dtype) if grad_needed else None
+    of_step = of_mass = None
+    if step_needed:
+        of_step = _to_factor(inverse_mass * half * grad_position + 0.5 * grad * through, step)
+    if mass_needed:
+        of_mass = _to_factor(step * half * grad_position, inverse_mass)
+    return grad_position, through, of_grad, of_step, of_mass
+
+
+def keep_kick(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Keeps what kick_backward needs."""
+    ctx.save_for_backward(*inputs[1:])
+
+
+def kick_backward(ctx: Any, grad_momentum: Tensor) -> tuple[Tensor | None, ...]:
+    """p: G, g: a G, a: g G."""
+    grad, a = ctx.saved_tensors
+    _, grad_needed, a_needed = ctx.needs_input_grad
+    of_grad = (a * grad_momentum).to(grad.dtype) if grad_needed else None
+    return grad_momentum, of_grad, _to_factor(grad * grad_momentum, a) if a_needed else None
+
+
+def keep_perturb(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what names the noise, and the form of x, but no tensor."""
+    x, radius, *ctx.noise = inputs
+    ctx.shape, ctx.stride, ctx.dtype, ctx.device = x.shape, x.stride(), x.dtype, x.device
+    ctx.radius_dtype = radius.dtype
+
+
+def unit_noise(ctx: Any) -> Tensor:
+    """The noise of a perturb at radius 1, in the type that it is computed in."""
+    wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+    zero = torch.empty_strided(ctx.shape, ctx.stride, dtype=wide, device=ctx.device).zero_()
+    return perturb(zero, torch.ones((), dtype=wide, device=ctx.device), *ctx.noise)
+
+
+def perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """x: G, radius: Σ ν G."""
+    of_radius = (unit_noise(ctx) * grad).sum().to(ctx.radius_dtype) if ctx.needs_input_grad[1] else None
+    return grad, of_radius, None, None, None, None
+
+
 for _name in LIST_OPS:
     torch.library.register_fake(f"tsam::{_name}", _fake_in_place(_name))
 torch.library.register_fake("tsam::tilted_loss", _fake_loss)
 torch.library.register_fake("tsam::tilted_weights", _fake_weights)
 torch.library.register_fake("tsam::tilted_reduce", _fake_reduce)
+torch.library.register_fake("tsam::leapfrog", _fake_leapfrog)
+torch.library.register_fake("tsam::kick", _fake_first)
+torch.library.register_fake("tsam::perturb", _fake_first)
 torch.library.register_fake("tsam::tilt_summary", _fake_summary)
 torch.library.register_autograd("tsam::tilted_loss", _loss_backward, setup_context=_keep_inputs)
 torch.library.register_autograd("tsam::tilted_weights", _weights_backward, setup_context=_keep_inputs)
 torch.library.register_autograd("tsam::tilted_reduce", _reduce_backward, setup_context=_keep_inputs)
+torch.library.register_autograd("tsam::leapfrog", leapfrog_backward, setup_context=keep_leapfrog)
+torch.library.register_autograd("tsam::kick", kick_backward, setup_context=keep_kick)
+torch.library.register_autograd("tsam::perturb", perturb_backward, setup_context=keep_perturb)

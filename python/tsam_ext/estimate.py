@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from . import _ops
-from .metrics import Slot, new_state
+from .functional.checks import NOISES, is_dense
+from .functional.state import Slot, new_state
 from .module_state import NormStatistics, RandomMasks
-from .settings import NOISES, Settings, is_dense, reject
+from .settings import Settings, reject
 from .table import Table
 
 

@@ -1,6 +1,6 @@
 """Diagnostics of one step, computed from the step's float64 state tensor when they are read.
 
-Layout of the state (csrc/core/tilt.h): 16 slots, then 4 values a sample (loss, log size, gradient norm, unused).
+Layout of the state: functional/state.py.
 Invariant: everything here is a device tensor of its own; the only host syncs are in the warnings, at a user's read.
 """
 
@@ -12,33 +12,9 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from .functional.state import HEADER, ROW, Slot, new_state
 
-HEADER = 16
-ROW = 4
-
-
-class Slot:
-    """Indices into the state tensor, as csrc/core/tilt.h has them (a test compares the two)."""
-
-    TILT = 0
-    FIRST_LOSS = 1
-    MAX = 2
-    SUM = 3
-    SUM_SQUARES = 4
-    ACTION = 5
-    KEEP = 6
-    ADD = 7
-    NONFINITE = 8
-    NOISE_SCALE = 9
-    GRAD_NORM = 10
-    SAVES = 11
-
-
-def new_state(num_samples: int, device: torch.device) -> Tensor:
-    """A state tensor with room for ``num_samples`` samples: float64, shape ``[16 + 4 num_samples]``."""
-    state = torch.full((HEADER + ROW * num_samples,), float("nan"), dtype=torch.float64, device=device)
-    state[Slot.SAVES] = 0.0
-    return state
+__all__ = ["HEADER", "ROW", "Diagnostics", "Slot", "new_state"]
 
 
 class Diagnostics:

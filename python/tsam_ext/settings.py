@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from .functional.checks import DTYPES, NOISES, is_dense
+
 Tilt = float | torch.Tensor | Callable[[int], float]
 
 SAMPLERS = ("ascent", "noise")
-NOISES = ("gaussian", "sphere", "ball")
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_SAMPLES = 1 << 16
 
 
@@ -150,17 +150,6 @@ class Settings:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain["tilt"] = self.tilt if isinstance(self.tilt, float) else None
         return plain
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements are one stretch of memory without overlap, in any order of the dimensions."""
-    dims = sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1)
-    step = 1
-    for stride, size in dims:
-        if stride != step:
-            return tensor.numel() < 2
-        step *= size
-    return True
 
 
 def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:

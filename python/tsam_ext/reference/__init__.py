@@ -1,10 +1,11 @@
 """The algorithms in plain torch: the oracle of the tests and the pure-Python baseline.
 
 Written from the formulas and not from the kernels, on torch alone, in float64 where it matters.
-noise.py: Philox, Box-Muller, ν over a list. tilt.py: tilted losses and weights, all at once and
-streaming. optim.py: the ascent, and a TSAM. Invariant: nothing is fused or cached.
+noise.py: Philox, Box-Muller, ν over a list. dynamics.py: leapfrog, kick, perturb. tilt.py: tilted losses
+and weights, all at once and streaming. optim.py: the ascent, and a TSAM. Invariant: nothing is fused or cached.
 """
 
+from .dynamics import kick, leapfrog, perturb
 from .noise import base_offsets, global_norm, normal, philox4x32, uniform, unit_noise
 from .optim import ReferenceTSAM, ascend
 from .tilt import StreamingTilt, tilted_loss, tilted_reduce, tilted_weights
@@ -15,7 +16,10 @@ __all__ = [
     "ascend",
     "base_offsets",
     "global_norm",
+    "kick",
+    "leapfrog",
     "normal",
+    "perturb",
     "philox4x32",
     "tilted_loss",
     "tilted_reduce",

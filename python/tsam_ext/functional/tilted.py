@@ -1,47 +1,30 @@
-"""The ops as functions: checked, documented, differentiable.
+"""The tilted mean, its weights, and the tilted sum of values: differentiable in every mode and order.
 
-Differentiable: tilted_loss, tilted_weights, tilted_reduce (first and second order, forward and reverse mode, vmap,
-torch.compile fullgraph). The in-place list ops that TSAM calls are in tsam_ext._C, without derivatives.
+Formulas: value (1/t) log mean exp(t L), weights softmax(t L), sum Σ softmax(t L)_j values_j.
 Invariant: float64 inside, one rounding of the result; at t = 0 and ±inf the formulas are their limits.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _ops
+from tsam_ext import _ops
+
+from .checks import check_alike, check_tensor, check_tilt, refuse
+from .transforms import apply, rows_of_vmap
 
 __all__ = ["tilted_loss", "tilted_reduce", "tilted_weights"]
 
 
-def _check(op: str, tilt: float, losses: Tensor, values: Tensor | None = None) -> float:
-    if isinstance(tilt, bool) or not isinstance(tilt, (int, float)):
-        raise TypeError(f"tsam.{op}: tilt: got {tilt!r}, expected a number (inf and -inf too)")
-    if math.isnan(tilt):
-        raise ValueError(f"tsam.{op}: tilt: got nan, expected a number (inf and -inf too)")
-    for name, tensor in (("losses", losses), ("values", losses if values is None else values)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"tsam.{op}: {name}: got {type(tensor).__name__}, expected a tensor")
-        # Dynamo cannot compare layouts; its own tensors are dense.
-        dense = torch.compiler.is_compiling() or tensor.layout is torch.strided
-        if not (tensor.dtype.is_floating_point and dense):
-            got = f"a {tensor.layout} tensor of {tensor.dtype}"
-            raise ValueError(f"tsam.{op}: {name}: got {got}, expected a dense floating-point tensor")
+def _checked(op: str, losses: object, tilt: object) -> tuple[Tensor, float]:
+    tilt = check_tilt(op, tilt)
+    losses = check_tensor(op, "losses", losses)
     if losses.dim() != 1 or losses.shape[0] == 0:
-        got = f"shape {tuple(losses.shape)}"
-        raise ValueError(f"tsam.{op}: losses: got {got}, expected a vector of at least one loss")
-    if values is not None:
-        if values.dim() < 1 or values.shape[0] != losses.shape[0]:
-            expected = f"{losses.shape[0]} entries in front, one for each loss"
-            raise ValueError(f"tsam.{op}: values: got shape {tuple(values.shape)}, expected {expected}")
-        if values.device != losses.device:
-            expected = f"a tensor on {losses.device}, as losses is"
-            raise ValueError(f"tsam.{op}: values: got a tensor on {values.device}, expected {expected}")
-    return float(tilt)
+        raise refuse(op, "losses", f"shape {tuple(losses.shape)}", "a vector of at least one loss")
+    return losses.contiguous(), tilt
 
 
 def tilted_loss(losses: Tensor, tilt: float) -> Tensor:
@@ -65,8 +48,9 @@ def tilted_loss(losses: Tensor, tilt: float) -> Tensor:
         >>> tilted_loss(torch.tensor([0.0, 1.0, 2.0]), float("inf"))
         tensor(2.)
     """
-    tilt = _check("tilted_loss", tilt, losses)
-    return _apply(_TiltedLoss, _TiltedLossReverse, losses, tilt)
+    losses, tilt = _checked("tilted_loss", losses, tilt)
+    result: Tensor = apply(_TiltedLoss, _TiltedLossReverse, losses, tilt)
+    return result
 
 
 def tilted_weights(losses: Tensor, tilt: float) -> Tensor:
@@ -87,8 +71,9 @@ def tilted_weights(losses: Tensor, tilt: float) -> Tensor:
         >>> tilted_weights(torch.tensor([1.0, 3.0, 3.0]), float("inf"))
         tensor([0.0000, 0.5000, 0.5000])
     """
-    tilt = _check("tilted_weights", tilt, losses)
-    return _apply(_TiltedWeights, _TiltedWeightsReverse, losses, tilt)
+    losses, tilt = _checked("tilted_weights", losses, tilt)
+    result: Tensor = apply(_TiltedWeights, _TiltedWeightsReverse, losses, tilt)
+    return result
 
 
 def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
@@ -96,11 +81,12 @@ def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
 
     Args:
         losses: shape ``[s]``.
-        values: shape ``[s, ...]``; the sum runs over the first axis in float64, without a copy where contiguous.
+        values: shape ``[s, ...]``, any strides: the sum runs over the first axis in float64 and reads each value where
+            it lies, without a copy.
         tilt: t, any number or infinity.
 
     Returns:
-        Shape ``values.shape[1:]``, dtype of ``values``.
+        Shape ``values.shape[1:]``, dtype and layout of ``values[0]``.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
@@ -110,23 +96,14 @@ def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
         >>> tilted_reduce(torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]), 0.0)
         tensor([2., 2.])
     """
-    tilt = _check("tilted_reduce", tilt, losses, values)
-    return _apply(_TiltedReduce, _TiltedReduceReverse, losses, values.contiguous(), tilt)
-
-
-def _apply(function: Any, reverse_only: Any, *args: Tensor | float) -> Tensor:
-    # Dynamo refuses a Function with a jvp of its own where an input requires grad.
-    result: Tensor = (reverse_only if torch.compiler.is_compiling() else function).apply(*args)
+    op = "tilted_reduce"
+    losses, tilt = _checked(op, losses, tilt)
+    values = check_alike(op, "values", values, losses, "losses", shape=False)
+    if values.dim() < 1 or values.shape[0] != losses.shape[0]:
+        expected = f"{losses.shape[0]} entries in front, one for each loss"
+        raise refuse(op, "values", f"shape {tuple(values.shape)}", expected)
+    result: Tensor = apply(_TiltedReduce, _TiltedReduceReverse, losses, values, tilt)
     return result
-
-
-def _rows(info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The arguments of each row of a vmap."""
-    columns = [
-        [arg] * info.batch_size if dim is None else list(arg.unbind(dim))
-        for arg, dim in zip(args, in_dims, strict=True)
-    ]
-    return list(zip(*columns, strict=True))
 
 
 class _Tilted(torch.autograd.Function):
@@ -140,7 +117,7 @@ class _Tilted(torch.autograd.Function):
 
     @classmethod
     def _vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return torch.stack([_apply(cls, cls, *row).clone() for row in _rows(info, in_dims, args)]), 0
+        return torch.stack([apply(cls, cls, *row).clone() for row in rows_of_vmap(info, in_dims, args)]), 0
 
 
 class _TiltedLossReverse(_Tilted):

@@ -1,0 +1,134 @@
+"""What the functions of this package demand of their arguments, beyond what the kernels check themselves.
+
+Messages read ``tsam.<op>: <argument>[<index>]: got <what came>, expected <what was wanted>``, as in csrc/ops/checks.h.
+Invariant: nothing here reads a tensor's values, so nothing syncs, and a function calls its op only after all checks.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NOISES = ("gaussian", "sphere", "ball")
+
+
+def refuse(op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> Exception:
+    """The exception to raise for a bad argument (so that ``raise refuse(...)`` reads as one sentence)."""
+    return error(f"tsam.{op}: {argument}: got {got}, expected {expected}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements are one stretch of memory without overlap, in any order of the dimensions."""
+    dims = sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1)
+    step = 1
+    for stride, size in dims:
+        if stride != step:
+            return tensor.numel() < 2
+        step *= size
+    return True
+
+
+def check_tensor(op: str, argument: str, tensor: object) -> Tensor:
+    """``tensor`` if it is a strided tensor of one of the four dtypes; TypeError or ValueError otherwise."""
+    if not isinstance(tensor, Tensor):
+        raise refuse(op, argument, type(tensor).__name__, "a tensor", TypeError)
+    # Dynamo cannot compare layouts; its own tensors are strided.
+    strided = torch.compiler.is_compiling() or tensor.layout is torch.strided
+    if tensor.dtype not in DTYPES or not strided:
+        expected = "a dense tensor of float32, float64, bfloat16 or float16"
+        raise refuse(op, argument, f"a {tensor.layout} tensor of {tensor.dtype}", expected)
+    return tensor
+
+
+def check_alike(op: str, argument: str, tensor: object, like: Tensor, reference: str, *, shape: bool = True) -> Tensor:
+    """A checked tensor with the device, and unless told otherwise the shape and the dtype, of ``like``."""
+    tensor = check_tensor(op, argument, tensor)
+    if tensor.device != like.device:
+        raise refuse(op, argument, f"a tensor on {tensor.device}", f"one on {like.device}, as {reference} is")
+    if shape and tensor.shape != like.shape:
+        raise refuse(op, argument, f"shape {tuple(tensor.shape)}", f"{tuple(like.shape)}, the shape of {reference}")
+    if shape and tensor.dtype != like.dtype:
+        raise refuse(op, argument, f"dtype {tensor.dtype}", f"{like.dtype}, as {reference} has it")
+    return tensor
+
+
+def check_number(op: str, argument: str, value: object, expected: str, low: float = -math.inf) -> float:
+    """``value`` as a finite float not below ``low``; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise refuse(op, argument, repr(value), f"{expected} or a tensor", TypeError)
+    if not math.isfinite(value) or value < low:
+        raise refuse(op, argument, repr(value), expected)
+    return float(value)
+
+
+def check_tilt(op: str, tilt: object) -> float:
+    """``tilt`` as a float; infinities pass, NaN does not."""
+    expected = "a number (inf and -inf too)"
+    if isinstance(tilt, bool) or not isinstance(tilt, (int, float, numbers.Real)):
+        raise refuse(op, "tilt", repr(tilt), expected, TypeError)
+    if math.isnan(tilt):
+        raise refuse(op, "tilt", "nan", expected)
+    return float(tilt)
+
+
+def check_int(op: str, argument: str, value: object, low: int, high: int) -> int:
+    """``value`` as an int from ``low`` to ``high``; TypeError or ValueError otherwise."""
+    expected = f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        raise refuse(op, argument, repr(value), expected, TypeError)
+    if not low <= int(value) <= high:
+        raise refuse(op, argument, value, expected)
+    return int(value)
+
+
+def check_noise(op: str, argument: str, kind: object) -> int:
+    """The number that the kernels give to a kind of noise (csrc/core/perturb.h)."""
+    expected = " or ".join(repr(noise) for noise in NOISES)
+    if not isinstance(kind, str):
+        raise refuse(op, argument, repr(kind), expected, TypeError)
+    if kind not in NOISES:
+        raise refuse(op, argument, repr(kind), expected)
+    return NOISES.index(kind)
+
+
+def check_seed(op: str, seed: object) -> int:
+    """A 64-bit seed as the signed integer that an op takes."""
+    value = check_int(op, "seed", seed, 0, (1 << 64) - 1)
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def check_list(op: str, argument: str, tensors: object) -> list[Tensor]:
+    """A list of dense tensors that may be written in place."""
+    if not isinstance(tensors, (list, tuple)):
+        raise refuse(op, argument, type(tensors).__name__, "a list of tensors", TypeError)
+    return [check_tensor(op, f"{argument}[{i}]", tensor) for i, tensor in enumerate(tensors)]
+
+
+def check_writable(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses what autograd or inference mode forbids to change in place."""
+    grad_mode = torch.is_grad_enabled()
+    for i, tensor in enumerate(tensors):
+        place = f"{argument}[{i}]" if len(tensors) != 1 or argument != "state" else argument
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise refuse(op, place, "an inference tensor", "one that may change outside inference mode")
+        if grad_mode and tensor.requires_grad:
+            got = f"a {'leaf ' if tensor.is_leaf else ''}tensor that requires grad"
+            raise refuse(op, place, got, "torch.no_grad() around the call: the op has no gradient")
+
+
+def check_numbers(op: str, argument: str, values: object, length: int, reference: str, kind: type) -> list[float]:
+    """One number (or flag) an entry of another list; the kernels check the ranges."""
+    if not isinstance(values, (list, tuple)):
+        raise refuse(op, argument, type(values).__name__, f"a list of {kind.__name__}", TypeError)
+    for i, value in enumerate(values):
+        wrong = isinstance(value, bool) is not (kind is bool) or not isinstance(value, (kind, numbers.Real))
+        if wrong:
+            raise refuse(op, f"{argument}[{i}]", repr(value), f"a {kind.__name__}", TypeError)
+    if len(values) != length:
+        raise refuse(op, argument, f"{len(values)} entries", f"{length} (as many as {reference})")
+    return list(values)
