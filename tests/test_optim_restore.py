@@ -96,6 +96,47 @@ def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int
         assert ours.holds(theirs.copies())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sampler", ["noise", "ascent"])
+@pytest.mark.parametrize("error", [InterruptedStepError, KeyboardInterrupt])
+def test_every_kind_of_parameter_comes_back(problem, dtype, sampler: str, error) -> None:
+    """Low precision, autocast, a frozen parameter and one that no loss depends on; at each run of the closure."""
+    task = problem(dtype=dtype)
+    unused = torch.nn.Parameter(torch.randn(5).to(dtype))
+    frozen = torch.nn.Parameter(torch.randn(3).to(dtype), requires_grad=False)
+    optimizer = TSAM([*task.parameters, unused, frozen], lr=0.1, rho=0.3, sampler=sampler, seed=3)
+    every = [*task.parameters, unused, frozen]
+    before = [p.detach().clone() for p in every]
+    moved: list[list[bool]] = []
+    runs = 3 if sampler == "noise" else 6
+
+    def closure_failing(at: int) -> Callable[[], Tensor]:
+        calls = 0
+
+        def closure() -> Tensor:
+            nonlocal calls
+            calls += 1
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+                loss = task.loss()
+            loss.backward()
+            moved.append([not torch.equal(p, b) for p, b in zip(every, before, strict=True)])
+            if calls == at + 1:
+                raise error
+            return loss
+
+        return closure
+
+    for at in range(runs):
+        with pytest.raises(error):
+            optimizer.step(closure_failing(at))
+        assert all(torch.equal(p, b) for p, b in zip(every, before, strict=True))
+        assert all(p.grad is None for p in every)
+    assert all(all(flags[:-1]) and not flags[-1] for flags in moved)  # all but the frozen one had moved
+    optimizer.step(closure_failing(runs))
+    assert unused.grad is None
+    assert torch.equal(unused, before[-2])
+
+
 @pytest.mark.parametrize("at", [0, 1, 5])
 def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
     """Views into one bucket, as a reducer owns: same tensors, zeroed, filled by the next step."""

@@ -126,9 +126,9 @@ def check_numbers(op: str, argument: str, values: object, length: int, reference
     if not isinstance(values, (list, tuple)):
         raise refuse(op, argument, type(values).__name__, f"a list of {kind.__name__}", TypeError)
     for i, value in enumerate(values):
-        wrong = isinstance(value, bool) is not (kind is bool) or not isinstance(value, (kind, numbers.Real))
-        if wrong:
-            raise refuse(op, f"{argument}[{i}]", repr(value), f"a {kind.__name__}", TypeError)
+        fits = isinstance(value, numbers.Real if kind is float else numbers.Integral)
+        if not fits or isinstance(value, bool) is not (kind is bool):
+            raise refuse(op, f"{argument}[{i}]", repr(value), f"a value of type {kind.__name__}", TypeError)
     if len(values) != length:
         raise refuse(op, argument, f"{len(values)} entries", f"{length} (as many as {reference})")
     return list(values)

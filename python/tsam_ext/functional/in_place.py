@@ -18,7 +18,17 @@ from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
 
-from .checks import check_int, check_list, check_noise, check_numbers, check_seed, check_tensor, check_writable, refuse
+from .checks import (
+    check_int,
+    check_list,
+    check_noise,
+    check_numbers,
+    check_seed,
+    check_tensor,
+    check_tilt,
+    check_writable,
+    refuse,
+)
 from .state import Slot
 
 __all__ = ["accumulate_", "ascend_", "grad_norm_", "perturb_", "restore_", "tilt_begin_", "tilt_update_"]
@@ -86,7 +96,7 @@ def perturb_(
             list(position), list(saved), state, radii, flags, list(base), key, step, sample, noise, dimension, negate,
             save,
         )  # fmt: skip
-        _changed(position, saved if save else (), (state,))
+        _changed(position, saved if save else (), [state])
 
 
 def grad_norm_(
@@ -158,7 +168,7 @@ def ascend_(
         check_numbers(op, "adaptive", flags, n, "position", bool)
     if position:
         _ops.ascend_(list(position), list(saved), list(grads), state, lengths, flags, save)
-        _changed(position, saved if save else ())
+        _changed(position, (*saved, state) if save else ())
 
 
 def tilt_begin_(state: Tensor, tilt: Tensor | float) -> None:
@@ -168,7 +178,7 @@ def tilt_begin_(state: Tensor, tilt: Tensor | float) -> None:
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "tilt_begin_"
-    tilt = _scalar(op, "tilt", tilt, state)
+    tilt = _scalar(op, "tilt", tilt if isinstance(tilt, Tensor) else check_tilt(op, tilt), state)
     if not torch.compiler.is_compiling():
         _check(op, {}, state, written=("state",))
     _ops.tilt_begin_(state, tilt.detach())
