@@ -6,6 +6,8 @@ Laws: shift invariance, the limits t -> 0 and t -> +-inf, the small-t expansion,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -128,24 +130,119 @@ def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
     assert tilted_loss(losses, 2.0) == oracle.tilted_loss(losses.double(), 2.0).to(dtype)
 
 
-@pytest.mark.parametrize("name", ["tilted_loss", "tilted_weights", "tilted_reduce"])
-def test_opcheck(name: str) -> None:
-    losses = losses_of(3).requires_grad_()
-    args = (losses, torch.randn(3, 4, dtype=torch.float64, requires_grad=True), 0.5)
-    op = getattr(torch.ops.tsam, name).default
-    torch.library.opcheck(op, args if name == "tilted_reduce" else (losses, 0.5))
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.randn(3, 4, 5, 6, 7),
+    "channels_last": lambda: torch.randn(3, 4, 6, 7, 5).movedim(-1, 2),
+    "sample axis innermost": lambda: torch.randn(4, 5, 6, 7, 3).movedim(-1, 0),
+    "expanded": lambda: torch.randn(1, 4, 5, 6, 7).expand(3, 4, 5, 6, 7),
+    "every second": lambda: torch.randn(6, 4, 10, 6, 14)[::2, :, ::2, :, ::2],
+    "transposed": lambda: torch.randn(3, 7, 5, 6, 4).mT.transpose(1, 2),
+    "large, cut": lambda: torch.randn(3, 300, 301)[:, :, :300],
+    "vectors": lambda: torch.randn(3, 1),
+    "numbers": lambda: torch.randn(3),
+    "empty": lambda: torch.randn(3, 0, 2),
+}
 
 
-def test_compiles_fullgraph() -> None:
-    losses, values = losses_of(4).requires_grad_(), torch.randn(4, 3, dtype=torch.float64)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_reduce_reads_any_layout_where_it_lies(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    losses, values = losses_of(3), LAYOUTS[name]().to(dtype)
+    want = oracle.tilted_reduce(losses, values.double(), 0.7)
+    for op in (tilted_reduce, _C.tilted_reduce):
+        got = op(losses, values, 0.7)
+        assert got.stride() == torch.empty_like(values[0]).stride()
+        assert ((got.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-15).all()
 
-    def run(x: Tensor, v: Tensor) -> Tensor:
-        return tilted_loss(x, 2.0) + tilted_reduce(x, v, 2.0).sum() + tilted_weights(x, 2.0)[0]
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.allclose(compiled(losses, values), run(losses, values))
-    grads = [torch.autograd.grad(f(losses, values), losses)[0] for f in (compiled, run)]
-    assert torch.allclose(*grads)
+def test_reduce_makes_no_copy_of_its_values() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    losses = torch.ones(2)
+    for values in (torch.randn(2, 4, 6, 5).movedim(-1, 1), torch.randn(4, 2).t()):
+        names: list[str] = []
+        with Calls():
+            tilted_reduce(losses, values, 1.0)
+        assert names == ["tsam.tilted_reduce.default"]
+
+
+FORMS: dict[str, Callable[[str], Any]] = {
+    "functional": lambda name: getattr(tsam_ext.functional, name),
+    "_C": lambda name: getattr(_C, name),
+    "torch.ops": lambda name: getattr(torch.ops.tsam, name),
+}
+NAMES = ["tilted_loss", "tilted_weights", "tilted_reduce"]
+
+
+def arguments_of(name: str, s: int = 3, n: int = 4) -> tuple[Tensor, ...]:
+    losses, values = losses_of(s).requires_grad_(), torch.randn(s, n, dtype=torch.float64, requires_grad=True)
+    return (losses, values) if name == "tilted_reduce" else (losses,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tilt", [0.5, 0.0, float("inf")])
+def test_opcheck(name: str, tilt: float) -> None:
+    torch.library.opcheck(getattr(torch.ops.tsam, name).default, (*arguments_of(name), tilt))
+
+
+def test_opcheck_of_values_in_another_layout() -> None:
+    values = torch.randn(3, 4, 6, 7, 5).movedim(-1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.tsam.tilted_reduce.default, (losses_of(3).requires_grad_(), values, 0.5))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_fullgraph_with_dynamic_shapes(name: str, form: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    op, counter = FORMS[form](name), CompileCounterWithBackend("aot_eager")
+
+    def run(*tensors: Tensor) -> Tensor:
+        return op(*tensors, 2.0)
+
+    torch._dynamo.reset()
+    compiled, graphs = torch.compile(run, fullgraph=True, backend=counter, dynamic=True), []
+    for s, n in ((4, 3), (6, 5), (9, 2)):
+        arguments = arguments_of(name, s, n)
+        got, want = compiled(*arguments), run(*arguments)
+        assert torch.allclose(got, want)
+        weights = torch.randn_like(want)
+        pairs = zip(*(torch.autograd.grad((weights * out).sum(), arguments) for out in (got, want)), strict=True)
+        assert all(torch.allclose(a, b) for a, b in pairs)
+        graphs.append(counter.frame_count)
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * 3  # one graph serves all sizes
+
+
+def test_transforms_of_reduce_are_the_reference_s() -> None:
+    from torch.func import hessian, jacfwd, jacrev, jvp, vmap
+
+    losses, values, tilt = losses_of(3), torch.randn(3, 2, dtype=torch.float64), 0.8
+
+    def ours(x: Tensor, v: Tensor) -> Tensor:
+        return tilted_reduce(x, v, tilt)
+
+    def theirs(x: Tensor, v: Tensor) -> Tensor:
+        return oracle.tilted_reduce(x, v, tilt)
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor):
+            return torch.allclose(a, b, rtol=1e-11, atol=1e-12)
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
+
+    for transform in (jacrev, jacfwd, hessian):
+        assert same(transform(ours, argnums=(0, 1))(losses, values), transform(theirs, argnums=(0, 1))(losses, values))
+    tangents = torch.randn(3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    assert same(jvp(ours, (losses, values), tangents), jvp(theirs, (losses, values), tangents))
+    rows, tables = torch.stack([losses, -losses], 1), torch.stack([values, 2 * values, values**2])
+    assert same(vmap(ours, (1, None))(rows, values), torch.stack([theirs(x, values) for x in rows.unbind(1)]))
+    assert same(vmap(ours, (None, 0))(losses, tables), torch.stack([theirs(losses, v) for v in tables]))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +250,7 @@ def test_compiles_fullgraph() -> None:
     [
         (lambda: tilted_loss(torch.ones(2), math.nan), ValueError, "tilted_loss: tilt: got nan"),
         (lambda: tilted_loss(torch.ones(2), "1"), TypeError, "tilted_loss: tilt: got '1'"),
+        (lambda: tilted_loss(torch.ones(2), True), TypeError, "tilted_loss: tilt: got True"),
         (lambda: tilted_loss([1.0], 1.0), TypeError, "losses: got list, expected a tensor"),
         (lambda: tilted_loss(torch.ones(2, 2), 1.0), ValueError, r"losses: got shape \(2, 2\)"),
         (lambda: tilted_weights(torch.ones(0), 1.0), ValueError, r"losses: got shape \(0,\)"),

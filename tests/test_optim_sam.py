@@ -52,7 +52,7 @@ def sam_gradient(task: Any, rho: float, adaptive: bool) -> float:
         for p, o, g in zip(task.parameters, origin, grads, strict=True):
             p.copy_(o)
             p.grad = g
-    return float(loss)
+    return float(loss.detach())
 
 
 @pytest.mark.parametrize("base", BASES)
