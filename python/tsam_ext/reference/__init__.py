@@ -1,10 +1,12 @@
 """The algorithms in plain torch: the oracle of the tests and the pure-Python baseline.
 
 Written from the formulas and not from the kernels, on torch alone, in float64 where it matters.
-noise.py: Philox, Box-Muller, ν over a list. dynamics.py: leapfrog, kick, perturb. tilt.py: tilted losses
-and weights, all at once and streaming. optim.py: the ascent, and a TSAM. Invariant: nothing is fused or cached.
+noise.py: Philox, Box-Muller, ν over a list. dynamics.py: leapfrog, kick, perturb. drift.py: the drifts of HMC. tilt.py:
+tilted losses and weights, all at once and streaming. optim.py: the ascent, and a TSAM. Invariant: nothing is fused or
+cached.
 """
 
+from .drift import ball_drift, rotation_drift
 from .dynamics import kick, leapfrog, perturb
 from .noise import base_offsets, global_norm, normal, philox4x32, uniform, unit_noise
 from .optim import ReferenceTSAM, ascend
@@ -14,6 +16,7 @@ __all__ = [
     "ReferenceTSAM",
     "StreamingTilt",
     "ascend",
+    "ball_drift",
     "base_offsets",
     "global_norm",
     "kick",
@@ -21,6 +24,7 @@ __all__ = [
     "normal",
     "perturb",
     "philox4x32",
+    "rotation_drift",
     "tilted_loss",
     "tilted_reduce",
     "tilted_weights",
