@@ -1,0 +1,51 @@
+// The drifts and the accept test as a shared library for ctypes: tests/test_drift.py asserts their laws.
+//
+// Layout: a drift is five doubles (a, b, c, d, reflections), a chain kChain doubles. Invariant: no arithmetic of its
+// own; every function hands its arguments to csrc/core.
+#include "../../csrc/core/drift.h"
+#include "../../csrc/core/metropolis.h"
+
+using namespace tsam;
+
+static void store(const Drift& drift, double* out) {
+  const double values[] = {drift.a, drift.b, drift.c, drift.d, drift.reflections};
+  std::memcpy(out, values, sizeof values);
+}
+
+// Whole blocks of W elements; the caller's n is a multiple of W.
+template <typename C, int W>
+static void apply(const double* drift, int64_t n, C* u, C* v) {
+  const DriftMap<C> map{drift[0], drift[1], drift[2], drift[3]};
+  for (int64_t i = 0; i < n; i += W) {
+    C x[W], y[W];
+    std::memcpy(x, u + i, sizeof x);
+    std::memcpy(y, v + i, sizeof y);
+    map(x, y);
+    std::memcpy(u + i, x, sizeof x);
+    std::memcpy(v + i, y, sizeof y);
+  }
+}
+
+extern "C" {
+
+void rotation(double h, double* out) { store(rotation_drift(h), out); }
+void ball(double uu, double uv, double vv, double h, double* out) { store(ball_drift(uu, uv, vv, h), out); }
+
+void apply_float1(const double* drift, int64_t n, float* u, float* v) { apply<float, 1>(drift, n, u, v); }
+void apply_float32(const double* drift, int64_t n, float* u, float* v) { apply<float, 32>(drift, n, u, v); }
+void apply_double1(const double* drift, int64_t n, double* u, double* v) { apply<double, 1>(drift, n, u, v); }
+
+int chain_slots() { return kChain; }
+void create(double* s, double log_step) { chain_create(s, log_step); }
+void begin(double* s, double delta, double loss) { chain_begin(s, delta, loss); }
+void launch(double* s) { trajectory_begin(s); }
+void kick(double* s, double a, double pq, double qq) { kick_energy(s, a, pq, qq); }
+int land(double* s, double loss, uint64_t seed, uint32_t step, uint32_t trajectory) {
+  return trajectory_end(s, loss, make_stream(seed, step, kAccept, trajectory));
+}
+double accept_uniform(uint64_t seed, uint32_t step, uint32_t trajectory) {
+  return scalar_uniform(make_stream(seed, step, kAccept, trajectory));
+}
+void adapt(double* s) { adapt_step(s); }
+
+}  // extern "C"
