@@ -1,6 +1,6 @@
 """``python -m bench COMMAND``: the command line of the benchmarks, one module a command.
 
-Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage, 130 interrupted (``--resume`` goes on).
+Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage or no g++, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import train
+from . import ops, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,11 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of tsam_ext.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
+    ops.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are kept, --resume goes on from them", file=sys.stderr)
+        print("\ninterrupted; train keeps its finished runs, train --resume goes on from them", file=sys.stderr)
         return 130
     return code
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def picture(results: list[Result], methods: list[Method], path: Path, title: str
     plt.close(figure)
 
 
-def write_json(path: Path, results: list[Result], settings: dict[str, Any]) -> None:
+def write_json(path: Path, results: Sequence[object], settings: dict[str, Any]) -> None:
     """Everything that was measured, with where and when."""
     rows = [vars(r) for r in results]
     text = json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n"

@@ -1,0 +1,385 @@
+"""What ``python -m bench ops`` times: one entry an op, with the words it moves and the same work in torch.
+
+plain: torch ops, a Python loop over the tensors; foreach: torch._foreach_* ops; compiled: what torch.compile gets, the
+plain function unless one without host reads and separate passes fuses better. All in place and without temporaries
+where torch allows it. Invariant: all of a case's ways leave the same numbers in ``result``; noise has the same moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+import tsam_ext
+from tsam_ext import _ops
+from tsam_ext.metrics import HEADER, Slot, new_state
+
+from .op_check import Case, Way
+
+CPU = torch.device("cpu")
+SAMPLES = 3
+TILT = 2.0
+RHO = 1e-3
+SMALL = 200  # calls in one timing of an op on a few numbers
+GAUSSIAN, SPHERE = 0, 1
+
+# ResNet-18's parameters by size, 62 tensors; shares of the wanted number of elements.
+_STAGES = ((64, 64), (64, 128), (128, 256), (256, 512))
+NETWORK: list[int] = [9408, 64, 64]
+for _entry, _width in _STAGES:
+    _norm = [_width, _width]
+    _shortcut = [] if _entry == _width else [_entry * _width, *_norm]
+    NETWORK += [9 * _entry * _width, *_norm, 9 * _width * _width, *_norm, *_shortcut]
+    NETWORK += 2 * [9 * _width * _width, *_norm]
+NETWORK += [512 * 1000, 1000]
+
+
+def sizes_of(elements: int, tensors: int | None) -> list[int]:
+    """Sizes that add up to ``elements``: in ResNet-18's proportions, or of ``tensors`` about equal tensors."""
+    weights = NETWORK if tensors is None else [1] * tensors
+    total, passed, borders = sum(weights), 0, [0]
+    for weight in weights:
+        passed += weight
+        borders.append(passed * elements // total)
+    return [b - a for a, b in pairwise(borders) if b > a]
+
+
+@dataclass
+class Lists:
+    """The tensors that the list ops work on."""
+
+    sizes: list[int]
+    dtype: torch.dtype
+    position: list[Tensor] = field(init=False)
+    saved: list[Tensor] = field(init=False)
+    grads: list[Tensor] = field(init=False)
+    accumulator: list[Tensor] = field(init=False)
+    base: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(1)
+        self.position, self.saved, self.grads = (self._normal(self.dtype) for _ in range(3))
+        self.accumulator = self._normal(torch.float32)
+        self.state = new_state(SAMPLES, CPU)
+        self.norm = torch.zeros(())
+        self.base = [sum((n + 3) // 4 * 4 for n in self.sizes[:k]) for k in range(len(self.sizes))]
+        self.elements = sum(self.sizes)
+
+    def _normal(self, dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(n, generator=self._generator).to(dtype) for n in self.sizes]
+
+    def every(self, value: float) -> list[float]:
+        """One number a tensor."""
+        return [value] * len(self.sizes)
+
+    def flags(self, value: bool) -> list[bool]:
+        """One flag a tensor."""
+        return [value] * len(self.sizes)
+
+    def refill(self) -> None:
+        """Gives everything that an op writes the values of a fixed seed."""
+        generator = torch.Generator().manual_seed(2)
+        for p, s, a in zip(self.position, self.saved, self.accumulator, strict=True):
+            p.copy_(torch.randn(p.shape, generator=generator))
+            s.copy_(torch.randn(p.shape, generator=generator))
+            a.copy_(torch.randn(p.shape, generator=generator))
+        self.norm.zero_()
+
+    def act(self, loss: float) -> None:
+        """Brings the state to where accumulate_ assigns (first sample) or blends (second sample of another loss)."""
+        _ops.tilt_begin_(self.state, torch.tensor(TILT))
+        _ops.tilt_update_(self.state, torch.tensor(1.0), 0.0, 0, False, False)
+        if loss != 1.0:
+            _ops.tilt_update_(self.state, torch.tensor(loss), 0.0, 1, False, False)
+
+
+def _root(norms: Sequence[Tensor]) -> Tensor:
+    root: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)), dtype=torch.float32)
+    return root
+
+
+def _perturb(at: Lists, noise: int, save: bool) -> Case:
+    # A radius that makes one deviation 1 keeps bfloat16 from rounding the noise away.
+    radius = math.sqrt(at.elements)
+    turns = iter(range(1 << 31))
+    p, s = at.position, at.saved
+
+    def ours() -> None:
+        call = (at.every(radius), at.flags(False), at.base, 7, next(turns), 0, noise, at.elements, False, save)
+        _ops.perturb_(p, s, at.state, *call)
+
+    def plain() -> None:
+        if save:
+            for x, y in zip(p, s, strict=True):
+                y.copy_(x)
+        if noise == GAUSSIAN:
+            for x, y in zip(p, s, strict=True):
+                x.normal_().add_(y)
+            return
+        norm = float(_root([torch.linalg.vector_norm(x.normal_()) for x in p]))
+        for x, y in zip(p, s, strict=True):
+            torch.add(y, x, alpha=radius / norm, out=x)
+
+    def foreach() -> None:
+        if save:
+            torch._foreach_copy_(s, p)
+        for x in p:
+            x.normal_()
+        if noise == SPHERE:
+            torch._foreach_mul_(p, radius / float(_root(torch._foreach_norm(p))))
+        torch._foreach_add_(p, s)
+
+    def compiled() -> None:
+        # torch 2.13's inductor saves the moved position if a draw stands before the copy (the check below sees it);
+        # so the gaussian draw comes after it, and sphere copies -(-x).
+        if noise == GAUSSIAN:
+            for x, y in zip(p, s, strict=True):
+                if save:
+                    y.copy_(x)
+                x.copy_((x if save else y) + torch.randn_like(x))
+            return
+        z = [torch.randn_like(x) for x in p]
+        scale = radius / torch.stack([(d * d).sum() for d in z]).sum().sqrt()
+        for x, y, d in zip(p, s, z, strict=True):
+            if save:
+                y.copy_(-x).neg_()
+            x.copy_((x if save else y) + scale * d)
+
+    name = f"perturb_ {('gaussian', 'sphere')[noise]}, {'first draw (saves)' if save else 'later draw'}"
+    words, draws, scale = 3 if save else 2, 2 if noise == SPHERE else 1, 1.0 if noise == GAUSSIAN else -radius
+    judged = "noise" if save and noise == GAUSSIAN else ""
+    return Case(
+        name, words, draws, ours, plain, foreach, compiled, at.refill, lambda _: p + s, scale=scale, judged=judged
+    )
+
+
+def _grad_norm(at: Lists, adaptive: bool) -> Case:
+    g, origin = at.grads, at.saved
+
+    def scaled() -> list[Tensor]:
+        return [x * y for x, y in zip(g, origin, strict=True)] if adaptive else g
+
+    def ours() -> Tensor:
+        _ops.grad_norm_(g, origin, at.state, at.flags(adaptive), 0)
+        return at.state[Slot.GRAD_NORM]
+
+    def plain() -> Tensor:
+        # A product lives only until its norm is known.
+        if adaptive:
+            return _root([torch.linalg.vector_norm(x * y) for x, y in zip(g, origin, strict=True)])
+        return _root([torch.linalg.vector_norm(x) for x in g])
+
+    def foreach() -> Tensor:
+        return _root(torch._foreach_norm(torch._foreach_mul(g, origin) if adaptive else g))
+
+    def compiled() -> Tensor:
+        return torch.stack([(x.float() ** 2).sum() for x in scaled()]).sum().sqrt()
+
+    # Tolerance: torch adds in float32 and was seen 2e-5 off at 10M elements.
+    name, judged = ("grad_norm_ adaptive", "") if adaptive else ("grad_norm_", "memory")
+    words = 2 if adaptive else 1
+    return Case(name, words, 0, ours, plain, foreach, compiled, at.refill, _returned, tolerance=1e-4, judged=judged)
+
+
+def _returned(value: object) -> list[Tensor]:
+    assert isinstance(value, Tensor)
+    return [value]
+
+
+def _ascend(at: Lists, save: bool) -> Case:
+    p, s, g = at.position, at.saved, at.grads
+
+    def ours() -> None:
+        _ops.ascend_(p, s, g, at.state, at.every(RHO), at.flags(False), save)
+
+    def plain() -> None:
+        scale = RHO / float(at.norm)
+        for x, y, d in zip(p, s, g, strict=True):
+            if save:
+                y.copy_(x)
+            x.add_(d, alpha=scale)
+
+    def foreach() -> None:
+        if save:
+            torch._foreach_copy_(s, p)
+        torch._foreach_add_(p, g, alpha=RHO / float(at.norm))
+
+    def compiled() -> None:
+        scale = RHO / at.norm
+        for x, y, d in zip(p, s, g, strict=True):
+            if save:
+                y.copy_(x)
+            x.add_(d * scale)
+
+    def reset() -> None:
+        # One deviation of the ascent is 1 here, so that the check sees it; the timings move by as much.
+        at.refill()
+        at.state[Slot.GRAD_NORM] = RHO
+        at.norm.fill_(RHO)
+
+    name, judged = ("ascend_ first (saves)", "") if save else ("ascend_", "memory")
+    return Case(name, 4 if save else 3, 0, ours, plain, foreach, compiled, reset, lambda _: p + s, judged=judged)
+
+
+def _accumulate(at: Lists, blend: bool) -> Case:
+    a, g = at.accumulator, at.grads
+    keep, add = torch.zeros(()), torch.zeros(())
+
+    def ours() -> None:
+        _ops.accumulate_(a, g, at.state)
+
+    def plain() -> None:
+        if not blend:
+            for x, y in zip(a, g, strict=True):
+                x.copy_(y)
+        elif at.dtype == torch.float32:
+            weight = float(add)
+            for x, y in zip(a, g, strict=True):
+                x.lerp_(y, weight)
+        else:
+            k, b = float(keep), float(add)
+            for x, y in zip(a, g, strict=True):
+                x.mul_(k).add_(y, alpha=b)
+
+    def foreach() -> None:
+        if not blend:
+            torch._foreach_copy_(a, g)
+        elif at.dtype == torch.float32:
+            torch._foreach_lerp_(a, g, float(add))
+        else:
+            torch._foreach_mul_(a, float(keep))
+            torch._foreach_add_(a, g, alpha=float(add))
+
+    def compiled() -> None:
+        for x, y in zip(a, g, strict=True):
+            x.copy_(keep * x + add * y if blend else y)
+
+    def reset() -> None:
+        at.refill()
+        at.act(0.5 if blend else 1.0)
+        keep.copy_(at.state[Slot.KEEP])
+        add.copy_(at.state[Slot.ADD])
+
+    name, judged = ("accumulate_ blend", "memory") if blend else ("accumulate_ assign", "")
+    words, wide = (3, 2) if blend else (2, 1)
+    return Case(name, words, 0, ours, plain, foreach, compiled, reset, lambda _: a, wide=wide, judged=judged)
+
+
+def _restore(at: Lists) -> Case:
+    p, s = at.position, at.saved
+
+    def ours() -> None:
+        _ops.restore_(p, s)
+
+    def plain() -> None:
+        for x, y in zip(p, s, strict=True):
+            x.copy_(y)
+
+    def foreach() -> None:
+        torch._foreach_copy_(p, s)
+
+    return Case("restore_", 2, 0, ours, plain, foreach, plain, at.refill, lambda _: p)
+
+
+def _tilted_reduce(at: Lists) -> Case:
+    losses = torch.tensor([0.5, 1.0, 0.75], dtype=at.dtype)
+    values = torch.randn(SAMPLES, at.elements, generator=torch.Generator().manual_seed(3)).to(at.dtype)
+
+    def ours() -> Tensor:
+        return tsam_ext.tilted_reduce(losses, values, TILT)
+
+    def plain() -> Tensor:
+        return torch.softmax(TILT * losses, 0) @ values
+
+    def compiled() -> Tensor:
+        return (torch.softmax(TILT * losses, 0)[:, None] * values).sum(0)
+
+    words = SAMPLES + 1
+    return Case("tilted_reduce, s=3", words, 0, ours, plain, None, compiled, lambda: None, _returned)
+
+
+def _tilt_begin(at: Lists) -> Case:
+    tilt = torch.tensor(TILT)
+
+    def ours() -> None:
+        _ops.tilt_begin_(at.state, tilt)
+
+    def plain() -> None:
+        at.state.fill_(math.nan)
+        at.state[:HEADER].zero_()
+        at.state[Slot.TILT].copy_(tilt)
+        at.state[Slot.MAX].fill_(-math.inf)
+
+    def reset() -> None:
+        at.state.fill_(5.0)
+
+    return Case("tilt_begin_", 0, 0, ours, plain, None, plain, reset, lambda _: [at.state], calls=SMALL)
+
+
+def _tilt_update(at: Lists) -> Case:
+    """The second and later samples of a step, all losses finite: ours also looks for those that are not."""
+    loss, state = torch.tensor(0.5), at.state
+    slots = [Slot.FIRST_LOSS, Slot.MAX, Slot.SUM, Slot.SUM_SQUARES, Slot.KEEP, Slot.ADD]
+
+    def ours() -> None:
+        _ops.tilt_update_(state, loss, 0.0, 1, False, False)
+
+    def plain() -> None:
+        first, best, total, squares, keep, add = (state[i] for i in slots)
+        e = state[Slot.TILT] * (loss - first)
+        top = torch.maximum(best, e)
+        shrink, b = torch.exp(best - top), torch.exp(e - top)
+        a = total * shrink
+        best.copy_(top)
+        torch.add(a, b, out=total)
+        squares.mul_(shrink * shrink).add_(b * b)
+        torch.div(a, total, out=keep)
+        torch.div(b, total, out=add)
+
+    def result(_: object) -> list[Tensor]:
+        return [state[slots]]
+
+    return Case("tilt_update_", 0, 0, ours, plain, None, plain, lambda: at.act(1.0), result, calls=SMALL)
+
+
+def _of_losses() -> list[Case]:
+    losses = torch.tensor([0.5, 1.0, 0.75, 2.0, 1.5, 0.25, 1.25, 1.75])
+
+    def loss() -> Tensor:
+        return (torch.logsumexp(TILT * losses, 0) - math.log(len(losses))) / TILT
+
+    def weights() -> Tensor:
+        return torch.softmax(TILT * losses, 0)
+
+    ours: dict[str, Way] = {
+        "tilted_loss": lambda: tsam_ext.tilted_loss(losses, TILT),
+        "tilted_weights": lambda: tsam_ext.tilted_weights(losses, TILT),
+    }
+    return [
+        Case(f"{name}, s=8", 0, 0, ours[name], way, None, way, lambda: None, _returned, calls=SMALL)
+        for name, way in (("tilted_loss", loss), ("tilted_weights", weights))
+    ]
+
+
+def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
+    """Every op that is timed."""
+    at = Lists(sizes, dtype)
+    return [
+        *(_perturb(at, noise, save) for noise in (GAUSSIAN, SPHERE) for save in (True, False)),
+        _grad_norm(at, False),
+        _grad_norm(at, True),
+        _ascend(at, False),
+        _ascend(at, True),
+        _accumulate(at, False),
+        _accumulate(at, True),
+        _restore(at),
+        _tilted_reduce(at),
+        _tilt_begin(at),
+        _tilt_update(at),
+        *_of_losses(),
+    ]

@@ -1,0 +1,277 @@
+"""``python -m bench ops``: each op against the same work in torch, and against what the memory can do.
+
+Ways: ours, plain torch in a Python loop over the tensors, torch._foreach_*, torch.compile; taken in turns, each call
+on cold caches, after a check that all compute the same. The floor is measured by a C++ program of ours before and
+after. The job fails (exit 1) if drawing is not 6 times plain torch or grad_norm_, ascend_, accumulate_ miss the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tsam_ext import _C
+
+from . import floor
+from .op_cases import cases, sizes_of
+from .op_check import Case, Way, disagreement
+from .report import environment, write_json
+
+ELEMENTS, ROUNDS, FLOOR_REPEATS = 10_000_000, 20, 20
+QUICK_ELEMENTS, QUICK_ROUNDS, QUICK_FLOOR_REPEATS = 1_000_000, 3, 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WAYS = {"ours": "ours", "plain": "torch, loop", "foreach": "torch._foreach", "compiled": "torch.compile"}
+# What the verdict demands, where the kernels are the AVX-512 ones.
+NOISE_SPEEDUP = 6.0
+OVER_FLOOR = 1.35
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one op; ``seconds`` of a call by way, one a round."""
+
+    name: str
+    words: float
+    draws: int
+    moved_bytes: float
+    floor: float
+    seconds: dict[str, list[float]]
+    judged: str = ""
+
+    def best(self, way: str = "ours") -> float:
+        """The shortest time."""
+        return min(self.seconds[way])
+
+    def ratio(self, way: str) -> tuple[float, float, float]:
+        """Median and quartiles of a way's time over ours, round by round."""
+        pairs = [b / a for a, b in zip(self.seconds["ours"], self.seconds[way], strict=True)]
+        low, middle, high = np.quantile(pairs, (0.25, 0.5, 0.75))
+        return float(middle), float(low), float(high)
+
+    def over_floor(self, way: str = "ours") -> float:
+        """The shortest time over the floor; NaN for ops on a few numbers."""
+        return self.best(way) / self.floor if self.floor else float("nan")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected a number above 0")
+    return value
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to ``python -m bench``."""
+    parser = commands.add_parser(
+        "ops",
+        help="time every op against plain torch, torch._foreach, torch.compile and the memory's bandwidth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--elements", type=_positive, help=f"elements of all tensors together ({ELEMENTS:,})")
+    parser.add_argument("--tensors", type=_positive, help="so many tensors of one size (default: ResNet-18's 62)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients (float32)")
+    parser.add_argument("--rounds", type=_positive, help=f"timings of each way ({ROUNDS})")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="only ops whose name contains one of these")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
+    parser.add_argument("--quick", action="store_true", help="1M elements, 3 rounds, no torch.compile, no verdict")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, Markdown and PNG")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; returns the exit code."""
+    try:
+        with torch.no_grad():
+            return _run(options)
+    except floor.FloorError as error:
+        print(f"python -m bench ops: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    elements = options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    repeats = QUICK_FLOOR_REPEATS if options.quick else FLOOR_REPEATS
+    dtype = DTYPES[options.dtype]
+    sizes = sizes_of(elements, options.tensors)
+    wanted = [c for c in cases(sizes, dtype) if not options.ops or any(name in c.name for name in options.ops)]
+    if not wanted:
+        print(f"python -m bench ops: no op's name contains {' or '.join(options.ops)}", file=sys.stderr)
+        return 2
+    program = floor.Program()
+    cache = floor.cache_bytes()
+    size = floor.array_bytes(cache, floor.physical_memory())
+    scratch = torch.ones(2 * cache // 4)
+    bandwidths, rates, seconds, notes = [program.bandwidths(size, repeats)], [floor.draw_rate(repeats)], [], []
+    with tqdm(wanted, unit="op") as bar:
+        for case in bar:
+            bar.set_description(case.name)
+            ways = case.ways()
+            if case.compiled and not (options.no_compile or options.quick):
+                compiled, note = compile_way(case)
+                notes += [note] if note else []
+                ways |= {"compiled": compiled} if compiled else {}
+            for name, way in ways.items():
+                if wrong := disagreement(case, way, dtype):
+                    print(f"NOT SHOWN: {case.name}: {WAYS[name]} computes something else: {wrong}")
+                    return 1
+            seconds.append(measure(case, ways, rounds, scratch))
+    bandwidths.append(program.bandwidths(size, repeats))
+    rates.append(floor.draw_rate(repeats))
+    limits = floor.combined(program, size, bandwidths, rates)
+    rows = [row_of(c, s, limits, elements, dtype) for c, s in zip(wanted, seconds, strict=True)]
+
+    settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
+    settings |= {"elements": elements, "tensors": len(sizes), "dtype": options.dtype, "rounds": rounds}
+    settings |= {"floor": vars(limits), "notes": notes}
+    text = markdown(rows, environment(settings))
+    name = "ops" + ("-quick" if options.quick else "") + ("" if dtype == torch.float32 else f"-{options.dtype}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_json(options.out / f"{name}.json", rows, settings)
+    (options.out / f"{name}.md").write_text(text)
+    picture(rows, options.out / f"{name}.png", f"{elements:,} {options.dtype} in {len(sizes)} tensors, {_C.__isa__}")
+    print(f"\n{text}\nfiles: {options.out / name}.json, .md, .png")
+    if options.quick or _C.__isa__ != "avx512" or elements < ELEMENTS or dtype != torch.float32:
+        print(f"no verdict: that takes AVX-512 kernels, {ELEMENTS:,} float32 elements or more, and not --quick")
+        return 0
+    wrong_rows = verdict(rows)
+    for line in wrong_rows:
+        print(f"NOT SHOWN: {line}")
+    return 1 if wrong_rows else 0
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command line that does this again."""
+    words = ["python -m bench ops"]
+    words += [f"--{k} {getattr(options, k)}" for k in ("elements", "tensors", "rounds") if getattr(options, k)]
+    words += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
+    words += [f"--ops {' '.join(options.ops)}"] if options.ops else []
+    words += [flag for flag, on in (("--no-compile", options.no_compile), ("--quick", options.quick)) if on]
+    return " ".join(words)
+
+
+def compile_way(case: Case) -> tuple[Way | None, str]:
+    """The compiled way after its first call, or none and the reason."""
+    assert case.compiled is not None
+    torch._dynamo.reset()
+    way: Way = torch.compile(case.compiled, fullgraph=True, dynamic=False)
+    try:
+        case.reset()
+        way()
+    except Exception as error:  # whatever it is, the other ways can still be timed
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{case.name}: torch.compile failed: {type(error).__name__}: {lines[0]}"
+    return way, ""
+
+
+def measure(case: Case, ways: dict[str, Way], rounds: int, scratch: torch.Tensor) -> dict[str, list[float]]:
+    """Seconds a call, the ways in turns; before each call of a large op, reading ``scratch`` empties the caches."""
+    case.reset()
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(-1, rounds):
+        for name, way in ways.items():
+            if case.calls == 1:
+                scratch.sum()
+            start = time.perf_counter()
+            for _ in range(case.calls):
+                way()
+            passed = (time.perf_counter() - start) / case.calls
+            if turn >= 0:
+                found[name].append(passed)
+    return found
+
+
+def row_of(case: Case, seconds: dict[str, list[float]], limits: floor.Floor, elements: int, dtype: torch.dtype) -> Row:
+    """A case's times with its floor."""
+    moved = case.moved_bytes(elements, dtype)
+    return Row(
+        case.name, case.words, case.draws, moved, limits.seconds(moved, case.draws * elements), seconds, case.judged
+    )
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """What has not been reached, and what the verdict needs and has not been measured with ``--ops``."""
+    wrong = []
+    for row in rows:
+        if row.judged == "noise" and not row.ratio("plain")[0] >= NOISE_SPEEDUP:
+            wrong.append(f"{row.name} is {row.ratio('plain')[0]:.2f} times as fast as plain torch, not {NOISE_SPEEDUP}")
+        if row.judged == "memory" and not row.over_floor() <= OVER_FLOOR:
+            wrong.append(f"{row.name} takes {row.over_floor():.2f} times the floor, not {OVER_FLOOR}")
+    return wrong
+
+
+def _cell(row: Row, way: str, unit: float) -> str:
+    if way not in row.seconds:
+        return ""
+    return f"{row.best(way) * unit:.2f}, ×{{:.2f}} [{{:.2f}}, {{:.2f}}]".format(*row.ratio(way))
+
+
+def markdown(rows: list[Row], where: dict[str, Any]) -> str:
+    """The tables and what they have to be quoted with."""
+    limits = where["floor"]
+    ways = [way for way in WAYS if way != "ours" and any(way in row.seconds for row in rows)]
+    titles = " | ".join(WAYS[way] for way in ways)
+    lines = [
+        f"{where['date']}, {where['processor']}, {where['threads']} threads, {where['isa']} kernels, torch "
+        f"{where['torch']}, `{where['command']}`: {where['elements']:,} {where['dtype']} elements in "
+        f"{where['tensors']} tensors, {where['rounds']} rounds.",
+        "",
+        f"Floor: {limits['bandwidth'] / 1e9:.1f} GB/s ({limits['stores']}; {limits['array_bytes'] >> 20} MiB arrays; "
+        + "; ".join(
+            f"{when}: " + ", ".join(f"{k} {v:.1f}" for k, v in run.items())
+            for when, run in zip(("before", "after"), limits["runs"], strict=False)
+        )
+        + f"), {limits['draw_rate'] / 1e9:.2f} G normals/s.",
+        "",
+        "Best time of a call; then its time over ours, median and quartiles of the rounds.",
+        "",
+    ]
+    large, small = [r for r in rows if r.floor], [r for r in rows if not r.floor]
+    if large:
+        lines += [f"| op | words | floor ms | ours ms | ours/floor | GB/s | {titles} |", "|---" * (6 + len(ways)) + "|"]
+    for r in large:
+        numbers = f"{r.words:g} | {r.floor * 1e3:.2f} | {r.best() * 1e3:.2f} | {r.over_floor():.2f}"
+        cells = " | ".join(_cell(r, way, 1e3) for way in ways)
+        lines.append(f"| {r.name} | {numbers} | {r.moved_bytes / r.best() / 1e9:.1f} | {cells} |")
+    shown = [way for way in ways if any(way in row.seconds for row in small)]
+    if small:
+        titles = " | ".join(f"{WAYS[way]} µs" for way in shown)
+        lines += ["", f"| op on a few numbers | ours µs | {titles} |", "|---" * (2 + len(shown)) + "|"]
+    for r in small:
+        lines.append(f"| {r.name} | {r.best() * 1e6:.2f} | " + " | ".join(_cell(r, way, 1e6) for way in shown) + " |")
+    lines += ["", *where["notes"]] if where["notes"] else []
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[Row], path: Path, title: str) -> None:
+    """Bars of time over floor, an op a group."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row.floor]
+    ways = [way for way in WAYS if any(way in row.seconds for row in rows)]
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    width = 0.8 / max(1, len(ways))
+    for i, way in enumerate(ways):
+        shown = [(k, row) for k, row in enumerate(rows) if way in row.seconds]
+        places = [k + (i - (len(ways) - 1) / 2) * width for k, _ in shown]
+        bars = axes.bar(places, [row.over_floor(way) for _, row in shown], width, label=WAYS[way])
+        axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+    axes.axhline(1.0, color="0.3", linewidth=0.8)
+    axes.set(ylabel="best time / floor", title=title, yscale="log", xticks=range(len(rows)))
+    axes.set_xticklabels([row.name for row in rows], rotation=25, ha="right", fontsize=8)
+    axes.legend(frameon=False, ncols=len(WAYS))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
