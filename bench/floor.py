@@ -140,6 +140,6 @@ def physical_memory() -> int:
 
 
 def combined(program: Program, size: int, runs: list[dict[str, float]], rates: list[float]) -> Floor:
-    """The floor from all runs: the highest of everything seen, before and after the ops."""
+    """The floor from all runs: the highest of everything seen, before, between and after the ops."""
     shown = tuple({kernel: value / 1e9 for kernel, value in run.items()} for run in runs)
     return Floor(max(v for run in runs for v in run.values()), max(rates), program.stores, size, shown)
