@@ -1,8 +1,9 @@
 """``python -m bench ops``: each op against the same work in torch, and against what the memory can do.
 
 Ways: ours, plain torch in a Python loop over the tensors, torch._foreach_*, torch.compile; taken in turns, each call
-on cold caches, after a check that all compute the same. The floor is measured by a C++ program of ours before,
-between and after. The job fails (exit 1) if drawing is not 6 times plain torch or grad_norm_, ascend_, accumulate_ miss the floor.
+on cold caches, after a check that all compute the same. A C++ program of ours measures the floor before, between and
+after. The job fails (exit 1) if perturb_ is not 6 times as fast as plain torch or grad_norm_, ascend_ or accumulate_
+take more than 1.35 times the floor.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def row_of(case: Case, seconds: dict[str, list[float]], limits: floor.Floor, ele
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """What has not been reached, and what the verdict needs and has not been measured with ``--ops``."""
+    """What has not been reached; ops left out with ``--ops`` are not judged."""
     wrong = []
     for row in rows:
         if row.judged == "noise" and not row.ratio("plain")[0] >= NOISE_SPEEDUP:
