@@ -9,6 +9,7 @@ take more than 1.35 times the floor.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ WAYS = {"ours": "ours", "plain": "torch, loop", "foreach": "torch._foreach", "co
 # What the verdict demands, where the kernels are the AVX-512 ones.
 NOISE_SPEEDUP = 6.0
 OVER_FLOOR = 1.35
+BUSY = 0.5  # a load average above this is somebody else's, and times are not this machine's best
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def _run(options: argparse.Namespace) -> int:
     if not wanted:
         print(f"python -m bench ops: no op's name contains {' or '.join(options.ops)}", file=sys.stderr)
         return 2
+    load = os.getloadavg()[0]
     program = floor.Program()
     cache = floor.cache_bytes()
     size = floor.array_bytes(cache, floor.physical_memory())
@@ -136,7 +139,7 @@ def _run(options: argparse.Namespace) -> int:
 
     settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
     settings |= {"elements": elements, "tensors": len(sizes), "dtype": options.dtype, "rounds": rounds}
-    settings |= {"floor": vars(limits), "notes": notes}
+    settings |= {"floor": vars(limits), "notes": notes, "load": load}
     text = markdown(rows, environment(settings))
     name = "ops" + ("-quick" if options.quick else "") + ("" if dtype == torch.float32 else f"-{options.dtype}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -224,11 +227,13 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     limits = where["floor"]
     ways = [way for way in WAYS if way != "ours" and any(way in row.seconds for row in rows)]
     titles = " | ".join(WAYS[way] for way in ways)
+    busy = " (others use this machine: do not quote)" if where["load"] > BUSY else ""
     shown_runs = (("before", limits["runs"][0]), ("after", limits["runs"][-1]))
     lines = [
         f"{where['date']}, {where['processor']}, {where['threads']} threads, {where['isa']} kernels, torch "
         f"{where['torch']}, `{where['command']}`: {where['elements']:,} {where['dtype']} elements in "
-        f"{where['tensors']} tensors, {where['rounds']} rounds.",
+        f"{where['tensors']} tensors, {where['rounds']} rounds, load average "
+        f"{where['load']:.1f} at the start{busy}.",
         "",
         f"Floor: {limits['bandwidth'] / 1e9:.1f} GB/s ({limits['stores']}; {limits['array_bytes'] >> 20} MiB arrays; "
         + "; ".join(f"{when}: " + ", ".join(f"{k} {v:.1f}" for k, v in run.items()) for when, run in shown_runs)

@@ -175,6 +175,17 @@ def test_ways_take_turns() -> None:
     assert all(len(times) == 4 for times in found.values())
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (3.0, True)])
+def test_the_table_says_when_the_machine_was_busy(load: float, warned: bool) -> None:
+    limits = {"bandwidth": 1e9, "stores": "", "array_bytes": 0, "draw_rate": 1e9, "runs": [{"copy": 1.0}] * 3}
+    where = dict.fromkeys(("date", "processor", "threads", "isa", "torch", "command", "dtype", "tensors", "rounds"), "")
+    text = ops.markdown(
+        [row("op", "", [1.0], [2.0])], {**where, "elements": 1, "load": load, "floor": limits, "notes": []}
+    )
+    assert ("do not quote" in text) is warned
+    assert "| op | 3 | 1000.00 | 1000.00 | 1.00 | 1.0 | 2000.00, ×2.00 [2.00, 2.00] |" in text
+
+
 def test_sizes_add_up() -> None:
     assert len(NETWORK) == 62
     assert sum(NETWORK) == 11_689_512
