@@ -84,4 +84,25 @@ PYBIND11_MODULE(_C, m) {
                                                             "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensor>(m, ops, "accumulate_", "accumulator", "grads", "state");
   expose<void, Tensors, Tensors>(m, ops, "restore_", "position", "saved");
+
+  using Numbers = List<double>;
+  using Flags = List<bool>;
+  using Integers = List<int64_t>;
+  expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor, Numbers, Flags, Integers, int64_t, int64_t,
+         int64_t, int64_t, bool>(m, ops, "hmc_place_", "position", "saved", "x0", "x1", "x2", "chain", "state", "rho",
+                                 "adaptive", "base", "seed", "step", "dimension", "prior", "draw");
+  expose<void, Tensors, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Numbers, Flags, int64_t, int64_t>(
+      m, ops, "hmc_begin_", "saved", "grads", "chain", "state", "loss", "tilt", "delta", "automatic", "rho", "adaptive",
+      "dimension", "prior");
+  expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Numbers, Flags, Integers, int64_t,
+         int64_t, int64_t, int64_t, int64_t, bool, bool>(
+      m, ops, "hmc_leapfrog_", "position", "saved", "momentum", "x0", "x1", "x2", "grads", "chain", "rho", "adaptive",
+      "base", "seed", "step", "trajectory", "dimension", "prior", "first", "measure");
+  expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor, Numbers, Flags, int64_t, int64_t, int64_t, int64_t,
+         int64_t, int64_t, bool, bool, bool>(m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss",
+                                             "rho", "adaptive", "seed", "step", "trajectory", "dimension", "prior",
+                                             "row", "metropolis", "skip_nonfinite", "last");
+  expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, bool>(m, ops, "hmc_carry_", "accumulator", "carried", "grads",
+                                                                "chain", "state", "count");
+  expose<void, Tensor, double>(m, ops, "hmc_adapt_", "chain", "highest");
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tsam_ext import _C, _ops
 from tsam_ext import functional as fused
+from tsam_ext.chain import ChainSlot
 from tsam_ext.functional import Slot, new_state
 
 
@@ -268,6 +269,16 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "accumulate_": lambda: (lists(4, 9), lists(4, 9), begun()),
     "restore_": lambda: (lists(4, 9), lists(4, 9)),
     "tilt_summary": lambda: (begun(), 1),
+    "hmc_place_": lambda: (*(lists(4, 9) for _ in range(5)), chain(), begun(), [0.1] * 2, [False, True], [0, 4], 0, 0,
+                           13, 0, True),
+    "hmc_begin_": lambda: (lists(4, 9), lists(4, 9), chain(), begun(), torch.tensor(0.5), torch.tensor(2.0),
+                           torch.tensor(1.0), True, [0.1] * 2, [False, True], 13, 0),
+    "hmc_leapfrog_": lambda: (*(lists(4, 9) for _ in range(7)), chain(), [0.1] * 2, [False, True], [0, 4], 0, 0, 0,
+                              13, 1, True, True),
+    "hmc_end_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), torch.tensor(0.5), [0.1] * 2,
+                         [False, True], 0, 0, 0, 13, 0, 0, True, False, True),
+    "hmc_carry_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), True),
+    "hmc_adapt_": lambda: (chain(), 0.5),
 }  # fmt: skip
 
 
@@ -279,6 +290,13 @@ def begun() -> Tensor:
     fused.tilt_update_(state, 0.5, 0)
     state[torch.isnan(state)] = 0.0  # opcheck compares copies, and NaN differs from itself
     return state
+
+
+def chain() -> Tensor:
+    """The scalars of a chain in the middle of a step."""
+    scalars = torch.zeros(20, dtype=torch.float64)
+    scalars[ChainSlot.DELTA], scalars[ChainSlot.TRAJECTORIES], scalars[ChainSlot.TAKEN] = 1.0, 2.0, 1.0
+    return scalars
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

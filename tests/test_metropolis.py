@@ -1,6 +1,6 @@
 """The laws of HMC's accept test, its energy and its step size, on csrc/core itself.
 
-Layout: a chain is the float64 array of csrc/core/metropolis.h, its slots named below. Invariant: acceptance flips the
+Layout: a chain is the float64 array of csrc/core/metropolis.h, its slots named below. Invariant: acceptance moves the
 current buffer, and nothing else does.
 """
 
@@ -15,7 +15,7 @@ from core_library import Array, Core
 from tsam_ext import reference
 from tsam_ext.reference.noise import ACCEPT
 
-DELTA, LOG_STEP, CURRENT, LOSS, ENERGY, ACCEPTANCE, TRAJECTORIES, ACCEPTED, DIVERGENT = 0, 1, 2, 3, 5, 6, 7, 8, 9
+DELTA, LOG_STEP, CURRENT, LOSS, ENERGY, ACCEPTANCE, TRAJECTORIES, ACCEPTED, DIVERGENT, START = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,9 @@ def test_accept_frequency(core: Core) -> None:
         for trajectory in range(n):
             current = int(s[CURRENT])
             # Half from the kicks, half from the loss: a greater loss is the more probable.
-            accepted = core.propose(s, energy / 2, s[LOSS + current] - energy / 2, trajectory, seed=99, step=i)
-            assert s[CURRENT] == (1 - current if accepted else current)
+            accepted = core.propose(s, energy / 2, s[LOSS] - energy / 2, trajectory, seed=99, step=i)
+            assert bool(s[CURRENT] != current) is accepted
+            assert s[START] == 0
         assert abs(s[ACCEPTED] / n - min(1.0, math.exp(-energy))) < 0.015, energy
         assert s[ACCEPTANCE] / n == pytest.approx(min(1.0, math.exp(-energy)), rel=1e-9)
         assert s[TRAJECTORIES] == n
@@ -91,19 +92,26 @@ def test_what_is_not_finite_is_rejected_and_divergent(core: Core) -> None:
         assert s[DIVERGENT] == divergent
 
 
-def test_acceptance_flips_the_buffer_and_a_new_step_keeps_it(core: Core) -> None:
+def test_acceptance_moves_to_a_buffer_that_is_free_and_a_new_step_keeps_it(core: Core) -> None:
     s = core.chain(log_step=-1.5, delta=1.0, loss=10.0)
     assert not core.propose(s, 500.0, 11.0)
-    assert (s[CURRENT], s[LOSS], s[LOSS + 1]) == (0, 10, 11)
+    assert (s[CURRENT], s[LOSS]) == (0, 10)
     assert core.propose(s, 0.0, 12.0)
-    assert (s[CURRENT], s[LOSS], s[LOSS + 1]) == (1, 10, 12)
-    # From 12, not from 10: energy 1, against a uniform that lies between e^-1 and e^1.
+    assert (s[CURRENT], s[LOSS]) == (1, 12)
+    # From 12, not from 10. The step's first buffer, 0, is not free.
     assert core.propose(s, -500.0, 11.0)
-    assert (s[CURRENT], s[ENERGY]) == (0, -499)
+    assert (s[CURRENT], s[ENERGY]) == (2, -499)
     assert core.propose(s, -1.0, 11.0)
+    assert (s[CURRENT], s[START]) == (1, 0)
     core.library.begin(s, 3.0, 7.0)
-    assert (s[CURRENT], s[LOSS + 1], s[DELTA], s[LOG_STEP]) == (1, 7, 3, -1.5)
+    assert (s[CURRENT], s[START], s[LOSS], s[DELTA], s[LOG_STEP]) == (1, 1, 7, 3, -1.5)
     assert not s[ENERGY : DIVERGENT + 1].any()
+    used = set()
+    for _ in range(6):
+        assert core.propose(s, -1.0, 7.0)
+        assert s[CURRENT] != s[START]
+        used.add(s[CURRENT])
+    assert used == {0.0, 2.0}
 
 
 @pytest.mark.parametrize(("energies", "change"), [([-1.0], 0.01), ([900.0], -0.04), ([], 0.0), ([-1.0, 900.0], -0.015)])

@@ -31,11 +31,12 @@ LAYERS = {
     "_compile": {"_C", "_ops"},
     "functional": {"_ops"},
     "settings": {"functional"},
-    "metrics": {"_ops", "functional"},
+    "chain": {"_ops", "estimate", "settings", "table"},
+    "metrics": {"_ops", "chain", "functional"},
     "base": {"settings"},
-    "checkpoint": {"settings"},
+    "checkpoint": {"chain", "settings"},
     "estimate": {"_ops", "functional", "module_state", "settings", "table"},
-    "optim": {"base", "checkpoint", "estimate", "metrics", "module_state", "settings", "table"},
+    "optim": {"base", "chain", "checkpoint", "estimate", "metrics", "module_state", "settings", "table"},
 }
 
 

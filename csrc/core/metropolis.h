@@ -3,9 +3,10 @@
 //   dH = sum over kicks (a p.q + a^2/2 q.q) - delta (L_N - L_0);  accept when log U < -dH
 //   log_step += 0.05 (mean over the step of min(1, e^-dH) - 0.8)
 //
-// Layout: one float64 array of kChain slots, which kernels read and write and the host never does. Two buffers hold
-// states: the chain's is number kCurrent, the other takes the proposal. Invariant: acceptance flips kCurrent and
-// copies nothing; no absolute kinetic energy is ever formed, as its rounding alone would exceed dH.
+// Layout: one float64 array of kChain slots, which kernels read and write and the host never does. Three buffers hold
+// positions: number kCurrent the chain's, kStart the one that this step began with (so that an exception can go back),
+// and proposal_slot() the proposal. Invariant: acceptance changes kCurrent and copies nothing; no absolute kinetic
+// energy is ever formed, as its rounding alone would exceed dH.
 #pragma once
 
 #include "dtype.h"
@@ -15,17 +16,25 @@ namespace tsam {
 enum ChainSlot : int {
   kDelta = 0,
   kLogStep = 1,     // kept from step to step, as kCurrent is
-  kCurrent = 2,     // 0 or 1
-  kLoss = 3,        // two slots: the loss of each buffer's state
-  kEnergy = 5,      // of the running trajectory: what its kicks added; after its end dH
-  kAcceptance = 6,  // sum of min(1, e^-dH)
-  kTrajectories = 7,
-  kAccepted = 8,
-  kDivergent = 9,  // |dH| above kDivergence, or anything not finite
-  kChain = 10
+  kCurrent = 2,     // 0, 1 or 2, kept too
+  kLoss = 3,        // of the chain's state
+  kEnergy = 4,      // of the running trajectory: what its kicks added; after its end dH
+  kAcceptance = 5,  // sum of min(1, e^-dH)
+  kTrajectories = 6,
+  kAccepted = 7,
+  kDivergent = 8,  // |dH| above kDivergence, or anything not finite
+  kStart = 9,      // 0, 1 or 2
+  kProposed = 10,  // |x' - x|^2 of the running trajectory
+  kMoved = 11,     // sum of |x' - x| of the accepted ones
+  kReflections = 12,
+  kGradScale = 13,   // running mean of |T g| at the start of a step, kept too
+  kGradScales = 14,  // how many it has seen, kept too
+  kRounding = 15,    // delta |L| 2^-23: how far rounding of a float32 loss moves dH
+  kTaken = 16,       // 1 if the last trajectory's proposal was accepted
+  kChain = 20
 };
 
-constexpr double kDivergence = 1000.0, kTargetAcceptance = 0.8, kAdaptationRate = 0.05;
+constexpr double kDivergence = 1000.0, kTargetAcceptance = 0.8, kAdaptationRate = 0.05, kGradScaleSteps = 20.0;
 
 }  // namespace tsam
 
@@ -36,42 +45,66 @@ TSAM_HD void chain_create(double* s, double log_step) {
   s[kLogStep] = log_step;
 }
 
-// A new step has a new loss function: the state stays, its loss is another.
-TSAM_HD void chain_begin(double* s, double delta, double loss) {
-  const double log_step = s[kLogStep], current = s[kCurrent];
-  chain_create(s, log_step);
-  s[kDelta] = delta;
-  s[kCurrent] = current;
-  s[kLoss + static_cast<int>(current)] = loss;
+// The buffer that takes the proposal: neither the chain's nor the step's first.
+TSAM_HD int proposal_slot(const double* s) {
+  const int current = static_cast<int>(s[kCurrent]), start = static_cast<int>(s[kStart]);
+  if (current != start) return 3 - current - start;
+  return current == 0 ? 1 : 0;
 }
 
-TSAM_HD void trajectory_begin(double* s) { s[kEnergy] = 0.0; }
+// A new step has a new loss function: the state stays, its loss is another.
+TSAM_HD void chain_begin(double* s, double delta, double loss) {
+  const double log_step = s[kLogStep], current = s[kCurrent], norm = s[kGradScale], norms = s[kGradScales];
+  chain_create(s, log_step);
+  s[kDelta] = delta;
+  s[kCurrent] = s[kStart] = current;
+  s[kLoss] = loss;
+  s[kGradScale] = norm;
+  s[kGradScales] = norms;
+  s[kRounding] = fabs(delta * loss) * 0x1p-23;
+}
+
+// The delta that lifts the sampled loss by about `scale` standard deviations: scale sqrt(d) / |T g|, the norm a mean
+// over about kGradScaleSteps steps. A zero norm gives no lift.
+TSAM_HD double automatic_delta(double* s, double scale, double norm, int64_t dimension) {
+  if (norm < kInfinity) {
+    s[kGradScales] = fmin(s[kGradScales] + 1.0, kGradScaleSteps);
+    s[kGradScale] += (norm - s[kGradScale]) / s[kGradScales];
+  }
+  return s[kGradScale] > 0.0 ? scale * sqrt(static_cast<double>(dimension)) / s[kGradScale] : 0.0;
+}
+
+TSAM_HD void trajectory_begin(double* s) { s[kEnergy] = s[kProposed] = 0.0; }
 
 // The kick p += a q, from the dot products of q with itself and with p before the kick.
 TSAM_HD void kick_energy(double* s, double a, double pq, double qq) { s[kEnergy] += a * fma(0.5 * a, qq, pq); }
 
 // Decides on the proposal with the given loss; `stream` has the purpose kAccept and the trajectory's number. What is
-// not finite is rejected: a loss of +inf would otherwise be the best of all.
-TSAM_HD bool trajectory_end(double* s, double loss, const Stream& stream) {
-  const int current = static_cast<int>(s[kCurrent]), proposed = 1 - current;
-  s[kLoss + proposed] = loss;
-  const double energy = fma(-s[kDelta], loss - s[kLoss + current], s[kEnergy]);
+// not finite is rejected, with Metropolis or without: a loss of +inf would otherwise be the best of all.
+TSAM_HD bool trajectory_end(double* s, double loss, const Stream& stream, bool metropolis = true) {
+  const int proposed = proposal_slot(s);
+  const double energy = fma(-s[kDelta], loss - s[kLoss], s[kEnergy]);
   const bool finite = fabs(energy) < kInfinity && fabs(loss) < kInfinity;
-  const bool accepted = finite && log(scalar_uniform(stream)) < -energy;
+  const bool accepted = finite && (!metropolis || log(scalar_uniform(stream)) < -energy);
   s[kEnergy] = energy;
+  s[kTaken] = accepted ? 1.0 : 0.0;
   s[kTrajectories] += 1.0;
   if (finite) s[kAcceptance] += energy > 0.0 ? exp(-energy) : 1.0;
   if (!finite || fabs(energy) > kDivergence) s[kDivergent] += 1.0;
   if (accepted) {
     s[kAccepted] += 1.0;
     s[kCurrent] = proposed;
+    s[kLoss] = loss;
+    s[kMoved] += sqrt(s[kProposed]);
   }
   return accepted;
 }
 
-// Once a step, after its trajectories.
-TSAM_HD void adapt_step(double* s) {
-  if (s[kTrajectories] > 0.0) s[kLogStep] += kAdaptationRate * (s[kAcceptance] / s[kTrajectories] - kTargetAcceptance);
+// Once a step, after its trajectories; never above `highest` (a rotation beyond a half turn comes back).
+TSAM_HD void adapt_step(double* s, double highest = kInfinity) {
+  if (s[kTrajectories] > 0.0)
+    s[kLogStep] =
+        fmin(s[kLogStep] + kAdaptationRate * (s[kAcceptance] / s[kTrajectories] - kTargetAcceptance), highest);
 }
 
 TSAM_CORE_END

@@ -26,7 +26,7 @@ enum Slot : int {
   kSaves = 11,  // saving ops that have finished in this step
   kHeader = 16
 };
-enum RowSlot : int { kRowLoss = 0, kRowLogSize = 1, kRowGradNorm = 2, kRow = 4 };
+enum RowSlot : int { kRowLoss = 0, kRowLogSize = 1, kRowGradNorm = 2, kRowEnergy = 3, kRow = 4 };
 
 enum Action : int {
   kSkip = 0,    // this sample has no weight: its gradient is not read

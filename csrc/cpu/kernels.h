@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../core/hmc.h"
 #include "../core/perturb.h"
 
 namespace tsam {
@@ -15,6 +16,29 @@ namespace cpu {
 struct Factor {
   double all;
   const void* each;
+};
+
+// A pass of HMC over one run (core/hmc.h). Null: not there.
+struct HmcRun {
+  void* position;      // theta, written from the moved x
+  const void* origin;  // theta_0
+  void* momentum;      // read, or drawn from `stream`; written unless `energy_only`
+  const void* from;    // x before the drift
+  void* to;            // x after it; may be `from`
+  const void* start;   // x at the trajectory's start: sum |x' - start|^2
+  const void* grad;    // for the kick
+};
+struct HmcPass {
+  double scale;  // T = scale D
+  bool adaptive;
+  bool draw;      // p is drawn anew
+  double a;       // of the kick
+  bool products;  // u.u, u.v, v.v of the kicked momentum
+  bool move;      // drift, and write theta
+  bool keep_momentum;
+  Drift drift;
+  Stream stream;
+  uint64_t element;
 };
 
 struct Kernels {
@@ -52,6 +76,13 @@ struct Kernels {
   // Words: read 3, write 2, and 1 for each factor that has a value an element.
   void (*leapfrog)(DType dtype, const void* position, const void* momentum, const void* grad, Factor step,
                    Factor inverse_mass, void* position_out, void* momentum_out, int64_t n);
+
+  // One pass of HMC. Words: what is not null, once each; the momentum of a draw is not read.
+  HmcSums (*hmc)(DType dtype, const HmcRun& run, const HmcPass& pass, int64_t n);
+
+  // x = scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
+  void (*hmc_place)(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
+                    double draw_scale, Stream stream, uint64_t element, int64_t n);
 
   // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value an element.
   void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);

@@ -23,6 +23,12 @@ tilt_begin_: Callable[..., None] = _library.tilt_begin_.default
 tilt_update_: Callable[..., None] = _library.tilt_update_.default
 accumulate_: Callable[..., None] = _library.accumulate_.default
 restore_: Callable[..., None] = _library.restore_.default
+hmc_place_: Callable[..., None] = _library.hmc_place_.default
+hmc_begin_: Callable[..., None] = _library.hmc_begin_.default
+hmc_leapfrog_: Callable[..., None] = _library.hmc_leapfrog_.default
+hmc_end_: Callable[..., None] = _library.hmc_end_.default
+hmc_carry_: Callable[..., None] = _library.hmc_carry_.default
+hmc_adapt_: Callable[..., None] = _library.hmc_adapt_.default
 tilted_loss: Callable[[Tensor, float], Tensor] = _library.tilted_loss.default
 tilted_weights: Callable[[Tensor, float], Tensor] = _library.tilted_weights.default
 tilted_reduce: Callable[[Tensor, Tensor, float], Tensor] = _library.tilted_reduce.default
@@ -39,6 +45,12 @@ LIST_OPS = (
     "tilt_update_",
     "accumulate_",
     "restore_",
+    "hmc_place_",
+    "hmc_begin_",
+    "hmc_leapfrog_",
+    "hmc_end_",
+    "hmc_carry_",
+    "hmc_adapt_",
 )
 
 NAMES = (*LIST_OPS, "tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb", "tilt_summary")

@@ -82,3 +82,68 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
         for g, group in enumerate(groups)
         for i, p in enumerate(group["params"])
     )
+
+
+class WrappingOptimizer(Optimizer):
+    """An optimizer whose groups, state and defaults are those of the one in ``_base``, with some keys of its own."""
+
+    _base: Optimizer | None
+    _own_defaults: dict[str, Any]
+
+    # The groups, the state and the defaults are the base optimizer's own. Properties, since both objects rebind them
+    # in load_state_dict; the setters do nothing while Optimizer.__init__ runs.
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        assert self._base is not None
+        return self._base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self._base.param_groups if self._base is not None else []
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._base is not None:
+            self._base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self._base.state if self._base is not None else {}
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._base is not None:
+            self._base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults, with rho, radius and adaptive among them."""
+        return self._base.defaults if self._base is not None else {}
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        if self._base is not None:
+            self._base.defaults = defaults
+
+    def _set_own_keys(self) -> None:
+        for key, value in self._own_defaults.items():
+            self.base_optimizer.defaults[key] = value
+            for group in self.base_optimizer.param_groups:
+                group.setdefault(key, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as the base optimizer does; the group may set rho, radius and adaptive."""
+        if self._base is None:
+            return
+        index = len(self._base.param_groups)
+        check_group(param_group, f"param_groups[{index}].")
+        self._base.add_param_group(param_group)
+        try:
+            check_groups(self._base.param_groups)
+        except (TypeError, ValueError):
+            del self._base.param_groups[index]
+            raise

@@ -68,6 +68,15 @@ class Sample:
         self.done = True
 
 
+def is_own(gradient: Tensor) -> bool:
+    """Whether a gradient's memory is its alone.
+
+    A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
+    """
+    whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return whole and not gradient._is_view() and is_dense(gradient)
+
+
 class Estimate:
     """The passes of one step over ``table``; see the module's docstring. ``saved`` is the caller's scratch."""
 
@@ -99,6 +108,7 @@ class Estimate:
         self._buffers: list[Tensor | None] = []
         self._masks: RandomMasks | None = None
         self._statistics: NormStatistics | None = None
+        self._tilt = self.state[Slot.TILT]
         self._sums: dict[int, Tensor] = {}  # parameters with a gradient -> its weighted mean so far
 
     def passes(self) -> Iterator[Sample]:
@@ -146,10 +156,14 @@ class Estimate:
         self._masks = RandomMasks({p.device for p in self.table.parameters})
         self._statistics = NormStatistics(self._model)
         self._buffers = [parameter.grad for parameter in self.table.parameters]
-        tilt = 0.0 if self.plain else self.settings.tilt_at(self.step)
-        if not isinstance(tilt, Tensor):
-            tilt = torch.full((), tilt, dtype=torch.float64, device=self.state.device)
-        _ops.tilt_begin_(self.state, tilt.detach())
+        self._tilt = self.scalar(0.0 if self.plain else self.settings.tilt_at(self.step))
+        _ops.tilt_begin_(self.state, self._tilt)
+
+    def scalar(self, value: float | Tensor) -> Tensor:
+        """A number as the kernels take it."""
+        if isinstance(value, Tensor):
+            return value.detach()
+        return torch.full((), value, dtype=torch.float64, device=self.state.device)
 
     @torch.no_grad()
     def _prepare(self, index: int, probe: bool) -> None:
@@ -160,6 +174,12 @@ class Estimate:
                 self.perturb(index)
             elif not first:
                 self.restore()
+        self.clear_gradients()
+
+    @torch.no_grad()
+    def clear_gradients(self) -> None:
+        """Before each pass: the random numbers of the first one, and no gradients."""
+        first = self.first_loss is None
         if not first and self.settings.same_masks and self._masks is not None:
             self._masks.rewind()
         for parameter in self.table.parameters:
@@ -287,7 +307,7 @@ class Estimate:
                 assert total is not None
                 gradient = torch.zeros_like(self.table.parameters[i], requires_grad=False)
             elif total is None:
-                total = self._new_sum(gradient, buffer, zero=not adopt)
+                total = self._new_sum(gradient, buffer, zero=not adopt, adopt=adopt)
                 if adopt and total is None:
                     self._sums[i] = gradient
                     adopted.append(gradient)
@@ -300,16 +320,13 @@ class Estimate:
         if blended:
             _ops.accumulate_([a for a, _ in blended], [g for _, g in blended], self.state)
 
-    def _new_sum(self, gradient: Tensor, buffer: Tensor | None, zero: bool) -> Tensor | None:
-        """Memory for a mean: the buffer that p.grad was, or new; None where the gradient itself may serve."""
+    def _new_sum(self, gradient: Tensor, buffer: Tensor | None, *, zero: bool, adopt: bool) -> Tensor | None:
+        """Memory for a mean: the buffer that p.grad was, or new; None where the gradient itself may and can serve."""
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         apart = buffer is not None and buffer.data_ptr() != gradient.data_ptr()
         if buffer is not None and apart and buffer.dtype == wide and buffer.stride() == gradient.stride():
             return buffer.zero_() if zero else buffer
-        # A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
-        whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-        own = whole and not gradient._is_view() and is_dense(gradient)
-        if not zero and buffer is None and gradient.dtype == wide and own:
+        if adopt and buffer is None and gradient.dtype == wide and is_own(gradient):
             return None
         total = torch.empty_like(gradient, dtype=wide)
         return total.zero_() if zero else total

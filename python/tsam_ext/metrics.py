@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from .chain import ChainSlot
 from .functional.state import HEADER, ROW, Slot, new_state
 
 __all__ = ["HEADER", "ROW", "Diagnostics", "Slot", "new_state"]
@@ -28,9 +29,11 @@ class Diagnostics:
         self._state = new_state(0, torch.device("cpu"))
         self._num_samples = 0
         self._warn_if_inert = False
+        self._chain: Tensor | None = None
+        self._warned: set[str] = set()
 
-    def _attach(self, state: Tensor, num_samples: int, warn_if_inert: bool) -> None:
-        self._state, self._num_samples = state, num_samples
+    def _attach(self, state: Tensor, num_samples: int, warn_if_inert: bool, chain: Tensor | None = None) -> None:
+        self._state, self._num_samples, self._chain = state, num_samples, chain
         self._warn_if_inert = self._warn_if_inert or warn_if_inert
 
     def _column(self, index: int) -> Tensor:
@@ -89,3 +92,63 @@ class Diagnostics:
     def num_nonfinite(self) -> Tensor:
         """Samples of the last step with a non-finite loss, float64, 0-dim."""
         return self._state[Slot.NONFINITE].clone()
+
+    def _of_chain(self, slot: int) -> Tensor:
+        if self._chain is None:
+            return torch.full((), float("nan"), dtype=torch.float64, device=self._state.device)
+        return self._chain[slot].clone()
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"TSAM: {message}", UserWarning, stacklevel=3)
+
+    @property
+    def acceptance_rate(self) -> Tensor:
+        """Sampler ``hmc``: mean of min(1, e^−ΔH) over the step's trajectories, float64, 0-dim.
+
+        The first read below 0.2 warns (UserWarning): the chain hardly moves.
+        """
+        value = self._of_chain(ChainSlot.ACCEPTANCE) / self._of_chain(ChainSlot.TRAJECTORIES)
+        if float(value) < 0.2:
+            self._warn_once("acceptance", f"acceptance {float(value):.3f}: a smaller step_size or delta lets it move.")
+        return value
+
+    @property
+    def energy_errors(self) -> Tensor:
+        """Sampler ``hmc``: ΔH of the trajectory before each sample, float64, shape ``[s]``; NaN with other samplers."""
+        return self._column(3)
+
+    @property
+    def num_divergent(self) -> Tensor:
+        """Sampler ``hmc``: trajectories of the step with |ΔH| above 1000 or anything not finite, float64, 0-dim."""
+        return self._of_chain(ChainSlot.DIVERGENT)
+
+    @property
+    def distance(self) -> Tensor:
+        """Sampler ``hmc``: how far ε/(rho D) moves a trajectory, rejections counted as 0, float64, 0-dim.
+
+        √2 is the distance of two independent draws under the gaussian prior.
+        """
+        return self._of_chain(ChainSlot.MOVED) / self._of_chain(ChainSlot.TRAJECTORIES)
+
+    @property
+    def delta(self) -> Tensor:
+        """Sampler ``hmc``: δ of the step, float64, 0-dim."""
+        return self._of_chain(ChainSlot.DELTA)
+
+    @property
+    def step_size(self) -> Tensor:
+        """Sampler ``hmc``: the step size that the next step will use, float64, 0-dim."""
+        return self._of_chain(ChainSlot.LOG_STEP).exp()
+
+    @property
+    def rounding(self) -> Tensor:
+        """Sampler ``hmc``: δ|L|·2⁻²³, by how much the rounding of a float32 loss moves ΔH, float64, 0-dim.
+
+        The first read above 0.3 warns (UserWarning): the accept test is then rounding noise.
+        """
+        value = self._of_chain(ChainSlot.ROUNDING)
+        if float(value) > 0.3:
+            self._warn_once("rounding", f"delta |L| 2^-23 is {float(value):.2f}: the accept test is rounding noise.")
+        return value

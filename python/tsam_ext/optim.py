@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import base_of, check_groups
+from .base import WrappingOptimizer, base_of, check_groups
+from .chain import Chain, HmcEstimate
 from .estimate import Estimate, Sample
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
@@ -23,7 +24,7 @@ from .settings import Settings, Tilt, check_group, checked_int, reject
 from .table import Table
 
 
-class TSAM(Optimizer):
+class TSAM(WrappingOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
     Each step draws ``num_samples`` perturbations ε of the parameters θ and gives the base optimizer the gradient
@@ -40,7 +41,8 @@ class TSAM(Optimizer):
             losses. A float, a 0-dim tensor, or a function of the step. Default 1.
         num_samples: s, perturbations a step. Default 3.
         sampler: ``"ascent"`` (default; noise, then an ascent of length rho along the gradient there: 2 gradients a
-            sample) or ``"noise"`` (1 gradient a sample).
+            sample), ``"noise"`` (1 gradient a sample) or ``"hmc"`` (Hamiltonian Monte Carlo on the density
+            ∝ prior(ε) exp(delta · L(θ+ε)): 1 + num_leapfrog_steps · (num_samples + burn_in) gradients a step).
         radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
         noise: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the ball).
         adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves.
@@ -53,6 +55,21 @@ class TSAM(Optimizer):
         model: module whose normalisation layers shall see each step as one forward. Default ``None``.
         seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
             same noise bits on every machine.
+        delta: for ``hmc``, δ, how far the samples lean towards high losses; they then weigh by exp((tilt − δ) L). A
+            float, a 0-dim tensor, ``None`` (default: δ = tilt, so that all weigh the same) or ``"auto"``:
+            delta_scale · √d / ‖T∇L‖ with the norm a running mean on the device, T = rho D. A heuristic: with
+            delta_scale 1 the sampled losses are lifted by about one standard deviation.
+        delta_scale: see delta. Default 1.
+        num_leapfrog_steps: for ``hmc``, N, gradients a trajectory. Default 1.
+        step_size: for ``hmc``, the angle (gaussian prior) or length (ball) of one drift; ``None``: π/(2N).
+        adapt_step_size: move step_size towards an acceptance of 0.8 after each step, never above π/(2N) or a larger
+            step_size of the user's. Default True.
+        prior: for ``hmc``, ``"gaussian"`` (default; ε = rho D x/√d with x standard normal) or ``"ball"`` (‖ε/(rho D)‖
+            ≤ 1, the paper's constraint).
+        metropolis: accept or reject each trajectory, which makes the samples exact. Default True.
+        chain: ``"persistent"`` (default; goes on from the last step's ε, which checkpoints hold) or ``"fresh"`` (starts
+            each step from the prior: biased towards it unless burn_in is long).
+        burn_in: trajectories before the first sample of a step. Default 0.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -91,11 +108,24 @@ class TSAM(Optimizer):
         same_masks: bool = True,
         model: nn.Module | None = None,
         seed: int | None = None,
+        delta: float | str | Tensor | None = None,
+        delta_scale: float = 1.0,
+        num_leapfrog_steps: int = 1,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,
+        prior: str = "gaussian",
+        metropolis: bool = True,
+        chain: str = "persistent",
+        burn_in: int = 0,
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
         check_group(own)
+        hmc = {"delta": delta, "delta_scale": delta_scale, "num_leapfrog_steps": num_leapfrog_steps}
+        hmc |= {"step_size": step_size, "adapt_step_size": adapt_step_size, "prior": prior}
+        hmc |= {"metropolis": metropolis, "chain": chain, "burn_in": burn_in}
         self._settings = Settings.checked(
+            hmc,
             tilt=tilt,
             num_samples=num_samples,
             sampler=sampler,
@@ -124,6 +154,7 @@ class TSAM(Optimizer):
         self.seed = seed
         self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
         self._step = 0
+        self._chain = Chain(self._settings.hmc, self.param_groups[0]["params"][0].device)
         self._forget()
 
     def _forget(self) -> None:
@@ -135,68 +166,10 @@ class TSAM(Optimizer):
         self._watched = False
         self._diagnostics = Diagnostics()
 
-    # The groups, the state and the defaults are the base optimizer's own. Properties, since both objects rebind them
-    # in load_state_dict; the setters do nothing while Optimizer.__init__ runs.
-
-    @property
-    def base_optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
-        assert self._base is not None
-        return self._base
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        return self._base.param_groups if self._base is not None else []
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if self._base is not None:
-            self._base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self._base.state if self._base is not None else {}
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        if self._base is not None:
-            self._base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with rho, radius and adaptive among them."""
-        return self._base.defaults if self._base is not None else {}
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        if self._base is not None:
-            self._base.defaults = defaults
-
-    def _set_own_keys(self) -> None:
-        for key, value in self._own_defaults.items():
-            self.base_optimizer.defaults[key] = value
-            for group in self.base_optimizer.param_groups:
-                group.setdefault(key, value)
-
     @property
     def diagnostics(self) -> Diagnostics:
         """Device tensors that describe the last completed step."""
         return self._diagnostics
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as the base optimizer does; the group may set rho, radius and adaptive."""
-        if self._base is None:
-            return
-        index = len(self._base.param_groups)
-        check_group(param_group, f"param_groups[{index}].")
-        self._base.add_param_group(param_group)
-        try:
-            check_groups(self._base.param_groups)
-        except (TypeError, ValueError):
-            del self._base.param_groups[index]
-            raise
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
@@ -265,12 +238,15 @@ class TSAM(Optimizer):
             estimate.current = None
         self._pending = True
         own_tilt = self._tilt_is_own and not estimate.plain
-        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt)
+        chain = self._chain.scalars.clone() if isinstance(estimate, HmcEstimate) else None
+        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt, chain)
 
     def _new_estimate(self, table: Table, plain: bool) -> Estimate:
         seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
-        step = self._step
-        return Estimate(table, self._settings, self._saved, seed=seed, step=step, plain=plain, model=self.model)
+        common: dict[str, Any] = {"seed": seed, "step": self._step, "plain": plain, "model": self.model}
+        if self._settings.sampler == "hmc" and not plain:
+            return HmcEstimate(table, self._settings, self._saved, chain=self._chain, **common)
+        return Estimate(table, self._settings, self._saved, **common)
 
     def _end_estimate(self) -> None:
         """Undoes what is left of an estimate that nobody finished."""
@@ -306,7 +282,7 @@ class TSAM(Optimizer):
         """The parameters at θ+ε inside the block, θ bit for bit after it, exceptions included.
 
         ε is the noise of ``sample`` in the coming step; with the sampler ``ascent`` and gradients in ``p.grad``, the
-        ascent along them as well. ``p.grad`` is left alone.
+        ascent along them as well; with ``hmc`` it is where the chain stands. ``p.grad`` is left alone.
         """
         checked_int("sample", sample, 0, self._settings.num_samples - 1)
         self._refuse_inside_perturbed("perturbed()")
@@ -315,7 +291,9 @@ class TSAM(Optimizer):
         estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
         self._inside_perturbed = True
         try:
-            if estimate.table.draws:
+            if isinstance(estimate, HmcEstimate):
+                estimate.place()
+            elif estimate.table.draws:
                 estimate.perturb(sample)
             if self._settings.sampler == "ascent":
                 estimate.ascend(estimate.gradients(), sample)
@@ -323,6 +301,18 @@ class TSAM(Optimizer):
         finally:
             self._inside_perturbed = False
             estimate.undo()
+
+    def chain_position(self) -> list[Tensor]:
+        """ε where the chain of the sampler ``hmc`` stands, one tensor a perturbed parameter, like it.
+
+        Raises:
+            RuntimeError: with another sampler, inside a step, or before the first step.
+        """
+        if self._settings.sampler != "hmc" or not self._chain.started:
+            raise RuntimeError("TSAM: chain_position() needs sampler='hmc' and a step.")
+        if self._inside_perturbed or (self._estimate is not None and not self._estimate.closed):
+            raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
+        return self._chain.perturbations(Table.of(self.param_groups))
 
     def _refuse_inside_perturbed(self, what: str) -> None:
         if self._inside_perturbed:
@@ -372,7 +362,8 @@ class TSAM(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""
-        return checkpoint.pack(self.base_optimizer, self._settings, step=self._step, seed=self.seed)
+        chain = self._chain.pack(self.param_groups) if self._settings.sampler == "hmc" else None
+        return checkpoint.pack(self.base_optimizer, self._settings, step=self._step, seed=self.seed, chain=chain)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
@@ -388,10 +379,12 @@ class TSAM(Optimizer):
         self._set_own_keys()
         self._end_estimate()
         if own is not None:
-            self._step, self.seed = own
+            self._step, self.seed, chain = own
+            if chain is not None and self._settings.sampler == "hmc":
+                self._chain.unpack(self.param_groups, chain)
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step")
+        keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step", "_chain")
         return {key: self.__dict__[key] for key in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ from .functional.checks import DTYPES, NOISES, is_dense
 
 Tilt = float | torch.Tensor | Callable[[int], float]
 
-SAMPLERS = ("ascent", "noise")
+SAMPLERS = ("ascent", "noise", "hmc")
+PRIORS = ("gaussian", "ball")
+CHAINS = ("persistent", "fresh")
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 MAX_SAMPLES = 1 << 16
@@ -75,7 +77,7 @@ def check_group(group: Mapping[str, Any], where: str = "") -> None:
         checked_number(f"{where}radius", group["radius"], expected, low=0.0)
     if "adaptive" in group:
         checked_bool(f"{where}adaptive", group["adaptive"])
-    for key in Settings.__dataclass_fields__:
+    for key in (*Settings.__dataclass_fields__, *HmcSettings.__dataclass_fields__):
         if key in group:
             raise reject(f"{where}{key}", group[key], "one value for all groups, given to TSAM itself")
 
@@ -100,6 +102,65 @@ def _checked_tilt(tilt: object) -> Tilt:
 
 
 @dataclass(frozen=True)
+class HmcSettings:
+    """The settings of the sampler ``hmc``; :class:`tsam_ext.TSAM`'s docstring explains them."""
+
+    delta: float | str | torch.Tensor | None = None
+    delta_scale: float = 1.0
+    num_leapfrog_steps: int = 1
+    step_size: float | None = None
+    adapt_step_size: bool = True
+    prior: str = "gaussian"
+    metropolis: bool = True
+    chain: str = "persistent"
+    burn_in: int = 0
+
+    @classmethod
+    def checked(cls, sampler: str, tilt: Tilt, values: Mapping[str, Any]) -> HmcSettings:
+        """The settings from the constructor's arguments; all at their defaults unless the sampler is ``hmc``."""
+        if sampler != "hmc":
+            for name, value in values.items():
+                if value is not getattr(cls, name) and value != getattr(cls, name):
+                    raise reject(name, value, f"{getattr(cls, name)!r}, as sampler is not 'hmc'")
+            return cls()
+        delta = values["delta"]
+        if isinstance(delta, torch.Tensor):
+            _check_tilt_tensor("delta", delta)
+        elif delta is None:
+            if isinstance(tilt, float) and math.isinf(tilt):
+                raise reject("delta", None, "a finite number or 'auto', as tilt is infinite")
+        elif delta != "auto":
+            delta = checked_number("delta", delta, "None, a finite number, a 0-dim tensor or 'auto'")
+        step_size = values["step_size"]
+        positive = "None or a finite number above 0"
+        if step_size is not None:
+            step_size = checked_number("step_size", step_size, positive)
+            if step_size <= 0.0:
+                raise reject("step_size", step_size, positive)
+        return cls(
+            delta=delta,
+            delta_scale=checked_number("delta_scale", values["delta_scale"], "a finite number"),
+            num_leapfrog_steps=checked_int("num_leapfrog_steps", values["num_leapfrog_steps"], 1, 1 << 16),
+            step_size=step_size,
+            adapt_step_size=checked_bool("adapt_step_size", values["adapt_step_size"]),
+            prior=checked_choice("prior", values["prior"], PRIORS),
+            metropolis=checked_bool("metropolis", values["metropolis"]),
+            chain=checked_choice("chain", values["chain"], CHAINS),
+            burn_in=checked_int("burn_in", values["burn_in"], 0, MAX_SAMPLES),
+        )
+
+    @property
+    def first_step_size(self) -> float:
+        """The step size before any adaptation: a quarter turn over the trajectory unless the user set it."""
+        return math.pi / (2 * self.num_leapfrog_steps) if self.step_size is None else self.step_size
+
+    @property
+    def highest_log_step(self) -> float:
+        """Where adaptation stops: at a quarter turn a trajectory, or at the user's step size if that is larger."""
+        return math.log(max(self.first_step_size, math.pi / (2 * self.num_leapfrog_steps)))
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings that hold for all groups of one :class:`tsam_ext.TSAM`, whose docstring explains them."""
 
@@ -112,14 +173,22 @@ class Settings:
     antithetic: bool
     skip_nonfinite_loss: bool
     same_masks: bool
+    hmc: HmcSettings
 
     @classmethod
-    def checked(cls, **values: Any) -> Settings:
+    def checked(cls, hmc: Mapping[str, Any], **values: Any) -> Settings:
         """Settings from the constructor's arguments; TypeError or ValueError naming the first bad one."""
+        tilt, sampler = _checked_tilt(values["tilt"]), checked_choice("sampler", values["sampler"], SAMPLERS)
+        if sampler == "hmc":
+            # The accept test compares losses of one function: the same rows and the same masks at every position.
+            for name, wanted in (("batch", "whole"), ("antithetic", False), ("same_masks", True)):
+                if values[name] != wanted:
+                    raise reject(name, values[name], f"{wanted!r}, as sampler is 'hmc'")
         return cls(
-            tilt=_checked_tilt(values["tilt"]),
+            tilt=tilt,
             num_samples=checked_int("num_samples", values["num_samples"], 1, MAX_SAMPLES),
-            sampler=checked_choice("sampler", values["sampler"], SAMPLERS),
+            sampler=sampler,
+            hmc=HmcSettings.checked(sampler, tilt, hmc),
             noise=checked_choice("noise", values["noise"], NOISES),
             batch=checked_choice("batch", values["batch"], BATCHES),
             every=checked_int("every", values["every"], 1, 1 << 31),
@@ -147,8 +216,11 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """Plain values for a checkpoint (a schedule or tensor tilt is not saved)."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "hmc"}
         plain["tilt"] = self.tilt if isinstance(self.tilt, float) else None
+        if self.sampler == "hmc":
+            plain |= {name: getattr(self.hmc, name) for name in self.hmc.__dataclass_fields__}
+            plain["delta"] = None if isinstance(self.hmc.delta, torch.Tensor) else self.hmc.delta
         return plain
 
 

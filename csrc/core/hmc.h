@@ -1,0 +1,75 @@
+// One lane block of HMC's passes, in scaled coordinates: x the position, p the momentum, q the gradient with respect to
+// x.
+//
+//   theta = theta_0 + T x,  T = scale D,  q = T g;   kick p += a q;   drift (x, p) <- four coefficients of (x, p)
+//   scale: rho / sqrt(d) (gaussian prior), rho (ball), 1 (flat);  D = 1 or |theta_0|
+//
+// Invariant: what feeds an accept test or a drift coefficient is summed in float64 lanes; x, p and q are of the compute
+// type. A kick's energy is a p.q + a^2/2 q.q with the momentum before the kick.
+#pragma once
+
+#include "drift.h"
+
+namespace tsam {
+
+enum class Prior : int { kGaussian = 0, kBall = 1, kFlat = 2 };
+
+// What a pass sums over its elements.
+struct HmcSums {
+  double pq = 0.0, qq = 0.0;            // of the kick
+  double uu = 0.0, uv = 0.0, vv = 0.0;  // for the ball's drift
+  double moved = 0.0;                   // |x - start|^2
+};
+
+}  // namespace tsam
+
+TSAM_CORE_BEGIN
+
+// T as one multiplication an element.
+template <typename C>
+struct HmcScale {
+  C scale;
+  bool adaptive;
+
+  template <int W>
+  TSAM_HD void operator()(const C (&origin)[W], C (&t)[W]) const {
+    for (int i = 0; i < W; ++i) t[i] = adaptive ? scale * magnitude(origin[i]) : scale;
+  }
+};
+
+// p += a q, after the dot products of the energy.
+template <typename C>
+struct HmcKick {
+  C a;
+
+  template <int W>
+  TSAM_HD void operator()(const C (&t)[W], const C (&grad)[W], C (&p)[W], double (&pq)[W], double (&qq)[W]) const {
+    C q[W];
+    for (int i = 0; i < W; ++i) q[i] = t[i] * grad[i];
+    for (int i = 0; i < W; ++i) {
+      pq[i] = fma(static_cast<double>(p[i]), static_cast<double>(q[i]), pq[i]);
+      qq[i] = fma(static_cast<double>(q[i]), static_cast<double>(q[i]), qq[i]);
+    }
+    for (int i = 0; i < W; ++i) p[i] = fused(a, q[i], p[i]);
+  }
+};
+
+// The factor of T that does not depend on the parameter.
+TSAM_HD double prior_scale(Prior prior, int64_t dimension) {
+  const double d = static_cast<double>(dimension > 0 ? dimension : 1);
+  return prior == Prior::kGaussian ? 1.0 / sqrt(d) : 1.0;
+}
+
+// The time of one drift: step_size is an angle (gaussian), a length (ball), itself (flat).
+TSAM_HD double drift_time(Prior prior, int64_t dimension, double step_size) {
+  const double d = static_cast<double>(dimension > 0 ? dimension : 1);
+  return prior == Prior::kBall ? step_size / sqrt(d) : step_size;
+}
+
+TSAM_HD Drift prior_drift(Prior prior, double h, const HmcSums& dots) {
+  if (prior == Prior::kGaussian) return rotation_drift(h);
+  if (prior == Prior::kBall) return ball_drift(dots.uu, dots.uv, dots.vv, h);
+  return Drift{1.0, h, 0.0, 1.0, 0.0};
+}
+
+TSAM_CORE_END

@@ -1,0 +1,304 @@
+"""The sampler hmc: a Markov chain over perturbations, and the passes of a step that move it.
+
+start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
+Words moved per float32 element: s (7 N + 5) with the gaussian prior, s (10 N + 5) with the ball, and start and restore.
+Layout: three position buffers a parameter, in scaled coordinates; `scalars` (csrc/core/metropolis.h) says which holds
+the chain's state. Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from .estimate import Estimate, Sample, is_own
+from .settings import PRIORS, HmcSettings
+from .table import Table
+
+SLOTS = 20
+
+
+class ChainSlot:
+    """Indices into a chain's scalars, as csrc/core/metropolis.h has them (a test compares the two)."""
+
+    DELTA = 0
+    LOG_STEP = 1
+    CURRENT = 2
+    ACCEPTANCE = 5
+    TRAJECTORIES = 6
+    ACCEPTED = 7
+    DIVERGENT = 8
+    MOVED = 11
+    REFLECTIONS = 12
+    ROUNDING = 15
+    TAKEN = 16
+
+
+class Chain:
+    """What lasts from step to step: the chain's position in scaled coordinates, and its step size."""
+
+    def __init__(self, settings: HmcSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.scalars = torch.zeros(SLOTS, dtype=torch.float64, device=device)
+        self.scalars[ChainSlot.LOG_STEP] = math.log(settings.first_step_size)
+        self.positions: dict[Tensor, list[Tensor]] = {}
+        self.started = False
+
+    def buffers(self, parameter: Tensor) -> list[Tensor]:
+        """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        held = self.positions.get(parameter)
+        if held is None or held[0].stride() != parameter.stride() or held[0].dtype != wide:
+            self.started = False
+            held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
+            self.positions[parameter] = held
+        return held
+
+    def position(self, parameter: Tensor) -> Tensor:
+        """The chain's position at one parameter, chosen on the device."""
+        first, second, third = self.positions[parameter]
+        current = self.scalars[ChainSlot.CURRENT]
+        return torch.where(current == 0, first, torch.where(current == 1, second, third))
+
+    def pack(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
+        """The chain for a checkpoint: its scalars, and one position a parameter, None where there is none."""
+        scalars = self.scalars.clone()
+        scalars[ChainSlot.CURRENT] = 0.0
+        parameters = [p for group in groups for p in group["params"]]
+        positions = [self.position(p) if self.started and p in self.positions else None for p in parameters]
+        return {"scalars": scalars, "positions": positions}
+
+    def unpack(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+        """Takes what :meth:`pack` gave."""
+        self.scalars.copy_(saved["scalars"])
+        parameters = [p for group in groups for p in group["params"]]
+        for parameter, position in zip(parameters, saved["positions"], strict=True):
+            if position is not None:
+                self.buffers(parameter)[0].copy_(position)
+                self.started = True
+
+    def perturbations(self, table: Table) -> list[Tensor]:
+        """ε = T x of each perturbed parameter, with T = rho D/√d (gaussian) or rho D (ball)."""
+        unit = math.sqrt(max(table.dimension, 1)) if self.settings.prior == "gaussian" else 1.0
+        found = []
+        for i in table.moves:
+            parameter = table.parameters[i].detach()
+            moved = table.rho[i] / unit * self.position(table.parameters[i])
+            found.append((moved * parameter.abs() if table.adaptive[i] else moved).to(parameter.dtype))
+        return found
+
+
+class HmcEstimate(Estimate):
+    """One step's passes of the sampler ``hmc``; ``chain`` moves on if the step completes."""
+
+    def __init__(self, *args: Any, chain: Chain, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.chain = chain
+        self._hmc = self.settings.hmc
+        self._before: tuple[Tensor, bool] | None = None
+        self._loss: Tensor | None = None
+        self._fresh: dict[int, Tensor] = {}  # the gradients of the last pass
+        self._carried: dict[int, Tensor] = {}  # those of the chain's state
+        self._zeros: dict[int, Tensor] = {}
+        self._momentum: list[Tensor] = []
+        moves, table = self.table.moves, self.table
+        self._moved = [table.parameters[i] for i in moves]
+        self._rho, self._adaptive = [table.rho[i] for i in moves], [table.adaptive[i] for i in moves]
+        self._base = [table.base[i] for i in moves]
+        self._prior = PRIORS.index(self._hmc.prior)
+
+    @property
+    def repeats(self) -> bool:
+        """Always: the start and at least one trajectory."""
+        return True
+
+    def passes(self) -> Iterator[Sample]:
+        """One item a gradient: 1 + N (burn_in + s). Ending early puts everything back, the chain too."""
+        total = self._hmc.burn_in + self.num_samples
+        try:
+            self._begin()
+            self.place()
+            yield from self._pass(0, counted=False)
+            self._take_start()
+            for trajectory in range(total):
+                sample = trajectory - self._hmc.burn_in
+                for n in range(self._hmc.num_leapfrog_steps):
+                    self._leapfrog(trajectory, n)
+                    yield from self._pass(max(sample, 0), counted=sample >= 0)
+                self._end_trajectory(trajectory, sample)
+            self._finish()
+            self._complete()
+        finally:
+            self.abort()
+
+    def _pass(self, index: int, counted: bool) -> Iterator[Sample]:
+        self.current = Sample(self, index, probe=not counted)
+        self.clear_gradients()
+        yield self.current
+        if not self.current.done:
+            raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
+
+    @torch.no_grad()
+    def end_pass(self, sample: Sample) -> None:
+        """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
+        assert sample.loss is not None and self._statistics is not None
+        self._loss = sample.loss
+        if self.first_loss is None:
+            self.first_loss = sample.loss.clone()
+        self._statistics.end_pass()
+        self._fresh = self.gradients()
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """theta = theta_0 + the chain's position, or a draw from the prior where there is no chain to go on with."""
+        chain = self.chain
+        self._before = (chain.scalars.clone(), chain.started)
+        self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
+        draw = self._hmc.chain == "fresh" or not chain.started
+        self._saving(self.table.moves)
+        _ops.hmc_place_(
+            self._moved,
+            self._saved(),
+            *self._positions(),
+            chain.scalars,
+            self.state,
+            self._rho,
+            self._adaptive,
+            self._base,
+            self.seed,
+            self.step % (1 << 32),
+            self.table.dimension,
+            self._prior,
+            draw,
+        )
+        self._has_moved()
+
+    def _take_start(self) -> None:
+        """The chain's state at the start of the step: its gradient is carried from here on."""
+        for i, gradient in self._fresh.items():
+            self._carried[i] = gradient if is_own(gradient) else gradient.clone()
+        automatic = isinstance(self._hmc.delta, str)
+        delta = self._hmc.delta_scale if isinstance(self._hmc.delta, str) else self._hmc.delta
+        assert self._loss is not None
+        _ops.hmc_begin_(
+            self._saved(),
+            self._of_moved(self._carried),
+            self.chain.scalars,
+            self.state,
+            self._loss,
+            self._tilt,
+            self._tilt if delta is None else self.scalar(delta),
+            automatic,
+            self._rho,
+            self._adaptive,
+            self.table.dimension,
+            self._prior,
+        )
+
+    @torch.no_grad()
+    def _leapfrog(self, trajectory: int, n: int) -> None:
+        """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
+        if not self._momentum:
+            self._momentum = [torch.empty_like(buffers[0]) for buffers in self._buffers_of_chain]
+        _ops.hmc_leapfrog_(
+            self._moved,
+            self._saved(),
+            self._momentum,
+            *self._positions(),
+            self._of_moved(self._carried if n == 0 else self._fresh),
+            self.chain.scalars,
+            self._rho,
+            self._adaptive,
+            self._base,
+            self.seed,
+            self.step % (1 << 32),
+            trajectory,
+            self.table.dimension,
+            self._prior,
+            n == 0,
+            n == self._hmc.num_leapfrog_steps - 1,
+        )
+        self._has_moved()
+
+    @torch.no_grad()
+    def _end_trajectory(self, trajectory: int, sample: int) -> None:
+        """Accept or reject; then the chain's state, whichever it is, is counted."""
+        assert self._loss is not None
+        _ops.hmc_end_(
+            self._saved(),
+            self._momentum,
+            self._of_moved(self._fresh),
+            self.chain.scalars,
+            self.state,
+            self._loss,
+            self._rho,
+            self._adaptive,
+            self.seed,
+            self.step % (1 << 32),
+            trajectory,
+            self.table.dimension,
+            self._prior,
+            max(sample, -1),
+            self._hmc.metropolis,
+            self.settings.skip_nonfinite_loss,
+            sample == self.num_samples - 1,
+        )
+        for i in self._fresh.keys() - self._carried.keys():
+            self._carried[i] = torch.zeros_like(self._fresh[i])
+        indices = sorted(self._carried)
+        for i in indices:
+            if i not in self._sums:
+                total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
+                assert total is not None
+                self._sums[i] = total
+        _ops.hmc_carry_(
+            [self._sums[i] for i in indices],
+            [self._carried[i] for i in indices],
+            [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
+            self.chain.scalars,
+            self.state,
+            sample >= 0,
+        )
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        if self._hmc.adapt_step_size:
+            _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
+        self.chain.started = True
+        self._before = None
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """As the base class's, and the chain is where the step found it."""
+        super().undo()
+        if self._before is not None:
+            scalars, self.chain.started = self._before
+            self.chain.scalars.copy_(scalars)
+            self._before = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._fresh, self._carried, self._zeros, self._momentum = {}, {}, {}, []
+
+    def _saved(self) -> list[Tensor]:
+        return [self._origin[i] for i in self.table.moves]
+
+    def _positions(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        first, second, third = ([buffers[k] for buffers in self._buffers_of_chain] for k in range(3))
+        return first, second, third
+
+    def _of_moved(self, gradients: dict[int, Tensor]) -> list[Tensor]:
+        return [gradients[i] if i in gradients else self._zero(i) for i in self.table.moves]
+
+    def _zero(self, index: int) -> Tensor:
+        if index not in self._zeros:
+            self._zeros[index] = torch.zeros_like(self.table.parameters[index], requires_grad=False)
+        return self._zeros[index]
+
+    def _has_moved(self) -> None:
+        torch.autograd.graph.increment_version(self._moved)
