@@ -80,6 +80,19 @@ def _digits(*, dtype: torch.dtype = torch.float64) -> Problem:
     return Problem(net, torch.tensor(x[:96] / 16.0, dtype=dtype), torch.tensor(y[:96]))
 
 
+def plain_state(optimizer: Any) -> Any:
+    """TSAM's own part of a state dict with lists for tensors, so that two can be compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return plain(optimizer.state_dict()["tsam"])
+
+
 BUILDERS: dict[str, Callable[..., Problem]] = {"mlp": _mlp, "digits": _digits}
 
 

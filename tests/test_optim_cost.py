@@ -49,13 +49,16 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("sampler", ["noise", "ascent"])
+@pytest.mark.parametrize("sampler", ["noise", "ascent", "hmc"])
 @pytest.mark.parametrize("batch", ["whole", "split"])
 @pytest.mark.parametrize("tilt", [1.0, "tensor", "schedule"])
 def test_an_estimate_never_syncs(problem, sampler: str, batch: str, tilt: Any) -> None:
     task = problem()
+    options: dict[str, Any] = {"batch": batch}
+    if sampler == "hmc":  # it takes whole batches alone; the other case is the rule for delta
+        options, batch = {"delta": "auto" if batch == "split" else None}, "whole"
     tilts = {"tensor": torch.tensor(2.0, dtype=torch.float64), "schedule": float}
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, batch=batch, tilt=tilts.get(tilt, tilt))
+    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, tilt=tilts.get(tilt, tilt), **options)
     with NoSync():
         for _ in range(2):
             optimizer.estimate_gradient(task.closure(optimizer) if batch == "whole" else split_closure(task, optimizer))
@@ -108,6 +111,12 @@ def test_extra_memory_is_two_parameters_whatever_the_samples(sampler: str) -> No
     assert few == pytest.approx(2.0, abs=0.01)
     assert many == pytest.approx(few, abs=0.01)
     assert extra_parameters_held(sampler, 1, torch.float32) == pytest.approx(1.0, abs=0.01)
+
+
+def test_extra_memory_of_hmc() -> None:
+    """The saved copy, three positions, momentum, the carried gradient, the accumulator; whatever s and N are."""
+    for s in (2, 8):
+        assert extra_parameters_held("hmc", s, torch.float32) == pytest.approx(7.0, abs=0.01)
 
 
 def test_between_steps_only_the_copy_stays() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import plain_state
 from torch import Tensor
 
 from tsam_ext import TSAM, _ops
@@ -24,6 +25,8 @@ RUNS: list[dict[str, Any]] = [
     {"sampler": "ascent", "radius": 0.0},
     {"sampler": "ascent", "batch": "split", "adaptive": True},
     {"sampler": "noise", "every": 2},
+    {"sampler": "hmc", "delta": 20.0, "burn_in": 1},
+    {"sampler": "hmc", "delta": 20.0, "prior": "ball", "num_leapfrog_steps": 2, "adaptive": True},
 ]
 
 
@@ -55,7 +58,7 @@ def failing(
 def cases() -> list[Any]:
     listed = []
     for options in RUNS:
-        count = 3 if options["sampler"] == "noise" else 6
+        count = {"noise": 3, "ascent": 6, "hmc": 1 + 3 * options.get("num_leapfrog_steps", 1)}[options["sampler"]]
         for at in range(count):
             listed += [(options, 0, at), (options, 2, at)]
         if "every" in options:
@@ -77,12 +80,12 @@ def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int
     for after_backward in (False, True):
         optimizer.zero_grad()
         copies, generator = ours.copies(), torch.random.get_rng_state()
-        saved, losses = optimizer.state_dict(), optimizer.diagnostics.losses
+        saved, losses = plain_state(optimizer), optimizer.diagnostics.losses
         with pytest.raises(error):
             optimizer.step(failing(ours, optimizer, at, error, after_backward))
         assert ours.holds(copies)
         assert torch.equal(torch.random.get_rng_state(), generator)
-        assert optimizer.state_dict()["tsam"] == saved["tsam"]
+        assert plain_state(optimizer) == saved
         assert torch.equal(optimizer.diagnostics.losses, losses)  # of the last completed step
         assert all(p.grad is None for p in ours.parameters)
         assert ours.rows.equal(optimizer.part(ours.rows))  # outside a step again
@@ -97,7 +100,7 @@ def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sampler", ["noise", "ascent"])
+@pytest.mark.parametrize("sampler", ["noise", "ascent", "hmc"])
 @pytest.mark.parametrize("error", [InterruptedStepError, KeyboardInterrupt])
 def test_every_kind_of_parameter_comes_back(problem, dtype, sampler: str, error) -> None:
     """Low precision, autocast, a frozen parameter and one that no loss depends on; at each run of the closure."""
@@ -108,7 +111,7 @@ def test_every_kind_of_parameter_comes_back(problem, dtype, sampler: str, error)
     every = [*task.parameters, unused, frozen]
     before = [p.detach().clone() for p in every]
     moved: list[list[bool]] = []
-    runs = 3 if sampler == "noise" else 6
+    runs = {"noise": 3, "ascent": 6, "hmc": 4}[sampler]
 
     def closure_failing(at: int) -> Callable[[], Tensor]:
         calls = 0
@@ -189,6 +192,7 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
 OPS = {
     "noise": ("perturb_", "tilt_update_", "accumulate_", "restore_"),
     "ascent": ("perturb_", "grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
+    "hmc": ("hmc_place_", "hmc_begin_", "hmc_leapfrog_", "hmc_end_", "hmc_carry_", "hmc_adapt_", "restore_"),
     "sam": ("grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
 }
 
@@ -197,7 +201,7 @@ OPS = {
 @pytest.mark.parametrize("ran", [False, True])
 def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op: str, ran: bool) -> None:
     """Ctrl-C arrives where it likes: also when a copy was announced and not made, or made and not yet noted."""
-    options = {"sampler": "noise"} if run == "noise" else {"radius": 0.0 if run == "sam" else 0.3}
+    options = {"sam": {"radius": 0.0}, "ascent": {"radius": 0.3}}.get(run, {"sampler": run})
     counted, stop_at = [0], [0]
     original = getattr(_ops, op)
 
@@ -275,7 +279,7 @@ def test_extreme_values_come_back_bit_for_bit(problem) -> None:
     assert torch.equal(task.parameters[1].detach().view(torch.int32), bits)
 
 
-@pytest.mark.parametrize("options", [{"sampler": "noise"}, {"sampler": "ascent", "radius": 0.0}])
+@pytest.mark.parametrize("options", [{"sampler": "noise"}, {"sampler": "ascent", "radius": 0.0}, {"sampler": "hmc"}])
 def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> None:
     task, seen = problem(), []
     optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, **options)
@@ -289,7 +293,7 @@ def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> No
 
     optimizer.estimate_gradient(closure)
     seen.append([p._version for p in task.parameters])
-    if options["sampler"] == "noise":
+    if options["sampler"] != "ascent":
         assert all(a < b for a, b in zip(start, seen[0], strict=True))
     for before, after in pairwise(seen):
         assert all(a < b for a, b in zip(before, after, strict=True))

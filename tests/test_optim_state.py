@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import plain_state
 
 from tsam_ext import TSAM
 from tsam_ext.reference import ReferenceTSAM
@@ -24,6 +25,8 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 SETTINGS: list[dict[str, Any]] = [
     {"sampler": "ascent", "rho": 0.3},
     {"sampler": "noise", "radius": 0.5, "every": 3, "antithetic": True},
+    {"sampler": "hmc", "delta": 30.0, "rho": 0.5, "num_leapfrog_steps": 2, "every": 2},
+    {"sampler": "hmc", "delta": "auto", "prior": "ball", "rho": 0.5},
 ]
 
 
@@ -49,7 +52,7 @@ def test_save_load_and_continue(problem, base: str, settings: dict[str, Any], se
     after.train(second, 1)
     after.net.load_state_dict(saved["net"])
     second.load_state_dict(saved["optimizer"])
-    assert second.state_dict()["tsam"] == first.state_dict()["tsam"]
+    assert plain_state(second) == plain_state(first)
     after.train(second, 3)
     assert after.holds(steady.copies())
     assert second.base_optimizer.param_groups is second.param_groups

@@ -131,13 +131,16 @@ class HmcEstimate(Estimate):
                     self._leapfrog(trajectory, n)
                     yield from self._pass(max(sample, 0), counted=sample >= 0)
                 self._end_trajectory(trajectory, sample)
-            self._finish()
+            if self._hmc.adapt_step_size:
+                _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
             self._complete()
+            self.chain.started, self._before = True, None
         finally:
             self.abort()
 
     def _pass(self, index: int, counted: bool) -> Iterator[Sample]:
         self.current = Sample(self, index, probe=not counted)
+        self._fresh = {}  # the closure is about to make others
         self.clear_gradients()
         yield self.current
         if not self.current.done:
@@ -266,16 +269,17 @@ class HmcEstimate(Estimate):
         )
 
     @torch.no_grad()
-    def _finish(self) -> None:
-        if self._hmc.adapt_step_size:
-            _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
-        self.chain.started = True
-        self._before = None
-
-    @torch.no_grad()
     def undo(self) -> None:
         """As the base class's, and the chain is where the step found it."""
         super().undo()
+        self._go_back()
+
+    def abort(self) -> None:
+        """As the base class's; also where the step was complete but for the chain."""
+        super().abort()
+        self._go_back()
+
+    def _go_back(self) -> None:
         if self._before is not None:
             scalars, self.chain.started = self._before
             self.chain.scalars.copy_(scalars)
