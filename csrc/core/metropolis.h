@@ -80,11 +80,12 @@ TSAM_HD void trajectory_begin(double* s) { s[kEnergy] = s[kProposed] = 0.0; }
 TSAM_HD void kick_energy(double* s, double a, double pq, double qq) { s[kEnergy] += a * fma(0.5 * a, qq, pq); }
 
 // Decides on the proposal with the given loss; `stream` has the purpose kAccept and the trajectory's number. What is
-// not finite is rejected, with Metropolis or without: a loss of +inf would otherwise be the best of all.
+// not finite makes dH so, at delta = 0 too (0 * inf is NaN), and is rejected, with Metropolis or without: +inf would
+// else be the best of losses.
 TSAM_HD bool trajectory_end(double* s, double loss, const Stream& stream, bool metropolis = true) {
   const int proposed = proposal_slot(s);
   const double energy = fma(-s[kDelta], loss - s[kLoss], s[kEnergy]);
-  const bool finite = fabs(energy) < kInfinity && fabs(loss) < kInfinity;
+  const bool finite = fabs(energy) < kInfinity;
   const bool accepted = finite && (!metropolis || log(scalar_uniform(stream)) < -energy);
   s[kEnergy] = energy;
   s[kTaken] = accepted ? 1.0 : 0.0;
