@@ -19,6 +19,7 @@ import tsam_ext
 from tsam_ext import _ops
 from tsam_ext.metrics import HEADER, Slot, new_state
 
+from . import dynamics_cases
 from .op_check import Case, Way
 
 CPU = torch.device("cpu")
@@ -382,4 +383,5 @@ def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
         _tilt_begin(at),
         _tilt_update(at),
         *_of_losses(),
+        *dynamics_cases.cases(at.elements, dtype),
     ]

@@ -55,6 +55,9 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "accumulate_ blend": (12, 10),
         "restore_": (8, 4),
         "tilted_reduce, s=3": (16, 8),
+        "leapfrog": (20, 10),
+        "kick": (12, 6),
+        "perturb": (8, 4),
     }
     for k, dtype in enumerate((torch.float32, torch.bfloat16)):
         found = {c.name: c.moved_bytes(1, dtype) for c in cases([8], dtype)}
@@ -121,8 +124,10 @@ def test_all_ways_compute_the_same(sizes: list[int], dtype: torch.dtype) -> None
 def test_a_way_that_does_something_else_is_refused() -> None:
     with torch.no_grad():
         for case in cases([500, 3, 20_000], torch.float32):
-            if case.name.startswith(("tilted", "grad_norm")):
+            if case.name.startswith(("tilted", "grad_norm", "kick")):
                 assert disagreement(case, lambda: torch.zeros(()), torch.float32), case.name
+            elif case.name == "leapfrog":
+                assert disagreement(case, lambda: (torch.zeros(()), torch.zeros(())), torch.float32)
             else:
                 assert disagreement(case, lambda: None, torch.float32), case.name
 

@@ -30,7 +30,7 @@ std::vector<double> checked_losses(const char* op, const Tensor& losses) {
   const Run run = checked_run({op, "losses"}, losses);
   if (losses.dim() != 1 || run.size == 0) fail({op, "losses"}, shape_name(losses), "a vector of at least one loss");
   std::vector<double> values(static_cast<size_t>(run.size), 0.0);
-  kernels().add_weighted(run.dtype, values.data(), run.data, 1, run.size, 1.0);
+  kernels().to_float64(run.dtype, values.data(), run.data, run.size);
   return values;
 }
 
@@ -62,8 +62,8 @@ Tensor tilted_weights(Tensor losses, double tilt) {
   return rounded(weights, losses, losses.sizes());
 }
 
-// Words an element of a sample: read s, write 1; the sum of a block stays in a float64 buffer of the cache. The samples
-// may lie anyhow (channels_last, the sample axis innermost, expanded): they are read where they are.
+// Words an element of a sample: read s, write 1. The samples may lie anyhow (channels_last, the sample axis innermost,
+// expanded): they are read where they are.
 Tensor tilted_reduce(Tensor losses, Tensor values, double tilt) {
   const char* op = "tilted_reduce";
   const std::vector<double> loss = checked_losses(op, losses);
@@ -83,18 +83,10 @@ Tensor tilted_reduce(Tensor losses, Tensor values, double tilt) {
   const int64_t bytes = item_bytes(all.dtype), row = values.stride(0);
   const Kernels& k = kernels();
   for_chunks(plan_of({result}), [&](int64_t, const Chunk& chunk) {
-    constexpr int64_t kBlock = 4096;
-    double sum[kBlock];
-    for (int64_t begin = chunk.offset; begin < chunk.offset + chunk.length; begin += kBlock) {
-      const int64_t n = std::min(kBlock, chunk.offset + chunk.length - begin);
-      std::fill(sum, sum + n, 0.0);
-      for (int64_t j = 0; j < s; ++j)
-        walk.for_runs(begin, begin + n, [&](int64_t i, int64_t offset, int64_t count) {
-          k.add_weighted(all.dtype, sum + (i - begin), all.data + (j * row + offset) * bytes, walk.step(), count,
-                         weights[static_cast<size_t>(j)]);
-        });
-      k.round_sum(all.dtype, result.data + begin * bytes, sum, n);
-    }
+    walk.for_runs(chunk.offset, chunk.offset + chunk.length, [&](int64_t i, int64_t offset, int64_t count) {
+      k.weighted_sum(all.dtype, result.data + i * bytes, all.data + offset * bytes, row, walk.step(), count, s,
+                     weights.data());
+    });
   });
   return out;
 }

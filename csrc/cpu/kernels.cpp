@@ -135,15 +135,41 @@ void poison(DType dtype, void* accumulator, int64_t n) {
   });
 }
 
-void add_weighted(DType dtype, double* out, const void* values, int64_t step, int64_t n, double weight) {
+template <int W, typename T, typename Count>
+void add_rows(double (&sum)[W], const T* values, int64_t row, int64_t step, Count count, int64_t rows,
+              const double* weights) {
+  for (int64_t j = 0; j < rows; ++j) {
+    double x[W];
+    const T* v = values + j * row;
+    if (step == 1) {
+      load(v, count, x);
+    } else {
+      for (int k = 0; k < W; ++k) x[k] = k < count ? static_cast<double>(to_compute(v[k * step])) : 0.0;
+    }
+    for (int k = 0; k < W; ++k) sum[k] = fma(weights[j], x[k], sum[k]);
+  }
+}
+
+void weighted_sum(DType dtype, void* out, const void* values, int64_t row, int64_t step, int64_t n, int64_t rows,
+                  const double* weights) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
     const T* v = static_cast<const T*>(values);
-    if (step == 1) {
-      for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i])), out[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = fma(weight, static_cast<double>(to_compute(v[i * step])), out[i]);
-    }
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      double sum[kLanes] = {};
+      add_rows(sum, v + i * step, row, step, count, rows, weights);
+      C rounded[kLanes];
+      for (int k = 0; k < kLanes; ++k) rounded[k] = static_cast<C>(sum[k]);
+      store(rounded, count, static_cast<T*>(out) + i);
+    });
+  });
+}
+
+void to_float64(DType dtype, double* out, const void* values, int64_t n) {
+  for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(to_compute(static_cast<const T*>(values)[i]));
   });
 }
 
@@ -327,9 +353,10 @@ const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::noise_sum
                                    cpu_apply::perturb,      cpu_apply::sum_squares,
                                    cpu_apply::ascend,       cpu_apply::assign,
                                    cpu_apply::blend,        cpu_apply::poison,
-                                   cpu_apply::add_weighted, cpu_apply::round_sum,
-                                   cpu_apply::leapfrog,     cpu_apply::hmc,
-                                   cpu_apply::hmc_place,    cpu_apply::kick};
+                                   cpu_apply::weighted_sum, cpu_apply::to_float64,
+                                   cpu_apply::round_sum,    cpu_apply::leapfrog,
+                                   cpu_apply::hmc,          cpu_apply::hmc_place,
+                                   cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -67,8 +67,12 @@ struct Kernels {
   // accumulator = NaN, in the compute type of dtype. Words: write 1.
   void (*poison)(DType dtype, void* accumulator, int64_t n);
 
-  // out += weight * values, the sum held in float64; `step` is the distance of two values. Words: read 2, write 1.
-  void (*add_weighted)(DType dtype, double* out, const void* values, int64_t step, int64_t n, double weight);
+  // out = sum over rows of weight_j value_j, in float64 and rounded once; rows lie `row` apart, values `step` apart.
+  // Words: read rows, write 1.
+  void (*weighted_sum)(DType dtype, void* out, const void* values, int64_t row, int64_t step, int64_t n, int64_t rows,
+                       const double* weights);
+  // Words: read 1, write 2.
+  void (*to_float64)(DType dtype, double* out, const void* values, int64_t n);
   // out (dtype) = rounded sum. Words: read 1, write 1.
   void (*round_sum)(DType dtype, void* out, const double* sum, int64_t n);
 
