@@ -149,6 +149,57 @@ def test_streaming_is_the_batch_softmax(tilt: float, scale: float, dtype: torch.
     assert torch.allclose(summary[s], 1 / (weights**2).sum(), rtol=1e-9)
 
 
+def weighted_mean(losses: Tensor, grads: list[Tensor], tilt: float) -> Tensor:
+    total, state = torch.full_like(grads[0], float("nan")), new_state(len(losses), CPU)
+    _C.tilt_begin_(state, torch.tensor(tilt, dtype=torch.float64))
+    for j, (loss, grad) in enumerate(zip(losses, grads, strict=True)):
+        _C.tilt_update_(state, loss, 0.0, j, False, j == len(losses) - 1)
+        _C.accumulate_([total], [grad], state)
+    return total
+
+
+def test_a_constant_in_the_losses_costs_nothing() -> None:
+    """The weights depend on differences alone: where those are exact, no bit moves, however large the constant."""
+    grads = tensors([100] * 5, torch.float64, 1)
+    losses = torch.tensor([3, -7, 12, 12, 5], dtype=torch.float64) / 8
+    for tilt in (-1.3, 0.7, 5.1):
+        mean = weighted_mean(losses, grads, tilt)
+        assert torch.equal(weighted_mean(losses + 2.0**40, grads, tilt), mean)
+
+
+@pytest.mark.parametrize("tilt", [float("inf"), float("-inf")])
+def test_ties_at_an_infinite_tilt_average(tilt: float) -> None:
+    """Whichever order they come in, and whatever comes before, between and after them."""
+    grads = tensors([100] * 4, torch.float64, 1)
+    for order in ((0, 1, 2, 3), (1, 0, 3, 2), (0, 2, 1, 3)):
+        losses = torch.tensor([[1.0, 3.0][k in (1, 2)] for k in order], dtype=torch.float64)
+        mean = weighted_mean(losses, [grads[k] for k in order], tilt)
+        extreme = (1, 2) if tilt > 0 else (0, 3)
+        assert torch.equal(mean, 0.5 * grads[extreme[0]] + 0.5 * grads[extreme[1]])
+
+
+def test_sums_do_not_depend_on_threads() -> None:
+    """Norms to their last float64 bit, which the float32 parameters that they scale would not show."""
+    threads = torch.get_num_threads()
+    sizes = [300_001, 5, 70_000]
+    position = [torch.zeros(n) for n in sizes]
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            state, slots = new_state(8, CPU), []
+            for j in range(8):
+                grads = tensors(sizes, torch.float32, j)
+                _C.grad_norm_(grads, grads, state, [j % 2 == 1] * 3, j)
+                _C.perturb_(position, [p.clone() for p in position], state, [1.0] * 3, [False] * 3,
+                            [0, 300_004, 300_012], 1, 0, j, 1, 1, False, True)  # fmt: skip
+                slots += [state[Slot.GRAD_NORM].item(), state[Slot.NOISE_SCALE].item()]
+            results.append(slots)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(other == results[0] for other in results)
+
+
 def test_layouts_move_in_storage_order() -> None:
     plain = torch.zeros(2, 3, 4, 5)
     last = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
@@ -257,6 +308,21 @@ def test_other_ops_refuse_too() -> None:
     _C.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
     with pytest.raises(ValueError, match="only the first sample can be adopted"):
         _C.accumulate_(x, [], state)
+
+
+def test_a_copy_of_another_layout_is_refused() -> None:
+    """Same shape, other strides: element i of one list would meet another element of the other."""
+    x, turned = torch.ones(2, 3), torch.full((3, 2), 2.0).t()
+    calls: list[Callable[[], None]] = [
+        lambda: _C.restore_([x], [turned]),
+        lambda: _C.perturb_([x], [turned], new_state(0, CPU), [1.0], [False], [0], 1, 0, 0, 0, 1, False, True),
+        lambda: _C.ascend_([x], [x.clone()], [turned], new_state(0, CPU), [1.0], [False], True),
+        lambda: _C.accumulate_([x], [turned], new_state(0, CPU)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\[0\]: got shape \(2, 3\) with strides \(1, 2\), expected .*\(3, 1\)"):
+            call()
+        assert torch.equal(x, torch.ones(2, 3))
 
 
 def test_the_slots_are_those_of_the_header() -> None:

@@ -287,6 +287,26 @@ def test_losses_that_are_not_finite(problem, where: set[int], bad: float, skip: 
     assert float(weights.sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, INF])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("options", [{"num_samples": 1}, {"every": 2}])
+def test_a_step_of_one_gradient_with_a_bad_loss_is_nan(problem, options, buffer: bool, skip: bool, bad: float) -> None:
+    """Also where the gradient's own memory is the result, so that nothing else would be written."""
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.0, skip_nonfinite_loss=skip, **options)
+    task.train(optimizer, 1)  # of every=2 the second step is the plain one
+    optimizer.zero_grad(set_to_none=not buffer)
+
+    def closure() -> Tensor:
+        loss = task.loss()
+        loss.backward()
+        return loss * bad
+
+    optimizer.estimate_gradient(closure)
+    assert task.gradient().isnan().all()
+
+
 @pytest.mark.parametrize("sampler", ["noise", "ascent"])
 def test_a_gradient_that_is_not_finite_reaches_p_grad(problem, sampler: str) -> None:
     task = problem()

@@ -126,6 +126,29 @@ def test_without_the_model_statistics_move_and_one_warning_says_so() -> None:
         quiet.step(closure)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_watch_for_layers_ends_with_the_first_step(problem, fails: bool) -> None:
+    """Its hook is on every module of the process, so it must not outlive the step, whatever way that ends."""
+    hooks = nn.modules.module._global_forward_pre_hooks
+    before, during = len(hooks), []
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1)
+
+    def closure() -> Tensor:
+        during.append(len(hooks))
+        if fails:
+            raise KeyError
+        return task.closure(optimizer)()
+
+    if fails:
+        with pytest.raises(KeyError):
+            optimizer.step(closure)
+    else:
+        optimizer.step(closure)
+    assert during[0] == before + 1
+    assert len(hooks) == before
+
+
 @pytest.mark.parametrize("same_masks", [True, False])
 def test_dropout_masks(problem, same_masks: bool) -> None:
     """The same in all passes of a step, new in the next step, and the stream ends as after one forward."""

@@ -213,6 +213,22 @@ def test_added_groups_train_with_their_settings(problem) -> None:
     assert len(optimizer.base_optimizer.param_groups) == 3
 
 
+@pytest.mark.parametrize("key", ["rho", "radius", "adaptive"])
+def test_a_group_s_settings_are_read_afresh_each_step(problem, key: str) -> None:
+    """A schedule writes into the group between steps; as the oracle, and other than without the change."""
+    results = []
+    for kind, change in ((TSAM, True), (ReferenceTSAM, True), (TSAM, False)):
+        task = problem()
+        optimizer = kind(task.parameters, lr=0.1, rho=0.3, seed=5)
+        task.train(optimizer, 1)
+        if change:
+            optimizer.param_groups[0][key] = {"rho": 0.9, "radius": 0.05, "adaptive": True}[key]
+        task.train(optimizer, 1)
+        results.append(task.flat())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(results[0], results[2], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["number", "function", "tensor", "tensor function"])
 def test_tilt_schedules(problem, form: str) -> None:
     """A function of the completed steps, or a tensor that is read afresh in each."""
