@@ -114,6 +114,7 @@ def test_empty_lists_are_steps_of_nothing() -> None:
     state = new_state(1)
     fused.tilt_begin_(state, 1.0)
     fused.perturb_([], [], state, 0.1, seed=0)
+    state[Slot.GRAD_NORM] = 5.0
     fused.grad_norm_([], [], state)
     assert state[Slot.GRAD_NORM] == 0.0
     fused.ascend_([], [], [], state, 0.1)

@@ -72,7 +72,8 @@ def test_a_sample_is_the_chain_s_state_after_each_trajectory_and_the_start_is_no
 
 
 @pytest.mark.parametrize("prior", PRIORS)
-def test_the_gradient_is_the_weighted_mean_at_the_chain_s_states(problem, prior: str) -> None:
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_the_gradient_is_the_weighted_mean_at_the_chain_s_states(problem, prior: str, burn_in: int) -> None:
     task, seen = problem(), []
 
     def closure() -> Tensor:
@@ -81,7 +82,8 @@ def test_the_gradient_is_the_weighted_mean_at_the_chain_s_states(problem, prior:
         seen.append((float(loss.detach()), [p.grad.clone() for p in task.parameters]))
         return loss
 
-    optimizer = TSAM(task.parameters, **HMC, num_samples=4, num_leapfrog_steps=2, delta=20.0, tilt=25.0, prior=prior)
+    options = {"num_samples": 4, "num_leapfrog_steps": 2, "delta": 20.0, "tilt": 25.0, "burn_in": burn_in}
+    optimizer = TSAM(task.parameters, **HMC, **options, prior=prior)
     for _ in range(3):
         seen.clear()
         optimizer.estimate_gradient(closure)
@@ -365,3 +367,17 @@ def test_chain_position_is_refused_where_there_is_none(problem) -> None:
     for optimizer in (TSAM(task.parameters, **HMC), TSAM(task.parameters, lr=0.1)):
         with pytest.raises(RuntimeError, match="chain_position"):
             optimizer.chain_position()
+
+
+def test_burn_in_is_not_counted(problem) -> None:
+    """The losses and the mean are those of the last s trajectories; a longer run without burn-in has them last."""
+    found = []
+    for s, burn_in in ((5, 0), (2, 3)):
+        task = problem()
+        optimizer = TSAM(task.parameters, **HMC, num_samples=s, burn_in=burn_in, delta=300.0, tilt=300.0)
+        optimizer.estimate_gradient(counting(task, []))
+        found.append((optimizer.diagnostics.losses[-2:], optimizer.diagnostics.num_nonfinite, task.gradient()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[1][0].isfinite().all()
+    assert found[1][1] == 0
+    assert not torch.allclose(found[0][2], found[1][2])
