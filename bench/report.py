@@ -130,7 +130,7 @@ def picture(results: list[Result], methods: list[Method], path: Path, title: str
 
 def write_json(path: Path, results: Sequence[object], settings: dict[str, Any]) -> None:
     """Everything that was measured, with where and when."""
-    rows = [vars(r) for r in results]
+    rows = [dict(r) if isinstance(r, dict) else vars(r) for r in results]
     text = json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n"
     draft = path.with_suffix(".part")
     draft.write_text(text)

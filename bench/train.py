@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from . import sampler
 from .data import DATASETS
 from .methods import EPOCHS, LEARNING_RATE, LEARNING_RATES, METHODS, Method, grid
 from .report import finals as finals_of
@@ -69,6 +70,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for PNG and JSON")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs of an interrupted job")
     parser.add_argument("--tune", action="store_true", help="search the settings on validation images instead (long)")
+    parser.add_argument("--sampler", choices=["hmc"], help="train TSAM with this sampler and print what its chain does")
+    parser.add_argument("--delta", type=float, help="for --sampler: how far the samples lean towards high losses")
     parser.set_defaults(run=run)
 
 
@@ -76,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     options.out.mkdir(parents=True, exist_ok=True)
     options.data = options.data or ("digits" if options.quick else "mnist")
+    if options.sampler:
+        return sampler.run(options)
     return _tune(options) if options.tune else _compare(options)
 
 
