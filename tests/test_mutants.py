@@ -21,6 +21,9 @@ NODE = r"tests/test_\w+\.py::test_\w+(?:\[.+\])?"
 HEADER = re.compile(rf"\S[^\n]*[^\n.]\.\nTest: ({NODE})\n\n--- a/(\S+)\n\+\+\+ b/(\S+)\n@@")
 
 
+needs_patch = pytest.mark.skipif(shutil.which("patch") is None, reason="the program patch is not there")
+
+
 def named_test(patch: Path) -> str:
     header = HEADER.match(patch.read_text())
     assert header, f"{patch.name}: expected a sentence, 'Test: <node id>', an empty line and one file's diff"
@@ -36,6 +39,7 @@ def test_there_are_many_and_their_names_are_unique() -> None:
     assert len({patch.read_text().split("\n--- a/")[1] for patch in PATCHES}) == len(PATCHES)
 
 
+@needs_patch
 def test_each_applies(tmp_path: Path) -> None:
     for part in ("csrc", "python"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -89,6 +93,7 @@ def judged(tmp_path: Path, *names: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@needs_patch
 def test_what_is_not_caught_is_named_and_ends_with_1(tmp_path: Path) -> None:
     done = judged(tmp_path, *MADE_UP)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -98,6 +103,7 @@ def test_what_is_not_caught_is_named_and_ends_with_1(tmp_path: Path) -> None:
         assert outcome in summary
 
 
+@needs_patch
 def test_what_is_caught_ends_with_0(tmp_path: Path) -> None:
     done = judged(tmp_path, "a wrong column")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -100,6 +100,8 @@ def run(command: Sequence[str | Path], cwd: Path) -> tuple[int | None, str]:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None, f"out of time after {SECONDS} s: {' '.join(map(str, command))}"
+    except FileNotFoundError:
+        raise CannotRunError(f"{command[0]} is needed and not there") from None
     return done.returncode, done.stdout
 
 
@@ -113,8 +115,8 @@ def must(command: Sequence[str | Path], cwd: Path) -> str:
 
 def copy_tree(to: Path) -> None:
     """The tracked and the new files of the checkout; without git, what a build and the tests need."""
-    top = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=ROOT, capture_output=True, text=True)
-    if top.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT:
+    code, top = run(["git", "rev-parse", "--show-toplevel"], ROOT) if shutil.which("git") else (1, "")
+    if code == 0 and Path(top.strip()).resolve() == ROOT:
         listed = must(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT)
         for name in filter(None, listed.split("\0")):
             if (ROOT / name).is_file():  # a tracked file may have been deleted
