@@ -17,7 +17,7 @@ from torch import Tensor
 GRAZING = 1e-14
 
 
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """The dot product over two lists."""
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
 
@@ -53,9 +53,9 @@ def ball_drift(position: Sequence[Tensor], momentum: Sequence[Tensor], h: float)
         The new position and momentum, in the dtypes of the old.
     """
     u, v = list(position), list(momentum)
-    square = _dot(v, v)
+    square = dot(v, v)
     while square > 0.0:
-        uv, gap = _dot(u, v), min(_dot(u, u) - 1.0, 0.0)
+        uv, gap = dot(u, v), min(dot(u, u) - 1.0, 0.0)
         normal_speed = math.sqrt(uv * uv - square * gap)
         until_hit = -gap / (uv + normal_speed) if uv > 0.0 else (normal_speed - uv) / square
         if until_hit >= h:
@@ -70,5 +70,5 @@ def ball_drift(position: Sequence[Tensor], momentum: Sequence[Tensor], h: float)
             )
             h = 0.0
             break
-        v = _combine(1.0, v, -2.0 * _dot(u, v) / _dot(u, u), u)
+        v = _combine(1.0, v, -2.0 * dot(u, v) / dot(u, u), u)
     return _restore(_combine(1.0, u, h, v), position), _restore(_combine(1.0, v, 0.0, v), momentum)

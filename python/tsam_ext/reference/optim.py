@@ -2,14 +2,14 @@
 
 One step: Σ w_j ∇L(θ + ε_j) into p.grad, w = softmax(log n + t L), then the base optimizer's step.
 ε = r D ν, and for the sampler "ascent" ρ D (D g)/‖D g‖ more, g = ∇L(θ + r D ν); D = |θ| elementwise
-where adaptive, else 1. Norms and d are over all perturbed parameters (trainable, rho not 0).
-Extra memory: one copy and one mean.
+where adaptive, else 1; for "hmc" the states of a chain (hmc.py). Norms and d are over all perturbed parameters
+(trainable, rho not 0). Extra memory: one copy and one mean, for "hmc" also the chain.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .hmc import ChainState, Draws, HamiltonianChain, PhiloxDraws, TorchDraws
 from .noise import base_offsets, global_norm, noise_scale, unit_noise
 from .tilt import StreamingTilt, tilted_weights
 
@@ -89,6 +90,15 @@ class ReferenceTSAM:
         same_masks: bool = True,
         seed: int | None = None,
         rng: str = "philox",
+        delta: float | str | None = None,
+        delta_scale: float = 1.0,
+        num_leapfrog_steps: int = 1,
+        step_size: float | None = None,
+        adapt_step_size: bool = True,
+        prior: str = "gaussian",
+        metropolis: bool = True,
+        chain: str = "persistent",
+        burn_in: int = 0,
         **base_kwargs: Any,
     ) -> None:
         make: Any = base_optimizer
@@ -107,6 +117,18 @@ class ReferenceTSAM:
         self.same_masks = same_masks
         self.seed = seed or 0
         self.rng = rng
+        self.chain = HamiltonianChain(
+            delta=delta,
+            delta_scale=delta_scale,
+            num_leapfrog_steps=num_leapfrog_steps,
+            step_size=step_size,
+            adapt_step_size=adapt_step_size,
+            prior=prior,
+            metropolis=metropolis,
+            chain=chain,
+            burn_in=burn_in,
+        )
+        self._positions: dict[Tensor, Tensor] = {}
         self.num_steps = 0
         self.losses = self.weights = self.gradient_norms = torch.empty(0, dtype=torch.float64)
         self.ess, self.num_nonfinite = math.nan, 0
@@ -156,6 +178,12 @@ class ReferenceTSAM:
         losses, log_sizes, norms = [], [], []
         masks = torch.random.get_rng_state()
         try:
+            if self._sampled and self.sampler == "hmc":
+                for sample in self._chain_states(closure, moved, trained, masks, state):
+                    losses.append(sample.loss)
+                    log_sizes.append(0.0)
+                    self._accumulate(means, sample.extra, *state.update(sample.loss))
+                self._count = 0
             while self._sample < self._count:
                 self._perturb(moved)
                 if self._sampled and self.sampler == "ascent":
@@ -164,7 +192,7 @@ class ReferenceTSAM:
                 losses.append(float(self._run(closure, trained, masks)))
                 begin, end = self._bounds()
                 log_sizes.append(math.log(end - begin) if end > begin else 0.0)
-                self._accumulate(means, trained, *state.update(losses[-1], log_sizes[-1]))
+                self._accumulate(means, [p.grad for p in trained], *state.update(losses[-1], log_sizes[-1]))
                 self._sample += 1
         finally:
             self._sampled = False
@@ -237,14 +265,18 @@ class ReferenceTSAM:
         """Normals of generators of our own, seeded by (seed, step, sample)."""
         odd = self.antithetic and self._sample % 2 == 1
         draw = self._sample - 1 if odd else self._sample
-        generators = {}
-        for device in {m.parameter.device for m in moved}:
-            generators[device] = torch.Generator(device)
-            generators[device].manual_seed((self.seed << 32) + (self.num_steps << 12) + draw & (1 << 63) - 1)
+        generators = self._generators(moved, draw)
         z = [torch.empty_like(_wide(m.origin)).normal_(generator=generators[m.parameter.device]) for m in moved]
         first = generators[moved[0].parameter.device]
         scale = noise_scale(z, self.noise, lambda: float(torch.rand((), generator=first, device=first.device)))
         return z, -scale if odd else scale
+
+    def _generators(self, moved: Sequence[_Perturbed], draw: int) -> dict[torch.device, torch.Generator]:
+        generators = {}
+        for device in {m.parameter.device for m in moved}:
+            generators[device] = torch.Generator(device)
+            generators[device].manual_seed((self.seed << 32) + (self.num_steps << 12) + draw & (1 << 63) - 1)
+        return generators
 
     def _ascend(self, moved: list[_Perturbed]) -> Tensor:
         """The ascent, over the perturbed parameters that have a gradient."""
@@ -257,13 +289,61 @@ class ReferenceTSAM:
             [m.adaptive for m, _ in pairs],
         )
 
+    def _chain_states(
+        self,
+        closure: Callable[[], Tensor],
+        moved: Sequence[_Perturbed],
+        trained: Sequence[Tensor],
+        masks: Tensor,
+        tilted: StreamingTilt,
+    ) -> Iterator[ChainState]:
+        """The chain's states of this step, each with the gradients of ``trained``; turns t into t - δ."""
+        scales = self._chain_scales(moved)
+
+        def evaluate(position: list[Tensor]) -> ChainState:
+            with torch.no_grad():
+                for m, scale, x in zip(moved, scales, position, strict=True):
+                    m.parameter.copy_(m.origin.double() + scale * x)
+            loss = float(self._run(closure, trained, masks))
+            gradients = [None if p.grad is None else p.grad.clone() for p in trained]
+            own = [torch.zeros_like(m.origin) if m.parameter.grad is None else m.parameter.grad for m in moved]
+            force = [scale * g.double() for scale, g in zip(scales, own, strict=True)]
+            return ChainState(position, loss, force, gradients)
+
+        chain, draws = self.chain, self._draws(moved)
+        known = all(m.parameter in self._positions for m in moved)
+        chain.position = [self._positions[m.parameter] for m in moved] if known and self._positions else None
+        start = chain.start(evaluate, draws, tilted.tilt)
+        tilted.tilt = 0.0 if tilted.tilt == chain.delta else tilted.tilt - chain.delta
+        yield from chain.sample(start, evaluate, draws, self.num_samples)
+        assert chain.position is not None
+        self._positions.update(zip([m.parameter for m in moved], chain.position, strict=True))
+
+    def _chain_scales(self, moved: Sequence[_Perturbed]) -> list[Tensor]:
+        """T c of each perturbed parameter, float64."""
+        unit = self.chain.unit(sum(m.origin.numel() for m in moved))
+        return [m.rho * unit * (m.origin.abs() if m.adaptive else torch.ones_like(m.origin)).double() for m in moved]
+
+    def _draws(self, moved: Sequence[_Perturbed]) -> Draws:
+        parameters = [m.parameter.detach() for m in moved]
+        if self.rng == "torch":
+            return TorchDraws(parameters, self._generators(moved, 0))
+        return PhiloxDraws(parameters, [m.offset for m in moved], self.seed, self.num_steps)
+
+    def chain_position(self) -> list[Tensor]:
+        """ε = T c x of each perturbed parameter where the chain of "hmc" stands, float64."""
+        moved = self._perturbed_parameters()
+        scales = self._chain_scales(moved)
+        return [scale * self._positions[m.parameter] for m, scale in zip(moved, scales, strict=True)]
+
     @staticmethod
-    def _accumulate(means: list[Tensor | None], trained: Sequence[Tensor], keep: float, add: float) -> None:
+    def _accumulate(means: list[Tensor | None], gradients: Sequence[Tensor | None], keep: float, add: float) -> None:
         """A <- keep A + add g; a gradient that is None in some passes counts as zero there."""
-        for i, p in enumerate(trained):
+        for i, gradient in enumerate(gradients):
             mean = means[i]
-            if p.grad is None and mean is None:
+            if gradient is None and mean is None:
                 continue
             if mean is None:
-                mean = means[i] = torch.zeros_like(_wide(p.detach()))
-            StreamingTilt.blend(mean, torch.zeros_like(p) if p.grad is None else p.grad, keep, add)
+                assert gradient is not None
+                mean = means[i] = torch.zeros_like(_wide(gradient))
+            StreamingTilt.blend(mean, torch.zeros_like(mean) if gradient is None else gradient, keep, add)
