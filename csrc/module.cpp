@@ -95,13 +95,13 @@ PYBIND11_MODULE(_C, m) {
       m, ops, "hmc_begin_", "saved", "grads", "chain", "state", "loss", "tilt", "delta", "automatic", "rho", "adaptive",
       "dimension", "prior");
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Numbers, Flags, Integers, int64_t,
-         int64_t, int64_t, int64_t, int64_t, bool, bool>(
+         int64_t, int64_t, int64_t, int64_t, double, double, bool, bool>(
       m, ops, "hmc_leapfrog_", "position", "saved", "momentum", "x0", "x1", "x2", "grads", "chain", "rho", "adaptive",
-      "base", "seed", "step", "trajectory", "dimension", "prior", "first", "measure");
+      "base", "seed", "step", "trajectory", "dimension", "prior", "kick", "drift", "first", "measure");
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor, Numbers, Flags, int64_t, int64_t, int64_t, int64_t,
-         int64_t, int64_t, bool, bool, bool>(m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss",
-                                             "rho", "adaptive", "seed", "step", "trajectory", "dimension", "prior",
-                                             "row", "metropolis", "skip_nonfinite", "last");
+         int64_t, double, int64_t, bool, bool, bool>(
+      m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss", "rho", "adaptive", "seed", "step",
+      "trajectory", "dimension", "prior", "kick", "row", "metropolis", "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, bool>(m, ops, "hmc_carry_", "accumulator", "carried", "grads",
                                                                 "chain", "state", "count");
   expose<void, Tensor, double>(m, ops, "hmc_adapt_", "chain", "highest");

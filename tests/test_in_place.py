@@ -275,9 +275,9 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "hmc_begin_": lambda: (lists(4, 9), lists(4, 9), chain(), begun(), torch.tensor(0.5), torch.tensor(2.0),
                            torch.tensor(1.0), True, [0.1] * 2, [False, True], 13, 0),
     "hmc_leapfrog_": lambda: (*(lists(4, 9) for _ in range(7)), chain(), [0.1] * 2, [False, True], [0, 4], 0, 0, 0,
-                              13, 1, True, True),
+                              13, 1, 0.5, 1.0, True, True),
     "hmc_end_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), torch.tensor(0.5), [0.1] * 2,
-                         [False, True], 0, 0, 0, 13, 0, 0, True, False, True),
+                         [False, True], 0, 0, 0, 13, 0, 0.5, 0, True, False, True),
     "hmc_carry_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), True),
     "hmc_adapt_": lambda: (chain(), 0.5),
 }  # fmt: skip

@@ -77,6 +77,12 @@ struct Counter {
   Stream stream(Purpose purpose) const { return make_stream(key, step, purpose, trajectory); }
 };
 
+// A coefficient of an integrator; the ball's drift runs forward only.
+void checked_factor(const char* op, const char* argument, double value, bool forward = false) {
+  if (!std::isfinite(value) || (forward && value < 0.0))
+    fail({op, argument}, std::to_string(value), forward ? "a finite number not below 0" : "a finite number");
+}
+
 template <typename Body>
 HmcSums sum_passes(const ChunkPlan& plan, const Body& body) {
   std::vector<HmcSums> partial(static_cast<size_t>(plan.num_chunks()));
@@ -164,13 +170,14 @@ void hmc_begin_(TensorList saved, TensorList grads, Tensor chain, Tensor state, 
   s[kTilt] = t == density ? 0.0 : t - density;
 }
 
-// Kick by the gradient at x, drift, write theta. `first`: the momentum is drawn and grads are those of the chain's
-// state; otherwise x is the proposal. Words: gaussian and flat: first read 3, write 3, else read 4, write 3; ball three
-// more (momentum and x once more for the drift's dot products); `measure` one more unless first.
+// Kick by the gradient at x, drift, write theta: kick and drift are in units of the step size. `first`: the momentum is
+// drawn and grads are those of the chain's state; otherwise x is the proposal. Words: gaussian and flat: first read 3,
+// write 3, else read 4, write 3; ball three more (momentum and x once more for the drift's dot products); `measure` one
+// more unless first.
 void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, TensorList x0, TensorList x1,
                    TensorList x2, TensorList grads, Tensor chain, Numbers rho, Flags adaptive, Integers base,
-                   int64_t seed, int64_t step, int64_t trajectory, int64_t dimension, int64_t prior, bool first,
-                   bool measure) {
+                   int64_t seed, int64_t step, int64_t trajectory, int64_t dimension, int64_t prior, double kick,
+                   double drift, bool first, bool measure) {
   const char* op = "hmc_leapfrog_";
   const Runs moved = checked_runs(op, "position", position);
   same_layouts(op, "saved", saved, "position", position);
@@ -184,6 +191,8 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
   same_dtypes(op, "grads", gradients, "saved", scaled.origin);
   same_length(op, "base", base.size(), "position", moved.size());
   const Counter counter(op, seed, step, trajectory);
+  checked_factor(op, "kick", kick);
+  checked_factor(op, "drift", drift, scaled.prior == Prior::kBall);
   double* const c = checked_chain(op, chain);
   disjoint(op, {{"position", moved},
                 {"saved", scaled.origin},
@@ -196,7 +205,7 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
   const Runs &start = x[static_cast<int>(c[kCurrent])], &proposal = x[proposal_slot(c)];
   const Runs& from = first ? start : proposal;
   const double h = drift_time(scaled.prior, dimension, std::exp(c[kLogStep]));
-  const double a = c[kDelta] * h * (first ? 0.5 : 1.0);
+  const double a = kick * c[kDelta] * h, time = drift * h;
   const bool ball = scaled.prior == Prior::kBall;
   if (first) trajectory_begin(c);
   const Kernels& k = kernels();
@@ -221,41 +230,41 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
     pass.element = element_of(base, chunk);
     return pass;
   };
-  const auto kicks = [&](const Chunk& chunk, const Drift* drift) {
+  const auto kicks = [&](const Chunk& chunk, const Drift* map) {
     HmcPass pass = pass_of(chunk);
     pass.draw = first;
     pass.a = a;
     pass.products = ball;
-    pass.move = drift != nullptr;
-    if (drift != nullptr) pass.drift = *drift;
+    pass.move = map != nullptr;
+    if (map != nullptr) pass.drift = *map;
     const size_t t = static_cast<size_t>(chunk.tensor);
-    return k.hmc(moved[t].dtype, run_of(chunk, true, drift != nullptr), pass, chunk.length);
+    return k.hmc(moved[t].dtype, run_of(chunk, true, map != nullptr), pass, chunk.length);
   };
   HmcSums sums;
   if (ball) {
     sums = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, nullptr); });
-    const Drift drift = prior_drift(scaled.prior, h, sums);
-    c[kReflections] += drift.reflections;
+    const Drift map = prior_drift(scaled.prior, time, sums);
+    c[kReflections] += map.reflections;
     const HmcSums drifted = sum_passes(plan, [&](const Chunk& chunk) {
       HmcPass pass = pass_of(chunk);
       pass.move = true;
-      pass.drift = drift;
+      pass.drift = map;
       return k.hmc(moved[static_cast<size_t>(chunk.tensor)].dtype, run_of(chunk, false, true), pass, chunk.length);
     });
     sums.moved = drifted.moved;
   } else {
-    const Drift drift = prior_drift(scaled.prior, h, sums);
-    sums = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, &drift); });
+    const Drift map = prior_drift(scaled.prior, time, sums);
+    sums = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, &map); });
   }
   kick_energy(c, a, sums.pq, sums.qq);
   const double unit = prior_scale(scaled.prior, dimension);
   if (measure) c[kProposed] = unit * unit * sums.moved;
 }
 
-// The last half kick's energy, the accept test, and (row >= 0) the sample's weight. Words: read 2 (3 adaptive).
+// The last kick's energy, the accept test, and (row >= 0) the sample's weight. Words: read 2 (3 adaptive).
 void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor chain, Tensor state, Tensor loss,
               Numbers rho, Flags adaptive, int64_t seed, int64_t step, int64_t trajectory, int64_t dimension,
-              int64_t prior, int64_t row, bool metropolis, bool skip_nonfinite, bool last) {
+              int64_t prior, double kick, int64_t row, bool metropolis, bool skip_nonfinite, bool last) {
   const char* op = "hmc_end_";
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs p = checked_wide(op, "momentum", momentum, saved, scaled.origin);
@@ -263,12 +272,13 @@ void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor ch
   same_layouts(op, "grads", grads, "saved", saved);
   same_dtypes(op, "grads", gradients, "saved", scaled.origin);
   const Counter counter(op, seed, step, trajectory);
+  checked_factor(op, "kick", kick);
   in_range({op, "row"}, row, -1, kMaxSample);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, row + 1);
   const double proposed = checked_scalar({op, "loss"}, loss);
 
-  const double h = drift_time(scaled.prior, dimension, std::exp(c[kLogStep])), a = 0.5 * c[kDelta] * h;
+  const double h = drift_time(scaled.prior, dimension, std::exp(c[kLogStep])), a = kick * c[kDelta] * h;
   const Kernels& k = kernels();
   const HmcSums sums = sum_passes(plan_of(p), [&](const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);

@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
 
   // Hamiltonian Monte Carlo, in place over lists. chain: float64, core/metropolis.h gives its slots. prior: core/hmc.h.
+  // kick, drift: factors of the step size, from an integrator's list of coefficients.
   m.def(
       "hmc_place_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!)[] x0, Tensor(d!)[] x1, Tensor(e!)[] x2, "
       "Tensor chain, Tensor(f!) state, float[] rho, bool[] adaptive, int[] base, int seed, int step, int dimension, "
@@ -44,11 +45,11 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def(
       "hmc_leapfrog_(Tensor(a!)[] position, Tensor[] saved, Tensor(b!)[] momentum, Tensor(c!)[] x0, Tensor(d!)[] x1, "
       "Tensor(e!)[] x2, Tensor[] grads, Tensor(f!) chain, float[] rho, bool[] adaptive, int[] base, int seed, "
-      "int step, int trajectory, int dimension, int prior, bool first, bool measure) -> ()");
+      "int step, int trajectory, int dimension, int prior, float kick, float drift, bool first, bool measure) -> ()");
   m.def(
       "hmc_end_(Tensor[] saved, Tensor[] momentum, Tensor[] grads, Tensor(a!) chain, Tensor(b!) state, Tensor loss, "
-      "float[] rho, bool[] adaptive, int seed, int step, int trajectory, int dimension, int prior, int row, "
-      "bool metropolis, bool skip_nonfinite, bool last) -> ()");
+      "float[] rho, bool[] adaptive, int seed, int step, int trajectory, int dimension, int prior, float kick, "
+      "int row, bool metropolis, bool skip_nonfinite, bool last) -> ()");
   m.def(
       "hmc_carry_(Tensor(a!)[] accumulator, Tensor(b!)[] carried, Tensor[] grads, Tensor chain, Tensor state, "
       "bool count) -> ()");

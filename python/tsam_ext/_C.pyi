@@ -89,6 +89,8 @@ def hmc_leapfrog_(
     trajectory: int,
     dimension: int,
     prior: int,
+    kick: float,
+    drift: float,
     first: bool,
     measure: bool,
 ) -> None: ...
@@ -106,6 +108,7 @@ def hmc_end_(
     trajectory: int,
     dimension: int,
     prior: int,
+    kick: float,
     row: int,
     metropolis: bool,
     skip_nonfinite: bool,

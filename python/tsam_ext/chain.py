@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _ops
 from .estimate import Estimate, Sample, is_own
+from .integrators import LEAPFROG, substeps
 from .settings import PRIORS, HmcSettings
 from .table import Table
 
@@ -29,6 +30,8 @@ class ChainSlot:
     DELTA = 0
     LOG_STEP = 1
     CURRENT = 2
+    LOSS = 3
+    ENERGY = 4
     ACCEPTANCE = 5
     TRAJECTORIES = 6
     ACCEPTED = 7
@@ -111,6 +114,7 @@ class HmcEstimate(Estimate):
         self._rho, self._adaptive = [table.rho[i] for i in moves], [table.adaptive[i] for i in moves]
         self._base = [table.base[i] for i in moves]
         self._prior = PRIORS.index(self._hmc.prior)
+        self._substeps, self._last_kick = substeps(LEAPFROG, self._hmc.num_leapfrog_steps)
 
     @property
     def repeats(self) -> bool:
@@ -127,7 +131,7 @@ class HmcEstimate(Estimate):
             self._take_start()
             for trajectory in range(total):
                 sample = trajectory - self._hmc.burn_in
-                for n in range(self._hmc.num_leapfrog_steps):
+                for n in range(len(self._substeps)):
                     self._leapfrog(trajectory, n)
                     yield from self._pass(max(sample, 0), counted=sample >= 0)
                 self._end_trajectory(trajectory, sample)
@@ -223,8 +227,9 @@ class HmcEstimate(Estimate):
             trajectory,
             self.table.dimension,
             self._prior,
+            *self._substeps[n],
             n == 0,
-            n == self._hmc.num_leapfrog_steps - 1,
+            n == len(self._substeps) - 1,
         )
         self._has_moved()
 
@@ -246,6 +251,7 @@ class HmcEstimate(Estimate):
             trajectory,
             self.table.dimension,
             self._prior,
+            self._last_kick,
             max(sample, -1),
             self._hmc.metropolis,
             self.settings.skip_nonfinite_loss,
