@@ -33,6 +33,7 @@ LAYERS = {
     "functional": {"_ops"},
     "settings": {"functional"},
     "chain": {"_ops", "estimate", "integrators", "settings", "table"},
+    "hmc": {"_ops", "chain", "functional", "integrators"},
     "metrics": {"_ops", "chain", "functional"},
     "base": {"settings"},
     "checkpoint": {"chain", "settings"},
@@ -219,10 +220,10 @@ def test_kernel_objects_share_no_weak_symbol(tmp_path: Path) -> None:
 def test_public_docstrings_run() -> None:
     import doctest
 
-    from tsam_ext import optim
+    from tsam_ext import hmc, integrators, optim
     from tsam_ext.functional import dynamics, tilted
 
-    for module in (dynamics, optim, tilted):
+    for module in (dynamics, hmc, integrators, optim, tilted):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0

@@ -57,10 +57,12 @@ def check_alike(op: str, argument: str, tensor: object, like: Tensor, reference:
     return tensor
 
 
-def check_number(op: str, argument: str, value: object, expected: str, low: float = -math.inf) -> float:
+def check_number(
+    op: str, argument: str, value: object, expected: str, low: float = -math.inf, *, or_tensor: bool = True
+) -> float:
     """``value`` as a finite float not below ``low``; TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise refuse(op, argument, repr(value), f"{expected} or a tensor", TypeError)
+        raise refuse(op, argument, repr(value), expected + (" or a tensor" if or_tensor else ""), TypeError)
     if not math.isfinite(value) or value < low:
         raise refuse(op, argument, repr(value), expected)
     return float(value)
