@@ -68,7 +68,7 @@ class KernelDraws(PhiloxDraws):
         assert purpose == MOMENTUM
         chain = torch.zeros(SLOTS, dtype=torch.float64)
         chain[ChainSlot.LOG_STEP] = -INF  # no time to drift in, no gradient to kick by
-        _C.hmc_leapfrog_(*lists, chain, [1.0] * n, flags, base, seed, self.step, sample, 1, 0, True, False)
+        _C.hmc_leapfrog_(*lists, chain, [1.0] * n, flags, base, seed, self.step, sample, 1, 0, True, 0.5, 1.0, False)
         return lists[2]
 
 
