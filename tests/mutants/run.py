@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("csrc", "python", "tests", "bench", "cmake", "CMakeLists.txt", "pyproject.toml", "README.md")
-SECONDS = 300  # for one build or one test
+SECONDS = 900  # for one build or one test
 # No bit depends on these flags: fused multiply-adds are spelled out, and nothing is contracted (cmake/flags.cmake).
 QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -march=native")
 
