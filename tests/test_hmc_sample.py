@@ -227,10 +227,12 @@ def test_a_seed_gives_the_same_bits() -> None:
         trace = hmc.sample(normal_density, mixed(), num_samples=5, burn_in=5, seed=seed)
         return [*trace.draws, trace.log_density, trace.energy_error]
 
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
     first, again, other = run(2**64 - 1), run(2**64 - 1), run(0)
+    assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
-    torch.manual_seed(3)
     unnamed = run(None)
     assert not torch.equal(unnamed[0], run(None)[0])
     torch.manual_seed(3)
@@ -323,15 +325,31 @@ def test_it_runs_where_autograd_is_off() -> None:
         assert not trace.draws[0].is_inference()
 
 
-def test_one_gradient_for_several_tensors_and_a_part_that_drops_out() -> None:
-    """Autograd hands out one expanded tensor for all; later on the density ignores x[1], whose gradient is zero."""
-    calls = []
+def test_one_gradient_for_several_tensors_and_none_for_what_drops_out() -> None:
+    """Autograd hands out one expanded tensor for both; from the third call on the density is constant."""
+    calls: list[int] = []
 
     def density(x: list[Tensor]) -> Tensor:
         calls.append(1)
-        return -(x[0] + (x[1] if len(calls) == 1 else 1.0)).sum().square()
+        return -(x[0] + x[1]).sum().square() if len(calls) < 3 else torch.tensor(0.0)
 
-    assert hmc.sample(density, [torch.ones(4), torch.ones(4)], num_samples=3, burn_in=0).draws[1].isfinite().all()
+    h = 0.125
+    settings = {**FIXED, "num_samples": 1, "num_leapfrog_steps": 3, "step_size": h, "metropolis": False}
+    trace = hmc.sample(density, [torch.ones(4), torch.ones(4)], seed=2, **settings)
+    p = torch.stack([normal(4, base, 2, 0, 0, MOMENTUM) for base in (0, 4)])
+    x, p = torch.ones(2, 4, dtype=torch.float64), p - 0.5 * h * 2.0 * 8.0
+    x = x + h * p
+    p = p - h * 2.0 * x.sum()
+    torch.testing.assert_close(torch.cat(trace.draws).double(), x + 2 * h * p, rtol=1e-5, atol=1e-5)
+
+
+def test_a_chain_that_never_moves_stays_where_its_log_density_is() -> None:
+    """The start goes through units of √inverse_mass, which rounds it."""
+    x = torch.linspace(0.1, 1.0, 50)
+    settings = {**FIXED, "num_samples": 2, "step_size": 1e30, "inverse_mass": 3.0}
+    trace = hmc.sample(normal_density, [x], seed=0, **settings)
+    torch.testing.assert_close(trace.draws[0][1], x, rtol=1e-6, atol=0)
+    assert float(trace.log_density[1]) == float(normal_density([trace.draws[0][1]]))
 
 
 def test_the_dictionary_is_arviz_s() -> None:

@@ -305,6 +305,31 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.tsam, name).default, ARGUMENTS[name]())
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("hmc_leapfrog_", -4, float("nan"), r"tsam\.hmc_leapfrog_: kick: got -?nan, expected a finite number$"),
+        (
+            "hmc_leapfrog_",
+            -3,
+            float("inf"),
+            r"tsam\.hmc_leapfrog_: drift: got inf, expected a finite number not below 0",
+        ),
+        ("hmc_leapfrog_", -3, -0.5, r"tsam\.hmc_leapfrog_: drift: got -0.5\d*, expected a finite number not below 0"),
+        ("hmc_end_", -5, float("inf"), r"tsam\.hmc_end_: kick: got inf, expected a finite number$"),
+    ],
+)
+def test_coefficients_of_an_integrator_are_checked(name: str, place: int, value: float, message: str) -> None:
+    """The prior of hmc_leapfrog_ here is the ball, whose drift runs forward only."""
+    arguments = list(ARGUMENTS[name]())
+    arguments[place] = value
+    before = copies([t for a in arguments if isinstance(a, list) for t in a if isinstance(t, Tensor)])
+    with pytest.raises(ValueError, match=message):
+        getattr(_C, name)(*arguments)
+    after = [t for a in arguments if isinstance(a, list) for t in a if isinstance(t, Tensor)]
+    assert equal(before, after)
+
+
 def test_every_op_has_an_opcheck() -> None:
     elsewhere = {"tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb"}
     assert ARGUMENTS.keys() | elsewhere == set(_ops.NAMES)
