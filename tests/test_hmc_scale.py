@@ -1,7 +1,7 @@
 """The sampler hmc over dimensions: acceptance must not die with d, energies must not drown in rounding.
 
 Laws: acceptance exactly 1 at delta = 0; above 0.8 at delta rho |g| = sqrt(d), whatever d; dH in float32 lanes within
-1e-3 of float64 at four million elements, both priors.
+1e-3 of float64 at four million elements, both priors; a hit of the wall costs what the formula for a linear loss says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsam_ext import TSAM
+from tsam_ext import _C, TSAM
+from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext.functional import new_state
 
 PRIORS = ["gaussian", "ball"]
 
@@ -67,3 +69,40 @@ def test_energy_of_four_million_elements_is_that_of_float64(prior: str) -> None:
         energies.append(optimizer.diagnostics.energy_errors)
     assert (energies[0] - energies[1]).abs().max() < 1e-3
     assert energies[1].abs().max() > 1e-2
+
+
+def test_energy_error_of_one_hit_is_the_formula_s() -> None:
+    """A linear loss in the ball: 2δ (h/2 − τ)(v·n)(q·n) for a trajectory of one reflection, 0 for one of none."""
+    d, delta, step = 5, 3.0, 0.9
+    h = step / d**0.5
+    slope = torch.tensor([0.5, -1.0, 0.3, 0.8, -0.2], dtype=torch.float64)
+    start = torch.tensor([0.3, 0.5, -0.4, 0.2, 0.45], dtype=torch.float64)
+    seen = set()
+
+    def trajectory(seed: int, length: float, kick: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Momentum and position after the drift, and the chain's scalars."""
+        chain, state = torch.zeros(SLOTS, dtype=torch.float64), new_state(1)
+        chain[ChainSlot.LOG_STEP], chain[ChainSlot.DELTA] = torch.tensor(length, dtype=torch.float64).log(), delta
+        position, saved, momentum, proposal, spare = (torch.zeros(d, dtype=torch.float64) for _ in range(5))
+        lists = [[position], [saved], [momentum], [start.clone()], [proposal], [spare], [slope]]
+        _C.hmc_leapfrog_(*lists, chain, [1.0], [False], [0], seed, 0, 0, d, 1, kick, 1.0, True, True)
+        loss = torch.dot(slope, proposal - start)
+        _C.hmc_end_([saved], [momentum], [slope], chain, state, loss, [1.0], [False], seed, 0, 0, d, 1, kick, 0, True,
+                    False, True)  # fmt: skip
+        return momentum, proposal, chain
+
+    for seed in range(60):
+        drawn, _, _ = trajectory(seed, 0.0, 0.0)
+        v = drawn + 0.5 * delta * h * slope
+        _, _, chain = trajectory(seed, step, 0.5)
+        hits = int(chain[ChainSlot.REFLECTIONS])
+        seen.add(hits)
+        if hits > 1:
+            continue
+        a, b, c = v.dot(v), start.dot(v), start.dot(start) - 1
+        tau = float((-b + (b * b - a * c).sqrt()) / a)
+        assert (tau < h) is (hits == 1)
+        n = start + tau * v
+        want = 2 * delta * (h / 2 - tau) * float(v.dot(n) * slope.dot(n)) if hits else 0.0
+        assert float(chain[ChainSlot.ENERGY]) == pytest.approx(want, rel=1e-11, abs=1e-13)
+    assert {0, 1} <= seen

@@ -258,6 +258,17 @@ def test_diagnostics_are_the_formulas(problem) -> None:
     assert float(seen.num_nonfinite) == 0
 
 
+def test_implied_delta_is_the_formula(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3)
+    task.train(optimizer, 1)
+    told = optimizer.diagnostics
+    assert torch.allclose(told.implied_delta, task.flat().numel() / (0.3 * told.gradient_norms))
+    optimizer = TSAM(grouped(task), lr=0.1, rho=0.3)
+    task.train(optimizer, 1)
+    assert optimizer.diagnostics.implied_delta.isnan().all()
+
+
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
 @pytest.mark.parametrize("where", [{0}, {1}, {3}, {0, 1, 2, 3}])

@@ -30,10 +30,14 @@ class Diagnostics:
         self._num_samples = 0
         self._warn_if_inert = False
         self._chain: Tensor | None = None
+        self._dimension_over_rho = float("nan")
         self._warned: set[str] = set()
 
-    def _attach(self, state: Tensor, num_samples: int, warn_if_inert: bool, chain: Tensor | None = None) -> None:
+    def _attach(
+        self, state: Tensor, num_samples: int, warn_if_inert: bool, chain: Tensor | None, dimension_over_rho: float
+    ) -> None:
         self._state, self._num_samples, self._chain = state, num_samples, chain
+        self._dimension_over_rho = dimension_over_rho
         self._warn_if_inert = self._warn_if_inert or warn_if_inert
 
     def _column(self, index: int) -> Tensor:
@@ -87,6 +91,15 @@ class Diagnostics:
     def gradient_norms(self) -> Tensor:
         """‖D∇L‖ at the start of each ascent, float64, shape ``[s]``; NaN where the sampler takes no norm."""
         return self._column(2)
+
+    @property
+    def implied_delta(self) -> Tensor:
+        """d/(ρ‖D∇L‖), float64, shape ``[s]``: about the δ at which ``hmc`` leans as far as the ascent of ``ascent``.
+
+        An order of magnitude: a lean of the position by the whole length ρ. NaN where the sampler takes no norm or the
+        groups have several rho.
+        """
+        return self._dimension_over_rho / self.gradient_norms
 
     @property
     def num_nonfinite(self) -> Tensor:

@@ -154,7 +154,8 @@ class TSAM(WrappingOptimizer):
         self.seed = seed
         self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
         self._step = 0
-        self._chain = Chain(self._settings.hmc, self.param_groups[0]["params"][0].device)
+        devices = [p.device for group in self.param_groups for p in group["params"]]
+        self._chain = Chain(self._settings.hmc, devices[0] if devices else torch.device("cpu"))
         self._forget()
 
     def _forget(self) -> None:
@@ -239,7 +240,7 @@ class TSAM(WrappingOptimizer):
         self._pending = True
         own_tilt = self._tilt_is_own and not estimate.plain
         chain = self._chain.scalars.clone() if isinstance(estimate, HmcEstimate) else None
-        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt, chain)
+        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt, chain, table.dimension_over_rho)
 
     def _new_estimate(self, table: Table, plain: bool) -> Estimate:
         seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed

@@ -52,6 +52,12 @@ class Table:
         return table
 
     @property
+    def dimension_over_rho(self) -> float:
+        """d/ρ if all perturbed parameters share one rho, else NaN."""
+        rho = {self.rho[i] for i in self.moves}
+        return self.dimension / rho.pop() if len(rho) == 1 else float("nan")
+
+    @property
     def draws(self) -> bool:
         """Whether any perturbed parameter has a radius, so that there is noise at all."""
         return any(self.radius[i] != 0.0 for i in self.moves)
