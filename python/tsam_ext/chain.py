@@ -1,7 +1,7 @@
 """The sampler hmc: a Markov chain over perturbations, and the passes of a step that move it.
 
 start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
-Words moved per float32 element: s (7 N + 5) with the gaussian prior, s (10 N + 5) with the ball, and start and restore.
+Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore.
 Layout: three position buffers a parameter, in scaled coordinates; `scalars` (csrc/core/metropolis.h) says which holds
 the chain's state. Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
 """
