@@ -120,3 +120,32 @@ def test_a_named_test_that_fails_without_any_patch_stops_the_run(tmp_path: Path)
         pytest.skip("an editable install stands before the copies that the script makes")
     assert done.returncode == 2
     assert "on the unbroken copy" in done.stderr
+
+
+def test_exit_codes_are_not_lost_between_threads(tmp_path: Path) -> None:
+    """Processes from four threads, where reading a code takes a while: each thread gets its own processes' codes, a signal's and a slow one's too."""
+    script = tmp_path / "codes.py"
+    script.write_text(
+        f"""import os, signal, sys, time
+from multiprocessing import forkserver
+from concurrent.futures import ThreadPoolExecutor
+sys.path.insert(0, {str(FOLDER)!r})
+import run
+
+def end(code):
+    if code == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(5.0 if code is None else 0.0)
+    os._exit(code)
+
+if __name__ == "__main__":
+    codes = [1, 3, 9, 0] * 10 + [None]
+    read = forkserver.read_signed
+    forkserver.read_signed = lambda fd: time.sleep(0.05) or read(fd)
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda code: run.exit_code(end, (code,), 30.0 if code is not None else 0.2), codes))
+    assert got == [-9 if code == 9 else code for code in codes], got
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import re
@@ -38,6 +38,8 @@ QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_C
 # A process that has imported these, and nothing of ours, is forked for each test: several times cheaper than a new one.
 WARM = ["hypothesis", "numpy", "pytest", "scipy.stats", "torch", "torch._dynamo", "torch.func"]
 PROCESSES = multiprocessing.get_context("forkserver")
+# Starting a process also collects the exit codes of all others: without this, two threads may read one code twice.
+ONE_AT_A_TIME = threading.Lock()
 
 
 class CannotRunError(Exception):
@@ -147,6 +149,19 @@ def run_pytest(tree: Path, log: Path, arguments: list[str]) -> None:
     sys.exit(int(pytest.main(arguments)))
 
 
+def exit_code(target: Callable[..., None], arguments: tuple[object, ...], seconds: float) -> int | None:
+    """Runs a function in a process of its own: its exit code, negative after a signal, or None when out of time."""
+    process = PROCESSES.Process(target=target, args=arguments)
+    with ONE_AT_A_TIME:
+        process.start()
+    in_time = multiprocessing.connection.wait([process.sentinel], seconds)
+    with ONE_AT_A_TIME:
+        if not in_time:
+            process.kill()
+        process.join()
+        return process.exitcode if in_time else None
+
+
 @dataclass
 class Scratch:
     """A copy of the project that is broken, tested and put back: ``tree`` beside the unbroken ``pristine``.
@@ -209,15 +224,7 @@ class Scratch:
         report.unlink(missing_ok=True)
         arguments = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
         log = self.folder / "log.txt"
-        process = PROCESSES.Process(
-            target=run_pytest, args=(self.tree, log, [*arguments, f"--junit-xml={report}", *nodes])
-        )
-        process.start()
-        process.join(SECONDS)
-        code = process.exitcode
-        if code is None:
-            process.kill()
-            process.join()
+        code = exit_code(run_pytest, (self.tree, log, [*arguments, f"--junit-xml={report}", *nodes]), SECONDS)
         output = log.read_text(errors="replace") if log.is_file() else ""
         failures = errors = 0
         if report.is_file():
