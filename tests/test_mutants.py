@@ -123,7 +123,7 @@ def test_a_named_test_that_fails_without_any_patch_stops_the_run(tmp_path: Path)
 
 
 def test_exit_codes_are_not_lost_between_threads(tmp_path: Path) -> None:
-    """Processes from four threads, where reading a code takes a while: each thread gets its own processes' codes, a signal's and a slow one's too."""
+    """Four threads, and reading a code takes a while: each gets its own processes' codes, also after a signal."""
     script = tmp_path / "codes.py"
     script.write_text(
         f"""import os, signal, sys, time
