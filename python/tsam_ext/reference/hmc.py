@@ -109,7 +109,7 @@ def scaled_loss(loss: Callable[[list[Tensor]], Tensor], scales: Sequence[Tensor 
         with torch.enable_grad():
             value = loss([scale * part for scale, part in zip(scales, x, strict=True)])
             gradient = torch.autograd.grad(value, x)
-        return ChainState(position, float(value), list(gradient))
+        return ChainState(position, float(value.detach()), list(gradient))
 
     return evaluate
 
