@@ -46,7 +46,7 @@ def draws(law: Any, count: int, **options: Any) -> tuple[Tensor, HamiltonianChai
     for _ in range(200):
         list(chain.sample(chain.start(evaluate, source), evaluate, source, 2))
     states = chain.sample(chain.start(evaluate, source), evaluate, source, count)
-    found = torch.stack([torch.cat(state.position) for state in states])
+    found = torch.stack([torch.cat(state.position) for state, _ in states])
     return law.rho * chain.unit(law.dimension) * found, chain
 
 
@@ -127,7 +127,7 @@ def test_one_trajectory_by_hand() -> None:
     evaluate = scaled_loss(lambda eps: 0.5 * (eps[0] - 0.3).square().sum(), [0.8])
     chain = HamiltonianChain(delta=delta, burn_in=1, step_size=0.9)
     source = PhiloxDraws(like, [4], seed, step)
-    states = list(chain.sample(chain.start(evaluate, source), evaluate, source, 11))
+    states = [state for state, _ in chain.sample(chain.start(evaluate, source), evaluate, source, 11)]
     x = float(normal(1, 4, seed, step, 0, PERTURBATION))
     h, expected, probabilities = 0.9, [], []
     for m in range(12):
@@ -191,5 +191,5 @@ def test_what_is_not_finite_is_rejected(bad: float, metropolis: bool, delta: flo
 
     chain = HamiltonianChain(delta=delta, metropolis=metropolis)
     start = chain.start(good, source)
-    assert all(state is start for state in chain.sample(start, evaluate, source, 5))
+    assert all(state is start for state, _ in chain.sample(start, evaluate, source, 5))
     assert chain.acceptance == 0.0
