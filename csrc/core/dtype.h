@@ -17,6 +17,12 @@ struct Float16 {
   uint16_t bits;
 };
 
+// A number in memory, which only the back end that owns the memory may read.
+struct Scalar {
+  const void* data;
+  DType dtype;
+};
+
 }  // namespace tsam
 
 TSAM_CORE_BEGIN
@@ -43,6 +49,19 @@ TSAM_HD float to_compute(Float16 x) {
   const uint32_t special = (magnitude << 13) | 0x7F800000u;
   const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
   return float_from_bits(sign | (magnitude >= 0x7C00u ? special : finite));
+}
+
+TSAM_HD double scalar_value(const Scalar& scalar) {
+  switch (scalar.dtype) {
+    case DType::kFloat64:
+      return *static_cast<const double*>(scalar.data);
+    case DType::kBFloat16:
+      return static_cast<double>(to_compute(*static_cast<const BFloat16*>(scalar.data)));
+    case DType::kFloat16:
+      return static_cast<double>(to_compute(*static_cast<const Float16*>(scalar.data)));
+    default:
+      return static_cast<double>(*static_cast<const float*>(scalar.data));
+  }
 }
 
 TSAM_HD void from_compute(float x, float& out) { out = x; }

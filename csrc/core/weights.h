@@ -2,11 +2,13 @@
 //
 //   value = Lbar + log1p(sum_j p_j expm1(t (L_j - Lbar))) / t,  Lbar = sum_j p_j L_j;   weights_j ~ p_j e^(t L_j)
 //
+// tilt_summary gives them for the samples that a step has counted.
+//
 // Exact at the ends: t = 0 is the mean, t = +-inf the extreme with ties shared. The log1p form keeps all digits
 // where t (L - Lbar) is small; where it is large the maximum is taken out instead, since expm1 would overflow.
 #pragma once
 
-#include "dtype.h"
+#include "tilt.h"
 
 TSAM_CORE_BEGIN
 
@@ -50,6 +52,41 @@ TSAM_HD void tilted_softmax(const double* losses, const double* shares, int64_t 
     sum += weights[j];
   }
   for (int64_t j = 0; j < s; ++j) weights[j] /= sum;
+}
+
+// Whether sample j takes part in a summary: not if it was skipped or has no share, unless the whole result is NaN.
+TSAM_HD bool takes_part(const double* s, int64_t j) {
+  const double* const row = s + kHeader + kRow * j;
+  return (fabs(row[kRowLoss]) < kInfinity && row[kRowLogSize] > -kInfinity) || is_nan(s[kSum]);
+}
+
+// The weights of the samples that state has counted, then the effective sample size and the tilted loss; `out` has
+// num_samples + 2 values, `scratch` room for 2 num_samples. Who takes no part has weight 0.
+TSAM_HD void tilt_summary(const double* s, int64_t num_samples, double* scratch, double* out) {
+  double *const losses = scratch, *const shares = scratch + num_samples;
+  double rows = 0.0;
+  int64_t n = 0;
+  for (int64_t j = 0; j < num_samples; ++j) {
+    const double* const row = s + kHeader + kRow * j;
+    if (!takes_part(s, j)) continue;
+    losses[n] = row[kRowLoss];
+    shares[n] = exp(row[kRowLogSize]);
+    rows += shares[n++];
+  }
+  double ess = kNaN, value = kNaN;
+  for (int64_t i = 0; i < n; ++i) {
+    shares[i] /= rows;
+    out[i] = kNaN;
+  }
+  if (n > 0 && !is_nan(s[kSum])) {
+    tilted_softmax(losses, shares, n, s[kTilt], out);
+    value = tilted_value(losses, shares, n, s[kTilt]);
+    ess = s[kSum] * s[kSum] / s[kSumSquares];
+  }
+  // From the end: the weight of a sample never lies behind its place.
+  for (int64_t j = num_samples; j-- > 0;) out[j] = takes_part(s, j) ? out[--n] : 0.0;
+  out[num_samples] = ess;
+  out[num_samples + 1] = value;
 }
 
 TSAM_CORE_END
