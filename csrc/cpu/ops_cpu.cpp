@@ -138,7 +138,7 @@ void accumulate_(TensorList accumulator, TensorList grads, Tensor state) {
   }
   const double* const s = checked_state(op, state, 0);
   disjoint(op, {{"accumulator", sums}, {"grads", gradients}});
-  const int action = static_cast<int>(s[kAction]);
+  const int action = checked_action(op, s);
   if (action == kSkip || (adopted && action == kAssign)) return;
   if (adopted && action == kBlend) fail({op, "grads"}, "none", "gradients: only the first sample can be adopted");
   const Kernels& k = kernels();

@@ -208,6 +208,14 @@ inline double* checked_state(const char* op, const Tensor& state, int64_t rows) 
   return reinterpret_cast<double*>(run.data);
 }
 
+// What the elements of an accumulator have to do; before the first tilt_update_ a state does not say.
+inline int checked_action(const char* op, const double* state) {
+  const double action = state[kAction];
+  if (!(action >= kSkip && action <= kPoison))
+    fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
+  return static_cast<int>(action);
+}
+
 inline double checked_scalar(const Where& where, const Tensor& tensor) {
   const Run run = checked_run(where, tensor);
   if (run.size != 1) fail(where, shape_name(tensor), "a tensor of one element");
