@@ -102,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
          int64_t, double, int64_t, bool, bool, bool>(
       m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss", "rho", "adaptive", "seed", "step",
       "trajectory", "dimension", "prior", "kick", "row", "metropolis", "skip_nonfinite", "last");
+  expose<void, Tensor, Tensor, Tensor, double, int64_t, int64_t, bool, bool, bool>(
+      m, ops, "hmc_recycle_", "chain", "state", "loss", "share", "row", "part", "metropolis", "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, bool>(m, ops, "hmc_carry_", "accumulator", "carried", "grads",
                                                                 "chain", "state", "count");
   expose<void, Tensor, double>(m, ops, "hmc_adapt_", "chain", "highest");

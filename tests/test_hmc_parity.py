@@ -162,6 +162,10 @@ def test_settings_of_the_chain(problem, prior: str) -> None:
         {"every": 2, "delta": "auto", "delta_scale": 2.5},
         {"num_samples": 1, "tilt": lambda step: 10.0 * step},
         {"delta": 0.0, "tilt": INF},
+        {"recycle": True, "num_leapfrog_steps": 3, "delta": 60.0, "tilt": 70.0, "burn_in": 1},
+        {"recycle": True, "num_leapfrog_steps": 2, "delta": 30.0, "tilt": INF, "num_samples": 3},
+        {"recycle": True, "num_leapfrog_steps": 1, "delta": 90.0, "tilt": 60.0, "num_samples": 4},
+        {"recycle": True, "metropolis": False, "num_leapfrog_steps": 2, "delta": 60.0, "adaptive": True},
     ):
         pair = Pair(problem, seed=5, prior=prior, **{"tilt": 3.0, **options})
         for step in range(2 * STEPS):

@@ -347,6 +347,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chain": "long"}, ValueError, "chain: got 'long', expected 'persistent' or 'fresh'"),
     ({"burn_in": -1}, ValueError, "burn_in: got -1"),
     ({"metropolis": 1}, TypeError, "metropolis: got 1"),
+    ({"recycle": "yes"}, TypeError, "recycle: got 'yes'"),
     ({"adapt_step_size": None}, TypeError, "adapt_step_size: got None"),
     ({"batch": "split"}, ValueError, "batch: got 'split', expected 'whole', as sampler is 'hmc'"),
     ({"antithetic": True}, ValueError, "antithetic: got True, expected False"),

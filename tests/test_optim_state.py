@@ -27,6 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"sampler": "noise", "radius": 0.5, "every": 3, "antithetic": True},
     {"sampler": "hmc", "delta": 30.0, "rho": 0.5, "num_leapfrog_steps": 2, "every": 2},
     {"sampler": "hmc", "delta": "auto", "prior": "ball", "rho": 0.5},
+    {"sampler": "hmc", "delta": 30.0, "rho": 0.5, "num_leapfrog_steps": 2, "recycle": True},
 ]
 
 

@@ -23,7 +23,9 @@ enum Slot : int {
   kNonfinite = 8,   // samples with a non-finite loss
   kNoiseScale = 9,
   kGradNorm = 10,
-  kSaves = 11,  // saving ops that have finished in this step
+  kSaves = 11,   // saving ops that have finished in this step
+  kNewest = 12,  // weight of the sample counted last, on the scale of S
+  kHeld = 13,    // that of the state which a chain stands at, over all its counts, on the scale of S
   kHeader = 16
 };
 enum RowSlot : int { kRowLoss = 0, kRowLogSize = 1, kRowGradNorm = 2, kRowEnergy = 3, kRow = 4 };
@@ -56,7 +58,10 @@ TSAM_HD void tilt_act(double* s, Action action, double keep, double add) {
 TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonfinite, bool last) {
   const double tilt = s[kTilt];
   const bool counted_before = s[kSum] != 0.0;
-  if (!(fabs(loss) < kInfinity)) {
+  s[kNewest] = 0.0;
+  if (log_size == -kInfinity) {  // before the loss is looked at, which may be anything
+    tilt_act(s, kSkip, 1.0, 0.0);
+  } else if (!(fabs(loss) < kInfinity)) {
     s[kNonfinite] += 1.0;
     if (!skip_nonfinite) s[kSum] = kNaN;
     tilt_act(s, kSkip, 1.0, 0.0);
@@ -66,12 +71,14 @@ TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonf
     const double key = tilt > 0.0 ? loss : -loss, size = exp(log_size);
     if (!counted_before || key > s[kMax]) {
       s[kMax] = key;
-      s[kSum] = size;
+      s[kHeld] = 0.0;
+      s[kSum] = s[kNewest] = size;
       s[kSumSquares] = size * size;
       tilt_act(s, kAssign, 0.0, 1.0);
     } else if (key == s[kMax]) {
       const double before = s[kSum];
       s[kSum] = before + size;
+      s[kNewest] = size;
       s[kSumSquares] += size * size;
       tilt_act(s, kBlend, before / s[kSum], size / s[kSum]);
     } else {
@@ -85,7 +92,8 @@ TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonf
       tilt_act(s, kSkip, 1.0, 0.0);
     } else if (!counted_before) {
       s[kMax] = e;
-      s[kSum] = s[kSumSquares] = 1.0;
+      s[kHeld] = 0.0;
+      s[kSum] = s[kSumSquares] = s[kNewest] = 1.0;
       tilt_act(s, kAssign, 0.0, 1.0);
     } else {
       const double top = e > s[kMax] ? e : s[kMax];
@@ -93,11 +101,19 @@ TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonf
       s[kMax] = top;
       s[kSum] = a + b;
       s[kSumSquares] = s[kSumSquares] * shrink * shrink + b * b;
+      s[kHeld] *= shrink;
+      s[kNewest] = b;
       tilt_act(s, kBlend, a / s[kSum], b / s[kSum]);
     }
   }
   if (last && s[kSum] == 0.0) s[kSum] = kNaN;
   if (is_nan(s[kSum])) tilt_act(s, kPoison, kNaN, kNaN);
+}
+
+// What was counted last is the state that the chain stood at already: one state, one weight in the sum of squares.
+TSAM_HD void tilt_join(double* s) {
+  s[kSumSquares] += 2.0 * s[kHeld] * s[kNewest];
+  s[kHeld] += s[kNewest];
 }
 
 // One lane block of the accumulator. Two coefficients, not A + c (g - A): that form loses the dominating

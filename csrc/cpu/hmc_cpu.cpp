@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/metropolis.h"
+#include "../core/recycle.h"
 #include "../ops/checks.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -122,7 +122,7 @@ void hmc_place_(TensorList position, TensorList saved, TensorList x0, TensorList
   disjoint(op, {{"position", moved}, {"saved", scaled.origin}, {"x0", x[0]}, {"x1", x[1]}, {"x2", x[2]}});
 
   const Stream stream = counter.stream(kPerturbation);
-  const Runs& current = x[static_cast<int>(c[kCurrent])];
+  const Runs& current = x[current_slot(c)];
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(moved);
   double draw_scale = 1.0;
@@ -202,7 +202,7 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
                 {"x2", x[2]},
                 {"grads", gradients}});
 
-  const Runs &start = x[static_cast<int>(c[kCurrent])], &proposal = x[proposal_slot(c)];
+  const Runs &start = x[current_slot(c)], &proposal = x[proposal_slot(c)];
   const Runs& from = first ? start : proposal;
   const double h = drift_time(scaled.prior, dimension, std::exp(c[kLogStep]));
   const double a = kick * c[kDelta] * h, time = drift * h;
@@ -292,13 +292,22 @@ void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor ch
   });
   kick_energy(c, a, sums.pq, sums.qq);
   trajectory_end(c, proposed, counter.stream(kAccept), metropolis);
-  if (row >= 0) {
-    double* const values = s + kHeader + kRow * row;
-    tilt_update(s, c[kLoss], 0.0, skip_nonfinite, last);
-    values[kRowLoss] = c[kLoss];
-    values[kRowLogSize] = 0.0;
-    values[kRowEnergy] = c[kEnergy];
-  }
+  if (row >= 0) count_sample(s, c[kLoss], 0.0, c[kEnergy], row, skip_nonfinite, last);
+}
+
+// Recycling counts one more state of the running trajectory; its gradient follows in accumulate_. Words: 0.
+// part 0: the state between two steps that the last kick ran through, `share` of which would have ended it there;
+// part 1, after hmc_end_: the start, its loss from the chain; part 2, after that: the end.
+void hmc_recycle_(Tensor chain, Tensor state, Tensor loss, double share, int64_t row, int64_t part, bool metropolis,
+                  bool skip_nonfinite, bool last) {
+  const char* op = "hmc_recycle_";
+  double* const c = checked_chain(op, chain);
+  in_range({op, "row"}, row, 0, kMaxSample);
+  double* const s = checked_state(op, state, row + 1);
+  const double value = checked_scalar({op, "loss"}, loss);
+  checked_factor(op, "share", share);
+  in_range({op, "part"}, part, 0, 2);
+  recycle_state(c, s, value, share, row, static_cast<Part>(part), metropolis, skip_nonfinite, last);
 }
 
 // The gradient of the chain's state after a trajectory: grads if the proposal was taken, else what is carried already;
@@ -346,6 +355,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("hmc_begin_", TORCH_BOX(&tsam::cpu::hmc_begin_));
   m.impl("hmc_leapfrog_", TORCH_BOX(&tsam::cpu::hmc_leapfrog_));
   m.impl("hmc_end_", TORCH_BOX(&tsam::cpu::hmc_end_));
+  m.impl("hmc_recycle_", TORCH_BOX(&tsam::cpu::hmc_recycle_));
   m.impl("hmc_carry_", TORCH_BOX(&tsam::cpu::hmc_carry_));
   m.impl("hmc_adapt_", TORCH_BOX(&tsam::cpu::hmc_adapt_));
 }

@@ -175,14 +175,14 @@ Tensor tilt_summary(Tensor state, int64_t num_samples) {
   Tensor out = torch::stable::new_empty(state, {num_samples + 2});
   double* const weights = static_cast<double*>(out.data_ptr());
 
-  // A skipped sample takes no part: it has weight 0 unless the whole result is NaN.
+  // What has no share or was skipped takes no part: it has weight 0 unless the whole result is NaN.
   std::vector<double> losses, shares;
   std::vector<int64_t> counted;
   double rows = 0.0;
   for (int64_t j = 0; j < num_samples; ++j) {
     const double* const row = s + kHeader + kRow * j;
     weights[j] = 0.0;
-    if (std::isfinite(row[kRowLoss]) || std::isnan(s[kSum])) {
+    if ((std::isfinite(row[kRowLoss]) && row[kRowLogSize] > -kInfinity) || std::isnan(s[kSum])) {
       counted.push_back(j);
       losses.push_back(row[kRowLoss]);
       shares.push_back(std::exp(row[kRowLogSize]));

@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(tsam, m) {
       "float[] rho, bool[] adaptive, int seed, int step, int trajectory, int dimension, int prior, float kick, "
       "int row, bool metropolis, bool skip_nonfinite, bool last) -> ()");
   m.def(
+      "hmc_recycle_(Tensor(a!) chain, Tensor(b!) state, Tensor loss, float share, int row, int part, bool metropolis, "
+      "bool skip_nonfinite, bool last) -> ()");
+  m.def(
       "hmc_carry_(Tensor(a!)[] accumulator, Tensor(b!)[] carried, Tensor[] grads, Tensor chain, Tensor state, "
       "bool count) -> ()");
   m.def("hmc_adapt_(Tensor(a!) chain, float highest) -> ()");

@@ -114,6 +114,17 @@ def hmc_end_(
     skip_nonfinite: bool,
     last: bool,
 ) -> None: ...
+def hmc_recycle_(
+    chain: Tensor,
+    state: Tensor,
+    loss: Tensor,
+    share: float,
+    row: int,
+    part: int,
+    metropolis: bool,
+    skip_nonfinite: bool,
+    last: bool,
+) -> None: ...
 def hmc_carry_(
     accumulator: list[Tensor],
     carried: list[Tensor],

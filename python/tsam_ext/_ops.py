@@ -27,6 +27,7 @@ hmc_place_: Callable[..., None] = _library.hmc_place_.default
 hmc_begin_: Callable[..., None] = _library.hmc_begin_.default
 hmc_leapfrog_: Callable[..., None] = _library.hmc_leapfrog_.default
 hmc_end_: Callable[..., None] = _library.hmc_end_.default
+hmc_recycle_: Callable[..., None] = _library.hmc_recycle_.default
 hmc_carry_: Callable[..., None] = _library.hmc_carry_.default
 hmc_adapt_: Callable[..., None] = _library.hmc_adapt_.default
 tilted_loss: Callable[[Tensor, float], Tensor] = _library.tilted_loss.default
@@ -49,6 +50,7 @@ LIST_OPS = (
     "hmc_begin_",
     "hmc_leapfrog_",
     "hmc_end_",
+    "hmc_recycle_",
     "hmc_carry_",
     "hmc_adapt_",
 )

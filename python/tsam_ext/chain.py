@@ -1,7 +1,8 @@
 """The sampler hmc: a Markov chain over perturbations, and the passes of a step that move it.
 
 start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
-Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore.
+Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore;
+recycling counts N + 1 states a trajectory instead of one: s (3 N + 1) more.
 Layout: three position buffers a parameter, in scaled coordinates; `scalars` (csrc/core/metropolis.h) says which holds
 the chain's state. Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
 """
@@ -21,7 +22,7 @@ from .integrators import LEAPFROG, substeps
 from .settings import PRIORS, HmcSettings
 from .table import Table
 
-SLOTS = 20
+SLOTS = 24
 
 
 class ChainSlot:
@@ -36,10 +37,18 @@ class ChainSlot:
     TRAJECTORIES = 6
     ACCEPTED = 7
     DIVERGENT = 8
+    START = 9
     MOVED = 11
     REFLECTIONS = 12
+    GRAD_SCALE = 13
+    GRAD_SCALES = 14
     ROUNDING = 15
     TAKEN = 16
+    ALPHA = 21
+    REJECTED = 22
+
+
+KEPT = (ChainSlot.LOG_STEP, ChainSlot.GRAD_SCALE, ChainSlot.GRAD_SCALES)  # of one step for the next, beside positions
 
 
 class Chain:
@@ -55,8 +64,9 @@ class Chain:
     def buffers(self, parameter: Tensor) -> list[Tensor]:
         """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        layout = (parameter.shape, parameter.stride(), wide, parameter.device)
         held = self.positions.get(parameter)
-        if held is None or held[0].stride() != parameter.stride() or held[0].dtype != wide:
+        if held is None or (held[0].shape, held[0].stride(), held[0].dtype, held[0].device) != layout:
             self.started = False
             held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
             self.positions[parameter] = held
@@ -68,32 +78,56 @@ class Chain:
         current = self.scalars[ChainSlot.CURRENT]
         return torch.where(current == 0, first, torch.where(current == 1, second, third))
 
+    def step_ends(self, moved: list[Tensor]) -> None:
+        """The chain goes on from here, over these parameters alone.
+
+        One that rests for a step and moves again starts anew, and the whole chain with it: meanwhile the others may
+        have taken its room in the ball.
+        """
+        self.started = True
+        if len(moved) != len(self.positions):
+            self.positions = {parameter: self.positions[parameter] for parameter in moved}
+
     def pack(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
-        """The chain for a checkpoint: its scalars, and one position a parameter, None where there is none."""
-        scalars = self.scalars.clone()
-        scalars[ChainSlot.CURRENT] = 0.0
+        """The chain for a checkpoint: the scalars that last, and one position a parameter, None where there is none."""
+        scalars = torch.zeros_like(self.scalars)
+        for slot in KEPT:
+            scalars[slot] = self.scalars[slot]
         parameters = [p for group in groups for p in group["params"]]
         positions = [self.position(p) if self.started and p in self.positions else None for p in parameters]
-        return {"scalars": scalars, "positions": positions}
+        return {"prior": self.settings.prior, "scalars": scalars, "positions": positions}
 
-    def unpack(self, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:
-        """Takes what :meth:`pack` gave."""
+    def unpack(self, groups: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
+        """Takes what :meth:`pack` gave; the chain starts anew if that was nothing, or a chain on another prior."""
+        self.positions, self.started = {}, False
+        if saved is None or saved["prior"] != self.settings.prior:
+            self.scalars.zero_()
+            self.scalars[ChainSlot.LOG_STEP] = math.log(self.settings.first_step_size)
+            return
         self.scalars.copy_(saved["scalars"])
         parameters = [p for group in groups for p in group["params"]]
         for parameter, position in zip(parameters, saved["positions"], strict=True):
             if position is not None:
                 self.buffers(parameter)[0].copy_(position)
-                self.started = True
+        self.started = bool(self.positions)
 
     def perturbations(self, table: Table) -> list[Tensor]:
-        """ε = T x of each perturbed parameter, with T = rho D/√d (gaussian) or rho D (ball)."""
+        """ε = T x of each perturbed parameter, with T = rho D/√d (gaussian) or rho D (ball).
+
+        RuntimeError where the chain has not been, as a parameter moves that did not in the last step.
+        """
         unit = math.sqrt(max(table.dimension, 1)) if self.settings.prior == "gaussian" else 1.0
         found = []
         for i in table.moves:
+            if table.parameters[i] not in self.positions:
+                raise RuntimeError(f"TSAM: chain_position(): {table.names[i]} was not perturbed in the last step.")
             parameter = table.parameters[i].detach()
             moved = table.rho[i] / unit * self.position(table.parameters[i])
             found.append((moved * parameter.abs() if table.adaptive[i] else moved).to(parameter.dtype))
         return found
+
+
+INNER, START, END = 0, 1, 2  # the parts of a trajectory, as csrc/core/recycle.h has them
 
 
 class HmcEstimate(Estimate):
@@ -121,6 +155,11 @@ class HmcEstimate(Estimate):
         """Always: the start and at least one trajectory."""
         return True
 
+    @property
+    def rows_per_sample(self) -> int:
+        """Counted states a trajectory: its N states and its start with ``recycle``, otherwise the one it ends with."""
+        return self.settings.hmc.num_leapfrog_steps + 1 if self.settings.hmc.recycle else 1
+
     def passes(self) -> Iterator[Sample]:
         """One item a gradient: 1 + N (burn_in + s). Ending early puts everything back, the chain too."""
         total = self._hmc.burn_in + self.num_samples
@@ -133,12 +172,15 @@ class HmcEstimate(Estimate):
                 sample = trajectory - self._hmc.burn_in
                 for n in range(len(self._substeps)):
                     self._leapfrog(trajectory, n)
+                    if self._hmc.recycle and n > 0 and sample >= 0:
+                        self._recycle(INNER, sample, n - 1, self._fresh)
                     yield from self._pass(max(sample, 0), counted=sample >= 0)
                 self._end_trajectory(trajectory, sample)
             if self._hmc.adapt_step_size:
                 _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
             self._complete()
-            self.chain.started, self._before = True, None
+            self.chain.step_ends(self._moved)
+            self._before = None
         finally:
             self.abort()
 
@@ -164,8 +206,8 @@ class HmcEstimate(Estimate):
     def place(self) -> None:
         """theta = theta_0 + the chain's position, or a draw from the prior where there is no chain to go on with."""
         chain = self.chain
-        self._before = (chain.scalars.clone(), chain.started)
         self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
+        self._before = (chain.scalars.clone(), chain.started)
         draw = self._hmc.chain == "fresh" or not chain.started
         self._saving(self.table.moves)
         _ops.hmc_place_(
@@ -252,7 +294,7 @@ class HmcEstimate(Estimate):
             self.table.dimension,
             self._prior,
             self._last_kick,
-            max(sample, -1),
+            -1 if self._hmc.recycle else max(sample, -1),
             self._hmc.metropolis,
             self.settings.skip_nonfinite_loss,
             sample == self.num_samples - 1,
@@ -260,6 +302,10 @@ class HmcEstimate(Estimate):
         for i in self._fresh.keys() - self._carried.keys():
             self._carried[i] = torch.zeros_like(self._fresh[i])
         indices = sorted(self._carried)
+        if self._hmc.recycle and sample >= 0:
+            n = len(self._substeps)
+            self._recycle(START, sample, n, self._carried)
+            self._recycle(END, sample, n - 1, self._fresh)
         for i in indices:
             if i not in self._sums:
                 total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
@@ -271,8 +317,24 @@ class HmcEstimate(Estimate):
             [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
             self.chain.scalars,
             self.state,
-            sample >= 0,
+            sample >= 0 and not self._hmc.recycle,
         )
+
+    def _recycle(self, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
+        """Counts one state of the trajectory, with its gradient, into the given row of the sample's."""
+        assert self._loss is not None
+        _ops.hmc_recycle_(
+            self.chain.scalars,
+            self.state,
+            self._loss,
+            self._last_kick / (self._substeps[1][0] if part == INNER else self._last_kick),
+            self.rows_per_sample * sample + row,
+            part,
+            self._hmc.metropolis,
+            self.settings.skip_nonfinite_loss,
+            part == END and sample == self.num_samples - 1,
+        )
+        self._accumulate(gradients, adopt=False, zero=part != INNER or (sample, row) != (0, 0))
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .chain import SLOTS
-from .settings import Settings, checked_int, reject
+from .chain import KEPT, SLOTS
+from .settings import PRIORS, Settings, checked_int, reject
 
 KEY = "tsam"
 STATE_VERSION = 1
@@ -54,11 +56,30 @@ def unpack(base: Optimizer, state: dict[str, Any]) -> tuple[dict[str, Any], tupl
 
 def _check_chain(base: Optimizer, chain: Any) -> None:
     where = "load_state_dict: chain"
-    shapes = [p.shape for group in base.param_groups for p in group["params"]]
-    if not isinstance(chain, dict) or chain.keys() != {"scalars", "positions"} or chain["scalars"].shape != (SLOTS,):
-        raise reject(where, chain, f"{SLOTS} scalars, and positions")
-    if len(chain["positions"]) != len(shapes):
-        raise reject(where, f"{len(chain['positions'])} positions", f"{len(shapes)}, one a parameter")
-    for i, (position, shape) in enumerate(zip(chain["positions"], shapes, strict=True)):
-        if position is not None and position.shape != shape:
-            raise reject(f"{where}: positions[{i}]", f"shape {tuple(position.shape)}", f"{tuple(shape)}")
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if not isinstance(chain, dict) or chain.keys() != {"prior", "scalars", "positions"}:
+        raise reject(where, chain, "a dict of prior, scalars and positions")
+    if chain["prior"] not in PRIORS:
+        raise reject(f"{where}: prior", chain["prior"], " or ".join(map(repr, PRIORS)))
+    scalars, positions = chain["scalars"], chain["positions"]
+    if not isinstance(scalars, Tensor) or scalars.shape != (SLOTS,) or scalars.dtype != torch.float64:
+        raise reject(f"{where}: scalars", scalars, f"a float64 tensor of shape ({SLOTS},)")
+    rest = [slot for slot in range(SLOTS) if slot not in KEPT]
+    if not bool(scalars.isfinite().all()) or bool(scalars[rest].any()):
+        raise reject(f"{where}: scalars", scalars.tolist(), f"finite numbers, 0 but at {', '.join(map(str, KEPT))}")
+    if not isinstance(positions, list) or len(positions) != len(parameters):
+        got = f"{len(positions)} positions" if isinstance(positions, list) else positions
+        raise reject(where, got, f"a list of {len(parameters)}, one a parameter")
+    for i, (position, parameter) in enumerate(zip(positions, parameters, strict=True)):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        if position is None:
+            continue
+        if not isinstance(position, Tensor) or position.dtype != wide or position.shape != parameter.shape:
+            got = (
+                f"a {position.dtype} tensor of shape {tuple(position.shape)}"
+                if isinstance(position, Tensor)
+                else position
+            )
+            raise reject(f"{where}: positions[{i}]", got, f"None or a {wide} tensor of shape {tuple(parameter.shape)}")
+        if not bool(position.isfinite().all()):
+            raise reject(f"{where}: positions[{i}]", "a position that is not finite", "finite numbers")

@@ -95,7 +95,7 @@ class Estimate:
         self.seed, self.step = seed, step
         self.num_samples = 1 if plain else settings.num_samples
         device = table.parameters[0].device if table.parameters else torch.device("cpu")
-        self.state = new_state(self.num_samples, device)
+        self.state = new_state(self.num_samples * self.rows_per_sample, device)
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
         self.closed = False
@@ -132,6 +132,11 @@ class Estimate:
     def repeats(self) -> bool:
         """Whether the step runs the model more than once."""
         return self.num_samples > 1 or self._ascends
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Counted states a sample, each a row of ``state``."""
+        return 1
 
     @property
     def _ascends(self) -> bool:
@@ -207,7 +212,7 @@ class Estimate:
             last = sample.index == self.num_samples - 1
             skip = self.settings.skip_nonfinite_loss
             _ops.tilt_update_(self.state, sample.loss, log_size, sample.index, skip, last)
-            self._accumulate(gradients, adopt=sample.index == 0)
+            self._accumulate(gradients, adopt=sample.index == 0, zero=sample.index > 0)
 
     @torch.no_grad()
     def gradients(self) -> dict[int, Tensor]:
@@ -298,8 +303,12 @@ class Estimate:
                 scratch = self._scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
             self._origin[i] = scratch
 
-    def _accumulate(self, gradients: dict[int, Tensor], adopt: bool) -> None:
-        """Brings the mean up to this sample. ``adopt``: the first gradient's own memory becomes the mean's."""
+    def _accumulate(self, gradients: dict[int, Tensor], *, adopt: bool, zero: bool) -> None:
+        """Brings the mean up to this sample.
+
+        ``adopt``: the first gradient's own memory becomes the mean's. ``zero``: a mean that begins here begins at 0, as
+        earlier samples had no gradient.
+        """
         adopted, blended = [], []
         for i in sorted(self._sums.keys() | gradients.keys()):
             gradient, total, buffer = gradients.get(i), self._sums.get(i), self._buffers[i]
@@ -307,7 +316,7 @@ class Estimate:
                 assert total is not None
                 gradient = torch.zeros_like(self.table.parameters[i], requires_grad=False)
             elif total is None:
-                total = self._new_sum(gradient, buffer, zero=not adopt, adopt=adopt)
+                total = self._new_sum(gradient, buffer, zero=zero, adopt=adopt)
                 if adopt and total is None:
                     self._sums[i] = gradient
                     adopted.append(gradient)

@@ -27,29 +27,40 @@ class Diagnostics:
 
     def __init__(self) -> None:
         self._state = new_state(0, torch.device("cpu"))
-        self._num_samples = 0
+        self._num_rows = 0
+        self._rows_per_sample = 1
         self._warn_if_inert = False
         self._chain: Tensor | None = None
         self._dimension_over_rho = float("nan")
         self._warned: set[str] = set()
 
     def _attach(
-        self, state: Tensor, num_samples: int, warn_if_inert: bool, chain: Tensor | None, dimension_over_rho: float
+        self,
+        state: Tensor,
+        rows: tuple[int, int],
+        warn_if_inert: bool,
+        chain: Tensor | None,
+        dimension_over_rho: float,
     ) -> None:
-        self._state, self._num_samples, self._chain = state, num_samples, chain
+        """``rows``: samples of the step, and counted states a sample."""
+        self._state, self._chain = state, chain
+        self._num_rows, self._rows_per_sample = rows[0] * rows[1], rows[1]
         self._dimension_over_rho = dimension_over_rho
         self._warn_if_inert = self._warn_if_inert or warn_if_inert
 
     def _column(self, index: int) -> Tensor:
-        rows = self._state[HEADER : HEADER + ROW * self._num_samples].view(self._num_samples, ROW)
+        rows = self._state[HEADER : HEADER + ROW * self._num_rows].view(self._num_rows, ROW)
         return rows[:, index].clone()
 
     def _summary(self) -> Tensor:
-        return _ops.tilt_summary(self._state, self._num_samples)
+        return _ops.tilt_summary(self._state, self._num_rows)
 
     @property
     def losses(self) -> Tensor:
-        """Loss of each sample where its gradient was taken, float64, shape ``[s]``."""
+        """Loss of each sample where its gradient was taken, float64, shape ``[s]``.
+
+        With ``recycle`` one entry a counted state: for each trajectory its N states, then its start; ``[s (N + 1)]``.
+        """
         return self._column(0)
 
     @property
@@ -57,22 +68,24 @@ class Diagnostics:
         """Weight of each sample in the gradient, summing to 1, float64, shape ``[s]``.
 
         ``softmax(log n + tilt * loss)`` with n the rows of the sample's part of the batch (paper, Section 3: the
-        gradient of the tilted objective). A skipped sample has weight 0.
+        gradient of the tilted objective). A skipped sample has weight 0. With ``recycle`` in the order of
+        :attr:`losses`, and times each state's chance of being accepted.
         """
-        return self._summary()[: self._num_samples]
+        return self._summary()[: self._num_rows]
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size (Σw)²/Σw², float64, 0-dim: s says the tilt is inert, 1 that one sample decides.
 
+        With ``recycle`` a state's weight is the sum over all its counts.
         The first read after TSAM was given a tilt of the user's own warns (UserWarning) if that tilt is inert.
         """
-        value = self._summary()[self._num_samples]
-        if self._warn_if_inert and self._num_samples > 1:
+        value = self._summary()[self._num_rows]
+        if self._warn_if_inert and self._num_rows > 1:
             self._warn_if_inert = False
-            if float(value) > 0.9999 * self._num_samples:
+            if float(value) > 0.9999 * self._num_rows:
                 warnings.warn(
-                    f"TSAM: the effective sample size is {float(value):.6f} of {self._num_samples}: at this tilt all "
+                    f"TSAM: the effective sample size is {float(value):.6f} of {self._num_rows}: at this tilt all "
                     "samples weigh the same. A larger |tilt| makes them differ.",
                     UserWarning,
                     stacklevel=2,
@@ -85,7 +98,7 @@ class Diagnostics:
 
         For the sampler ``noise`` an estimate of the tilted objective (Li, Zhou and Bilmes, ICML 2025).
         """
-        return self._summary()[self._num_samples + 1]
+        return self._summary()[self._num_rows + 1]
 
     @property
     def gradient_norms(self) -> Tensor:
@@ -112,9 +125,8 @@ class Diagnostics:
         return self._chain[slot].clone()
 
     def _warn_once(self, name: str, message: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            warnings.warn(f"TSAM: {message}", UserWarning, stacklevel=3)
+        self._warned.add(name)
+        warnings.warn(f"TSAM: {message}", UserWarning, stacklevel=3)
 
     @property
     def acceptance_rate(self) -> Tensor:
@@ -123,14 +135,16 @@ class Diagnostics:
         The first read below 0.2 warns (UserWarning): the chain hardly moves.
         """
         value = self._of_chain(ChainSlot.ACCEPTANCE) / self._of_chain(ChainSlot.TRAJECTORIES)
-        if float(value) < 0.2:
+        if "acceptance" not in self._warned and float(value) < 0.2:
             self._warn_once("acceptance", f"acceptance {float(value):.3f}: a smaller step_size or delta lets it move.")
         return value
 
     @property
     def energy_errors(self) -> Tensor:
         """Sampler ``hmc``: ΔH of the trajectory before each sample, float64, shape ``[s]``; NaN with other samplers."""
-        return self._column(3)
+        if self._rows_per_sample == 1:
+            return self._column(3)
+        return self._column(3)[self._rows_per_sample - 2 :: self._rows_per_sample].clone()
 
     @property
     def num_divergent(self) -> Tensor:
@@ -162,6 +176,6 @@ class Diagnostics:
         The first read above 0.3 warns (UserWarning): the accept test is then rounding noise.
         """
         value = self._of_chain(ChainSlot.ROUNDING)
-        if float(value) > 0.3:
+        if "rounding" not in self._warned and float(value) > 0.3:
             self._warn_once("rounding", f"delta |L| 2^-23 is {float(value):.2f}: the accept test is rounding noise.")
         return value

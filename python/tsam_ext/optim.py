@@ -70,6 +70,8 @@ class TSAM(WrappingOptimizer):
         chain: ``"persistent"`` (default; goes on from the last step's ε, which checkpoints hold) or ``"fresh"`` (starts
             each step from the prior: biased towards it unless burn_in is long).
         burn_in: trajectories before the first sample of a step. Default 0.
+        recycle: for ``hmc``, count all N states of a trajectory and its start, each by its chance of being accepted (of
+            not moving on), instead of the one that it ends with: more states for the same gradients. Default False.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -117,13 +119,14 @@ class TSAM(WrappingOptimizer):
         metropolis: bool = True,
         chain: str = "persistent",
         burn_in: int = 0,
+        recycle: bool = False,
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
         check_group(own)
         hmc = {"delta": delta, "delta_scale": delta_scale, "num_leapfrog_steps": num_leapfrog_steps}
         hmc |= {"step_size": step_size, "adapt_step_size": adapt_step_size, "prior": prior}
-        hmc |= {"metropolis": metropolis, "chain": chain, "burn_in": burn_in}
+        hmc |= {"metropolis": metropolis, "chain": chain, "burn_in": burn_in, "recycle": recycle}
         self._settings = Settings.checked(
             hmc,
             tilt=tilt,
@@ -240,7 +243,8 @@ class TSAM(WrappingOptimizer):
         self._pending = True
         own_tilt = self._tilt_is_own and not estimate.plain
         chain = self._chain.scalars.clone() if isinstance(estimate, HmcEstimate) else None
-        self._diagnostics._attach(estimate.state, estimate.num_samples, own_tilt, chain, table.dimension_over_rho)
+        rows = (estimate.num_samples, estimate.rows_per_sample)
+        self._diagnostics._attach(estimate.state, rows, own_tilt, chain, table.dimension_over_rho)
 
     def _new_estimate(self, table: Table, plain: bool) -> Estimate:
         seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
@@ -381,8 +385,7 @@ class TSAM(WrappingOptimizer):
         self._end_estimate()
         if own is not None:
             self._step, self.seed, chain = own
-            if chain is not None and self._settings.sampler == "hmc":
-                self._chain.unpack(self.param_groups, chain)
+            self._chain.unpack(self.param_groups, chain)
 
     def __getstate__(self) -> dict[str, Any]:
         keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step", "_chain")

@@ -114,6 +114,7 @@ class HmcSettings:
     metropolis: bool = True
     chain: str = "persistent"
     burn_in: int = 0
+    recycle: bool = False
 
     @classmethod
     def checked(cls, sampler: str, tilt: Tilt, values: Mapping[str, Any]) -> HmcSettings:
@@ -147,6 +148,7 @@ class HmcSettings:
             metropolis=checked_bool("metropolis", values["metropolis"]),
             chain=checked_choice("chain", values["chain"], CHAINS),
             burn_in=checked_int("burn_in", values["burn_in"], 0, MAX_SAMPLES),
+            recycle=checked_bool("recycle", values["recycle"]),
         )
 
     @property
@@ -212,6 +214,8 @@ class Settings:
             return value
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
             raise reject(f"tilt({step})", value, "a number from the tilt schedule")
+        if self.sampler == "hmc" and self.hmc.delta is None and math.isinf(value):
+            raise reject(f"tilt({step})", value, "a finite number, as delta is None")
         return float(value)
 
     def describe(self) -> dict[str, Any]:

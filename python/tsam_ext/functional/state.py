@@ -1,6 +1,6 @@
 """The float64 scalars of one step, in one tensor that kernels read and write and the host need not.
 
-Layout (csrc/core/tilt.h): 16 slots, then 4 values a sample (loss, log size, gradient norm, unused).
+Layout (csrc/core/tilt.h): 16 slots, then 4 values a sample (loss, log size, gradient norm, energy error).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Slot:
     NOISE_SCALE = 9
     GRAD_NORM = 10
     SAVES = 11
+    NEWEST = 12
+    HELD = 13
 
 
 def new_state(num_samples: int, device: torch.device | str = "cpu") -> Tensor:

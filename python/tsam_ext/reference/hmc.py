@@ -2,6 +2,7 @@
 
 q = T c g;  kick p += a q, a = δh times ½, 1, ..., 1, ½;  between them a drift for the time h, exact under the prior.
 ΔH = Σ_kicks (a p·q + a²/2 q·q) - δ (L_N - L_0), p before the kick;  accepted when log U < -ΔH.
+Recycling: state n of a trajectory counts α_n = min(1, e^(H_0 - H_n)), its start Σ_n (1 - α_n).
 c and h: 1/√d and the step size (gaussian prior), 1 and the step size/√d (ball). Positions are float64 lists.
 Invariant: a state carries its own loss and gradient; the start is no sample, a rejection repeats the state.
 """
@@ -109,7 +110,7 @@ def scaled_loss(loss: Callable[[list[Tensor]], Tensor], scales: Sequence[Tensor 
         with torch.enable_grad():
             value = loss([scale * part for scale, part in zip(scales, x, strict=True)])
             gradient = torch.autograd.grad(value, x)
-        return ChainState(position, float(value), list(gradient))
+        return ChainState(position, float(value.detach()), list(gradient))
 
     return evaluate
 
@@ -129,11 +130,19 @@ def integrate(
     prior: str,
     delta: float,
     h: float,
+    path: list[tuple[ChainState, float]] | None = None,
 ) -> tuple[ChainState, list[Tensor], float]:
-    """One trajectory from ``start``: the state and the momentum at its end, and ΔH."""
+    """One trajectory from ``start``: the state and the momentum at its end, and ΔH.
+
+    ``path`` gets each state on the way, the end too, and what ΔH would be if the trajectory ended there.
+    """
     state, p, energy = start, list(momentum), 0.0
-    for kick, drift in coefficients:
+    closing = coefficients[-1][0] * delta * h
+    for n, (kick, drift) in enumerate(coefficients):
         a, q = kick * delta * h, state.gradient
+        if path is not None and n > 0:
+            work = closing * dot(p, q) + 0.5 * closing * closing * dot(q, q)
+            path.append((state, energy + work - delta * (state.loss - start.loss)))
         energy += a * dot(p, q) + 0.5 * a * a * dot(q, q)
         p = [v + a * force for v, force in zip(p, q, strict=True)]
         if drift != 0.0:
@@ -160,6 +169,7 @@ class HamiltonianChain:
         metropolis: bool = True,
         chain: str = "persistent",
         burn_in: int = 0,
+        recycle: bool = False,
     ) -> None:
         quarter = math.pi / (2 * num_leapfrog_steps)
         first = quarter if step_size is None else step_size
@@ -171,6 +181,7 @@ class HamiltonianChain:
         self.metropolis = metropolis
         self.fresh = chain == "fresh"
         self.burn_in = burn_in
+        self.recycle = recycle
         self.log_step, self.highest_log_step = math.log(first), math.log(max(first, quarter))
         self.gradient_norm, self.num_norms = 0.0, 0
         self.position: list[Tensor] | None = None
@@ -203,8 +214,14 @@ class HamiltonianChain:
             self.gradient_norm += (norm - self.gradient_norm) / min(self.num_norms, 20)
         return self.delta_scale * math.sqrt(dimension) / self.gradient_norm if self.gradient_norm > 0.0 else 0.0
 
-    def sample(self, state: ChainState, evaluate: Evaluate, draws: Draws, num_samples: int) -> Iterator[ChainState]:
-        """``burn_in`` trajectories, then ``num_samples`` more with the state after each; then the chain has moved."""
+    def sample(
+        self, state: ChainState, evaluate: Evaluate, draws: Draws, num_samples: int
+    ) -> Iterator[tuple[ChainState, float]]:
+        """``burn_in`` trajectories, then ``num_samples`` more; then the chain has moved.
+
+        Yields each state that counts and its share: the one after each trajectory, 1; with ``recycle`` all on its way
+        and then its start, by their chances.
+        """
         self.trajectories = []
         dimension = sum(x.numel() for x in state.position)
         h = math.exp(self.log_step)
@@ -212,21 +229,32 @@ class HamiltonianChain:
             h /= math.sqrt(max(dimension, 1))
         for number in range(self.burn_in + num_samples):
             momentum = draws.normal(MOMENTUM, number)
+            path: list[tuple[ChainState, float]] = []
             proposal, _, energy = integrate(
-                evaluate, state, momentum, self.coefficients, prior=self.prior, delta=self.delta, h=h
+                evaluate, state, momentum, self.coefficients, prior=self.prior, delta=self.delta, h=h, path=path
             )
             log_uniform = math.log(draws.uniform(ACCEPT, number))
             finite = math.isfinite(energy) and math.isfinite(proposal.loss)
             accepted = finite and (not self.metropolis or log_uniform < -energy)
             self.trajectories.append(Trajectory(energy if finite else math.nan, log_uniform, accepted))
+            if number >= self.burn_in and self.recycle:
+                shares = [self._chance(energy) for _, energy in path]
+                for (on_path, _), share in zip(path, shares, strict=True):
+                    yield on_path, share
+                yield state, sum(1.0 - share for share in shares)
             if accepted:
                 state = proposal
-            if number >= self.burn_in:
-                yield state
+            if number >= self.burn_in and not self.recycle:
+                yield state, 1.0
         if self.adapt_step_size:
             step = self.log_step + 0.05 * (self.acceptance - 0.8)
             self.log_step = min(step, self.highest_log_step)
         self.position = state.position
+
+    def _chance(self, energy: float) -> float:
+        if not math.isfinite(energy):
+            return 0.0
+        return math.exp(-max(energy, 0.0)) if self.metropolis else 1.0
 
     @property
     def acceptance(self) -> float:

@@ -99,6 +99,7 @@ class ReferenceTSAM:
         metropolis: bool = True,
         chain: str = "persistent",
         burn_in: int = 0,
+        recycle: bool = False,
         **base_kwargs: Any,
     ) -> None:
         make: Any = base_optimizer
@@ -127,6 +128,7 @@ class ReferenceTSAM:
             metropolis=metropolis,
             chain=chain,
             burn_in=burn_in,
+            recycle=recycle,
         )
         self._positions: dict[Tensor, Tensor] = {}
         self.num_steps = 0
@@ -176,13 +178,16 @@ class ReferenceTSAM:
         state = StreamingTilt(tilt if self._sampled else 0.0, self.skip_nonfinite_loss)
         means: list[Tensor | None] = [None for _ in trained]
         losses, log_sizes, norms = [], [], []
+        owners: list[list[Tensor]] = []  # the positions of the chain's states that were counted
         masks = torch.random.get_rng_state()
         try:
             if self._sampled and self.sampler == "hmc":
-                for sample in self._chain_states(closure, moved, trained, masks, state):
+                for sample, share in self._chain_states(closure, moved, trained, masks, state):
                     losses.append(sample.loss)
-                    log_sizes.append(0.0)
-                    self._accumulate(means, sample.extra, *state.update(sample.loss))
+                    log_sizes.append(math.log(share) if share > 0.0 else -math.inf)
+                    owners.append(sample.position)
+                    if share > 0.0:
+                        self._accumulate(means, sample.extra, *state.update(sample.loss, log_sizes[-1]))
                 self._count = 0
             while self._sample < self._count:
                 self._perturb(moved)
@@ -203,12 +208,17 @@ class ReferenceTSAM:
             p.grad = None if mean is None else mean.to(p.dtype)
         self.losses = torch.tensor(losses, dtype=torch.float64)
         sizes = torch.tensor(log_sizes, dtype=torch.float64).exp()
-        counted = self.losses.isfinite() | (not self.skip_nonfinite_loss)
+        counted = (self.losses.isfinite() | (not self.skip_nonfinite_loss)) & (sizes > 0.0)
         self.weights = torch.zeros_like(sizes)
         if counted.any():
             self.weights[counted] = tilted_weights(self.losses[counted], state.tilt, sizes[counted])
         self.gradient_norms = torch.stack(norms) if norms else torch.full_like(sizes, math.nan)
         self.ess, self.num_nonfinite = state.ess, state.num_nonfinite
+        if owners and self.chain.recycle:
+            totals: dict[int, float] = {}
+            for owner, weight in zip(owners, self.weights.tolist(), strict=True):
+                totals[id(owner)] = totals.get(id(owner), 0.0) + weight
+            self.ess = 1.0 / sum(total * total for total in totals.values())
         return self._passes[0]
 
     def _perturbed_parameters(self) -> list[_Perturbed]:
@@ -296,8 +306,8 @@ class ReferenceTSAM:
         trained: Sequence[Tensor],
         masks: Tensor,
         tilted: StreamingTilt,
-    ) -> Iterator[ChainState]:
-        """The chain's states of this step, each with the gradients of ``trained``; turns t into t - δ."""
+    ) -> Iterator[tuple[ChainState, float]]:
+        """The chain's states of this step and their shares, with the gradients of ``trained``; turns t into t - δ."""
         scales = self._chain_scales(moved)
 
         def evaluate(position: list[Tensor]) -> ChainState:

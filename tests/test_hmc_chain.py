@@ -1,0 +1,226 @@
+"""What the chain of the sampler hmc carries from step to step: checkpoints, and parameters that come, rest and leave.
+
+Laws: a state that TSAM did not write is refused before anything changes, whatever it holds; a chain goes on only where
+every perturbed parameter has a position under the same prior, and starts anew otherwise; |u| <= 1 in the ball, always.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsam_ext import TSAM
+from tsam_ext.chain import KEPT, SLOTS, ChainSlot
+
+HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3, "delta": 10.0}
+
+
+def first_position(optimizer: TSAM, task: Any) -> list[Tensor]:
+    """The perturbations at which the next step begins."""
+    origin, seen = task.copies(), []
+
+    def closure() -> Tensor:
+        if not seen:
+            seen.extend(p - o for p, o in zip(task.copies(), origin, strict=True))
+        loss = task.loss()
+        loss.backward()
+        return loss
+
+    optimizer.estimate_gradient(closure)
+    return seen
+
+
+def edited(state: dict[str, Any], *path: Any, to: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    inner = state["tsam"]["chain"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = to
+    return state
+
+
+BAD: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("scalars", ChainSlot.CURRENT), 7.0, "chain: scalars: got ["),
+    (("scalars", ChainSlot.START), -1.0, "chain: scalars: got ["),
+    (("scalars", ChainSlot.LOG_STEP), math.nan, "chain: scalars: got ["),
+    (("scalars",), torch.zeros(SLOTS), "chain: scalars: got tensor("),
+    (("scalars",), torch.zeros(3, dtype=torch.float64), "chain: scalars: got tensor("),
+    (("scalars",), [0.0] * SLOTS, "chain: scalars: got ["),
+    (("prior",), "cauchy", "chain: prior: got 'cauchy', expected 'gaussian' or 'ball'"),
+    (("prior",), None, "chain: prior: got None"),
+    (("positions",), None, "chain: got None, expected a list of 4, one a parameter"),
+    (("positions",), [], "chain: got '0 positions', expected a list of 4, one a parameter"),
+    (("positions", 1), 5, "chain: positions[1]: got 5, expected None or a torch.float64 tensor of shape (7,)"),
+    (("positions", 1), torch.zeros(2), "chain: positions[1]: got 'a torch.float32 tensor of shape (2,)'"),
+    (("positions", 1), torch.zeros(7), "chain: positions[1]: got 'a torch.float32 tensor of shape (7,)'"),
+    (("positions", 1), torch.full((7,), math.inf, dtype=torch.float64), "chain: positions[1]: got 'a position that"),
+    (("more",), 1, "chain: got {"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD)
+def test_a_state_that_was_not_written_here_is_refused(problem, path: Any, value: Any, message: str) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **HMC)
+    task.train(optimizer, 1)
+    state, before = edited(optimizer.state_dict(), *path, to=value), optimizer.chain_position()
+    with pytest.raises(ValueError, match=re.escape(f"TSAM: load_state_dict: {message}")):
+        optimizer.load_state_dict(state)
+    for a, b in zip(before, optimizer.chain_position(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_content_of_the_scalars_reaches_beyond_the_buffers(problem) -> None:
+    """The ops take what the array holds for 0, 1 or 2: a wrong number is a wrong sample, not a wrong address."""
+    for value in (7.0, -3.0, 1e300, math.nan, math.inf, 0.5):
+        task = problem()
+        optimizer = TSAM(task.parameters, **HMC)
+        task.train(optimizer, 1)
+        for slot in (ChainSlot.CURRENT, ChainSlot.START):
+            optimizer._chain.scalars[slot] = value
+        task.train(optimizer, 2)
+        assert all(bool(p.isfinite().all()) for p in task.parameters)
+
+
+@pytest.mark.parametrize("other", ["gaussian", "ball"])
+def test_a_chain_goes_on_under_its_own_prior_only(problem, other: str) -> None:
+    source = problem()
+    saved = TSAM(source.parameters, **HMC, prior="gaussian")
+    source.train(saved, 3)
+    task = problem()
+    optimizer = TSAM(task.parameters, **HMC, prior=other)
+    optimizer.load_state_dict(saved.state_dict())
+    step = saved._chain.scalars[ChainSlot.LOG_STEP] if other == "gaussian" else math.log(math.pi / 2)
+    assert float(optimizer._chain.scalars[ChainSlot.LOG_STEP]) == float(step)
+    assert optimizer._chain.started is (other == "gaussian")
+    start = first_position(optimizer, task)
+    if other == "gaussian":
+        for a, b in zip(start, saved.chain_position(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    else:
+        assert float(torch.cat([x.flatten() for x in start]).norm()) <= 0.5
+
+
+def test_a_state_without_a_chain_starts_one(problem) -> None:
+    """A state saved before the first step, or by another sampler, leaves nothing of the chain that was here."""
+    for options in ({"sampler": "hmc", "delta": 10.0}, {"sampler": "ascent"}):
+        task, twin = problem(), problem()
+        unused = TSAM(problem().parameters, lr=0.1, rho=0.5, seed=3, **options)
+        optimizer = TSAM(task.parameters, **{**HMC, "lr": 0.0})
+        task.train(optimizer, 3)
+        optimizer.load_state_dict(unused.state_dict())
+        with pytest.raises(RuntimeError, match="chain_position"):
+            optimizer.chain_position()
+        begins = first_position(optimizer, task), first_position(TSAM(twin.parameters, **HMC), twin)
+        for a, b in zip(*begins, strict=True):
+            assert torch.equal(a, b)
+        assert optimizer.diagnostics.step_size == math.pi / 2
+
+
+def test_what_a_state_holds_is_what_lasts(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **{**HMC, "delta": "auto"})
+    task.train(optimizer, 3)
+    chain = optimizer.state_dict()["tsam"]["chain"]
+    assert chain["prior"] == "gaussian"
+    kept = chain["scalars"].nonzero().flatten().tolist()
+    assert kept == sorted(KEPT)
+    for position, parameter in zip(chain["positions"], task.parameters, strict=True):
+        assert torch.equal(position, optimizer._chain.position(parameter))
+
+
+def in_the_ball(task: Any) -> tuple[Callable[[], Tensor], list[float]]:
+    """A closure that notes |ε| over all parameters, frozen ones too."""
+    origin, norms = task.copies(), []
+
+    def closure() -> Tensor:
+        norms.append(math.sqrt(sum(float((p - o).square().sum()) for p, o in zip(task.copies(), origin, strict=True))))
+        loss = task.loss()
+        loss.backward()
+        return loss
+
+    return closure, norms
+
+
+@pytest.mark.parametrize("how", ["frozen", "rho"])
+@pytest.mark.parametrize("through", ["steps", "checkpoint"])
+def test_a_parameter_that_rests_and_moves_again_starts_the_chain_anew(problem, how: str, through: str) -> None:
+    """Meanwhile the others may have taken the whole ball: together they would be outside."""
+    task = problem()
+    w1, b1, w2, b2 = task.parameters
+    groups = [{"params": [w1, b1]}, {"params": [w2, b2]}]
+    optimizer = TSAM(groups, **{**HMC, "lr": 0.0, "delta": 2000.0}, prior="ball")
+
+    def rest(yes: bool) -> None:
+        if how == "rho":
+            optimizer.param_groups[0]["rho"] = 0.0 if yes else 0.5
+        else:
+            w1.requires_grad_(not yes)
+            b1.requires_grad_(not yes)
+
+    task.train(optimizer, 3)
+    rest(True)
+    task.train(optimizer, 3)
+    assert set(optimizer._chain.positions) == {w2, b2}
+    if through == "checkpoint":
+        optimizer.load_state_dict(optimizer.state_dict())
+    rest(False)
+    with pytest.raises(RuntimeError, match=re.escape("param_groups[0]['params'][0] was not perturbed")):
+        optimizer.chain_position()
+    for _ in range(3):
+        closure, norms = in_the_ball(task)
+        optimizer.step(closure)
+        assert max(norms) <= 0.5 * (1 + 1e-12)
+    assert len(optimizer.chain_position()) == 4
+
+
+def test_looking_at_a_new_parameter_s_perturbation_leaves_no_chain_that_was_never_there(problem) -> None:
+    """perturbed() right after a parameter came: the chain starts anew in the next step, from the prior."""
+    task = problem()
+    optimizer = TSAM(task.parameters, **HMC)
+    task.train(optimizer, 2)
+    extra = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
+    optimizer.add_param_group({"params": [extra]})
+    with pytest.raises(RuntimeError, match=re.escape("param_groups[1]['params'][0] was not perturbed")):
+        optimizer.chain_position()
+    with optimizer.perturbed():
+        assert not torch.equal(extra, torch.ones_like(extra))
+    assert torch.equal(extra, torch.ones_like(extra))
+    assert not optimizer._chain.started
+    task.train(optimizer, 1)
+    assert len(optimizer.chain_position()) == 5
+
+
+def test_a_reshaped_parameter_starts_the_chain_anew() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = TSAM([parameter], **HMC)
+
+    def closure() -> Tensor:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    parameter.data = torch.zeros(5, dtype=torch.float64)
+    parameter.grad = None
+    optimizer.step(closure)
+    assert optimizer.chain_position()[0].shape == (5,)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_tilt_from_a_schedule_is_no_delta(problem, value: float) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **{**HMC, "delta": None}, tilt=lambda step: 1.0 if step < 2 else value)
+    task.train(optimizer, 2)
+    before = task.copies()
+    message = f"TSAM: tilt(2): got {value}, expected a finite number, as delta is None"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        task.train(optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, task.copies(), strict=True))
