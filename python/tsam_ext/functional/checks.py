@@ -134,6 +134,14 @@ def check_flag(op: str, argument: str, value: object) -> bool:
     return value
 
 
+def check_positive(op: str, argument: str, value: object) -> float:
+    """``value`` as a finite float above 0."""
+    number = check_number(op, argument, value, "a finite number above 0", 0.0, or_tensor=False)
+    if number == 0.0:
+        raise refuse(op, argument, shown(value), "a finite number above 0")
+    return number
+
+
 def check_length(op: str, argument: str, value: object) -> float:
     """``value`` as a finite float not below 0."""
     return check_number(op, argument, value, "a finite number not below 0", 0.0, or_tensor=False)
