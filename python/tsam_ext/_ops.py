@@ -111,11 +111,16 @@ def _fake_summary(state: Tensor, num_samples: int) -> Tensor:
     return state.new_empty((num_samples + 2,))
 
 
+def loss_backward(weights: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the tilted mean. Not 0-dim times vector: of no rows torch's vmap refuses such a product."""
+    return grad.reshape(1) * weights
+
+
 def weights_backward(weights: Tensor, grad: Tensor, tilt: float) -> Tensor:
     """d/dL of Σ grad · softmax(tL): t w ⊙ (grad − Σ w grad); zero where the weights are constant (t = 0, ±inf)."""
     if tilt == 0.0 or tilt in (float("inf"), float("-inf")):
         return torch.zeros_like(weights)
-    return tilt * weights * (grad - (weights * grad).sum())
+    return tilt * weights * (grad - (weights * grad).sum(0, keepdim=True))
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +130,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (losses,) = ctx.saved_tensors
-    return grad * tilted_weights(losses, ctx.tilt), None
+    return loss_backward(tilted_weights(losses, ctx.tilt), grad), None
 
 
 def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -135,9 +140,10 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def reduce_backward(weights: Tensor, values: Tensor, grad: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """Gradients of Σ w_j values_j to the losses and to the values."""
-    rows = values.reshape(values.shape[0], -1)
-    products = (rows @ grad.reshape(-1, 1)).squeeze(1).to(weights.dtype)
-    shape = (-1,) + (1,) * grad.dim()
+    rows = values.reshape(values.shape[0], grad.numel())
+    with torch.autocast(values.device.type, enabled=False):  # it would round both factors to half precision
+        products = (rows @ grad.reshape(grad.numel(), 1)).squeeze(1).to(weights.dtype)
+    shape = (weights.shape[0],) + (1,) * grad.dim()
     return weights_backward(weights, products, tilt), weights.to(values.dtype).reshape(shape) * grad
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+LARGEST = sys.float_info.max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NOISES = ("gaussian", "sphere", "ball")
 
@@ -98,7 +100,8 @@ def check_number(
 ) -> float:
     """``value`` as a finite float not below ``low``; TypeError or ValueError otherwise."""
     number = _real(op, argument, value, expected, " or a tensor" if or_tensor else "")
-    if not math.isfinite(number) or number < low:
+    # Comparisons, since math's functions break the graph where Dynamo makes a number symbolic.
+    if not max(low, -LARGEST) <= number <= LARGEST:
         raise refuse(op, argument, shown(value), expected)
     return number
 
@@ -112,7 +115,7 @@ def check_tilt(op: str, tilt: object) -> float:
     """``tilt`` as a float; infinities pass, NaN does not."""
     expected = "a number (inf and -inf too)"
     number = _real(op, "tilt", tilt, expected)
-    if math.isnan(number):
+    if number != number:
         raise refuse(op, "tilt", "nan", expected)
     return number
 

@@ -124,7 +124,7 @@ class _TiltedLossReverse(_Tilted):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (losses,) = ctx.saved_tensors
-        return grad * tilted_weights(losses, ctx.tilt), None
+        return _ops.loss_backward(tilted_weights(losses, ctx.tilt), grad), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -182,7 +182,7 @@ class _TiltedReduce(_TiltedReduceReverse):
     def jvp(ctx: Any, losses_dot: Tensor | None, values_dot: Tensor | None, _: None) -> Tensor:
         losses, values = ctx.saved_tensors
         weights = tilted_weights(losses, ctx.tilt)
-        shape = (-1,) + (1,) * (values.dim() - 1)
+        shape = (weights.shape[0],) + (1,) * (values.dim() - 1)
         change = torch.zeros_like(values[0])
         if values_dot is not None:
             change = change + (weights.to(values.dtype).reshape(shape) * values_dot).sum(0)

@@ -13,7 +13,12 @@ import torch
 
 def apply(function: Any, reverse_only: Any, *args: Any) -> Any:
     """Applies ``function``, or while compiling its twin ``reverse_only``."""
-    return (reverse_only if torch.compiler.is_compiling() else function).apply(*args)
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    if torch.autograd.forward_ad._current_level >= 0:
+        # The twin would hand out tangents of zero without a word.
+        raise NotImplementedError("tsam_ext has no forward mode inside torch.compile: compile without the jvp")
+    return reverse_only.apply(*args)
 
 
 def loop_of_vmap(function: Any, reverse_only: Any, info: Any, in_dims: tuple[int | None, ...], args: Any) -> Any:
