@@ -25,6 +25,7 @@ set_target_properties(tsam_torch_stub PROPERTIES
 add_library(tsam_torch INTERFACE)
 target_include_directories(tsam_torch SYSTEM INTERFACE "${TSAM_TORCH_INCLUDE}")
 target_compile_definitions(tsam_torch INTERFACE TORCH_TARGET_VERSION=0x020A000000000000)
-target_compile_options(tsam_torch INTERFACE "-fmacro-prefix-map=${TSAM_TORCH_INCLUDE}/=")
+target_compile_options(tsam_torch INTERFACE
+  "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=>-fmacro-prefix-map=${TSAM_TORCH_INCLUDE}/=")
 target_link_options(tsam_torch INTERFACE LINKER:--no-as-needed)
 target_link_libraries(tsam_torch INTERFACE tsam_torch_stub)

@@ -30,6 +30,7 @@ LAYERS = {
     "integrators": set(),
     "_ops": {"_C"},
     "_compile": {"_C", "_ops"},
+    "_cuda": {"_C", "_ops"},
     "functional": {"_ops"},
     "settings": {"functional"},
     "chain": {"_ops", "estimate", "integrators", "settings", "table"},

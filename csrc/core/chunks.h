@@ -61,6 +61,7 @@ class ChunkPlan {
 
   int64_t num_chunks() const { return first_chunk_.back(); }
   int64_t num_elements() const { return num_elements_; }
+  const std::vector<int64_t>& first_chunk() const { return first_chunk_; }
   Chunk operator[](int64_t c) const {
     return chunk_at(first_chunk_.data(), sizes_.data(), static_cast<int64_t>(sizes_.size()), c, chunk_);
   }

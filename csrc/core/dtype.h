@@ -17,6 +17,12 @@ struct Float16 {
   uint16_t bits;
 };
 
+// A number in memory, which only the back end that owns the memory may read.
+struct Scalar {
+  const void* data;
+  DType dtype;
+};
+
 }  // namespace tsam
 
 TSAM_CORE_BEGIN
@@ -45,6 +51,19 @@ TSAM_HD float to_compute(Float16 x) {
   return float_from_bits(sign | (magnitude >= 0x7C00u ? special : finite));
 }
 
+TSAM_HD double scalar_value(const Scalar& scalar) {
+  switch (scalar.dtype) {
+    case DType::kFloat64:
+      return *static_cast<const double*>(scalar.data);
+    case DType::kBFloat16:
+      return static_cast<double>(to_compute(*static_cast<const BFloat16*>(scalar.data)));
+    case DType::kFloat16:
+      return static_cast<double>(to_compute(*static_cast<const Float16*>(scalar.data)));
+    default:
+      return static_cast<double>(*static_cast<const float*>(scalar.data));
+  }
+}
+
 TSAM_HD void from_compute(float x, float& out) { out = x; }
 TSAM_HD void from_compute(double x, double& out) { out = x; }
 
@@ -64,6 +83,20 @@ TSAM_HD void from_compute(float x, Float16& out) {
   r = magnitude >= 0x477FF000u ? 0x7C00u : r;  // 65520 and above round to infinity
   r = magnitude > 0x7F800000u ? 0x7E00u : r;
   out.bits = static_cast<uint16_t>(r | ((bits >> 16) & 0x8000u));
+}
+
+// Rounded once to the type that a result is computed in, then to its own.
+TSAM_HD void store_number(double value, DType dtype, void* to) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return from_compute(value, *static_cast<double*>(to));
+    case DType::kBFloat16:
+      return from_compute(static_cast<float>(value), *static_cast<BFloat16*>(to));
+    case DType::kFloat16:
+      return from_compute(static_cast<float>(value), *static_cast<Float16*>(to));
+    default:
+      return from_compute(static_cast<float>(value), *static_cast<float*>(to));
+  }
 }
 
 TSAM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }

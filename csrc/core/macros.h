@@ -14,9 +14,14 @@
 
 #if defined(__CUDACC__)
 #define TSAM_HD __host__ __device__ __forceinline__
-#define TSAM_UNROLL _Pragma("unroll")
 #else
 #define TSAM_HD inline __attribute__((always_inline))
+#endif
+
+// Of nvcc's two passes the host's compiler sees one, and knows no such pragma.
+#if defined(__CUDA_ARCH__)
+#define TSAM_UNROLL _Pragma("unroll")
+#else
 #define TSAM_UNROLL
 #endif
 

@@ -17,16 +17,6 @@ enum class Part : int { kInner = 0, kStart = 1, kEnd = 2 };
 
 TSAM_CORE_BEGIN
 
-// One sample of the step, with its row.
-TSAM_HD void count_sample(double* state, double loss, double log_size, double energy, int64_t row, bool skip_nonfinite,
-                          bool last) {
-  double* const values = state + kHeader + kRow * row;
-  tilt_update(state, loss, log_size, skip_nonfinite, last);
-  values[kRowLoss] = loss;
-  values[kRowLogSize] = log_size;
-  values[kRowEnergy] = energy;
-}
-
 TSAM_HD void recycle_state(double* chain, double* state, double loss, double share, int64_t row, Part part,
                            bool metropolis, bool skip_nonfinite, bool last) {
   if (part == Part::kStart) {

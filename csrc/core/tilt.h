@@ -110,6 +110,16 @@ TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonf
   if (is_nan(s[kSum])) tilt_act(s, kPoison, kNaN, kNaN);
 }
 
+// One sample of the step, with its row.
+TSAM_HD void count_sample(double* state, double loss, double log_size, double energy, int64_t row, bool skip_nonfinite,
+                          bool last) {
+  double* const values = state + kHeader + kRow * row;
+  tilt_update(state, loss, log_size, skip_nonfinite, last);
+  values[kRowLoss] = loss;
+  values[kRowLogSize] = log_size;
+  values[kRowEnergy] = energy;
+}
+
 // What was counted last is the state that the chain stood at already: one state, one weight in the sum of squares.
 TSAM_HD void tilt_join(double* s) {
   s[kSumSquares] += 2.0 * s[kHeld] * s[kNewest];

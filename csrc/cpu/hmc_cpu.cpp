@@ -25,7 +25,7 @@ using Numbers = std::vector<double>;
 using Flags = std::vector<bool>;
 using Integers = std::vector<int64_t>;
 
-double* checked_chain(const char* op, const Tensor& chain) {
+double* checked_chain(const Op& op, const Tensor& chain) {
   const Where where{op, "chain"};
   const Run run = checked_run(where, chain);
   if (run.dtype != DType::kFloat64 || run.size < kChain || !chain.is_contiguous())
@@ -34,7 +34,7 @@ double* checked_chain(const char* op, const Tensor& chain) {
   return reinterpret_cast<double*>(run.data);
 }
 
-Runs checked_wide(const char* op, const char* argument, const TensorList& tensors, const TensorList& like,
+Runs checked_wide(const Op& op, const char* argument, const TensorList& tensors, const TensorList& like,
                   const Runs& reference) {
   Runs runs = checked_runs(op, argument, tensors);
   same_layouts(op, argument, tensors, "saved", like);
@@ -50,7 +50,7 @@ struct Scaled {
   int64_t dimension;
   Prior prior;
 
-  Scaled(const char* op, const TensorList& saved, const Numbers& rho, const Flags& adaptive, int64_t dimension,
+  Scaled(const Op& op, const TensorList& saved, const Numbers& rho, const Flags& adaptive, int64_t dimension,
          int64_t prior)
       : origin(checked_runs(op, "saved", saved)), rho(rho), adaptive(adaptive), dimension(dimension) {
     same_length(op, "rho", rho.size(), "saved", origin.size());
@@ -67,7 +67,7 @@ struct Counter {
   uint64_t key;
   uint32_t step, trajectory;
 
-  Counter(const char* op, int64_t seed, int64_t step, int64_t trajectory)
+  Counter(const Op& op, int64_t seed, int64_t step, int64_t trajectory)
       : key(static_cast<uint64_t>(seed)),
         step(static_cast<uint32_t>(step)),
         trajectory(static_cast<uint32_t>(trajectory)) {
@@ -78,7 +78,7 @@ struct Counter {
 };
 
 // A coefficient of an integrator; the ball's drift runs forward only.
-void checked_factor(const char* op, const char* argument, double value, bool forward = false) {
+void checked_factor(const Op& op, const char* argument, double value, bool forward = false) {
   if (!std::isfinite(value) || (forward && value < 0.0))
     fail({op, argument}, std::to_string(value), forward ? "a finite number not below 0" : "a finite number");
 }
@@ -108,7 +108,7 @@ uint64_t element_of(const Integers& base, const Chunk& chunk) {
 void hmc_place_(TensorList position, TensorList saved, TensorList x0, TensorList x1, TensorList x2, Tensor chain,
                 Tensor state, Numbers rho, Flags adaptive, Integers base, int64_t seed, int64_t step, int64_t dimension,
                 int64_t prior, bool draw) {
-  const char* op = "hmc_place_";
+  const Op op("hmc_place_", chain);
   const Runs moved = checked_runs(op, "position", position);
   same_layouts(op, "saved", saved, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -148,15 +148,16 @@ void hmc_place_(TensorList position, TensorList saved, TensorList x0, TensorList
 // with `automatic` read 1 (2 adaptive) for |T g|; delta then is the scale of the rule.
 void hmc_begin_(TensorList saved, TensorList grads, Tensor chain, Tensor state, Tensor loss, Tensor tilt, Tensor delta,
                 bool automatic, Numbers rho, Flags adaptive, int64_t dimension, int64_t prior) {
-  const char* op = "hmc_begin_";
+  const Op op("hmc_begin_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs gradients = checked_runs(op, "grads", grads);
   same_layouts(op, "grads", grads, "saved", saved);
   same_dtypes(op, "grads", gradients, "saved", scaled.origin);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, 0);
-  const double first_loss = checked_scalar({op, "loss"}, loss), t = checked_scalar({op, "tilt"}, tilt);
-  double density = checked_scalar({op, "delta"}, delta);
+  const double first_loss = scalar_value(checked_scalar({op, "loss"}, loss)),
+               t = scalar_value(checked_scalar({op, "tilt"}, tilt));
+  double density = scalar_value(checked_scalar({op, "delta"}, delta));
   if (automatic) {
     const Kernels& k = kernels();
     const double squares = sum_chunks(plan_of(gradients), [&](const Chunk& chunk) {
@@ -178,7 +179,7 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
                    TensorList x2, TensorList grads, Tensor chain, Numbers rho, Flags adaptive, Integers base,
                    int64_t seed, int64_t step, int64_t trajectory, int64_t dimension, int64_t prior, double kick,
                    double drift, bool first, bool measure) {
-  const char* op = "hmc_leapfrog_";
+  const Op op("hmc_leapfrog_", chain);
   const Runs moved = checked_runs(op, "position", position);
   same_layouts(op, "saved", saved, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -265,7 +266,7 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
 void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor chain, Tensor state, Tensor loss,
               Numbers rho, Flags adaptive, int64_t seed, int64_t step, int64_t trajectory, int64_t dimension,
               int64_t prior, double kick, int64_t row, bool metropolis, bool skip_nonfinite, bool last) {
-  const char* op = "hmc_end_";
+  const Op op("hmc_end_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs p = checked_wide(op, "momentum", momentum, saved, scaled.origin);
   const Runs gradients = checked_runs(op, "grads", grads);
@@ -276,7 +277,7 @@ void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor ch
   in_range({op, "row"}, row, -1, kMaxSample);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, row + 1);
-  const double proposed = checked_scalar({op, "loss"}, loss);
+  const double proposed = scalar_value(checked_scalar({op, "loss"}, loss));
 
   const double h = drift_time(scaled.prior, dimension, std::exp(c[kLogStep])), a = kick * c[kDelta] * h;
   const Kernels& k = kernels();
@@ -300,11 +301,11 @@ void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor ch
 // part 1, after hmc_end_: the start, its loss from the chain; part 2, after that: the end.
 void hmc_recycle_(Tensor chain, Tensor state, Tensor loss, double share, int64_t row, int64_t part, bool metropolis,
                   bool skip_nonfinite, bool last) {
-  const char* op = "hmc_recycle_";
+  const Op op("hmc_recycle_", chain);
   double* const c = checked_chain(op, chain);
   in_range({op, "row"}, row, 0, kMaxSample);
   double* const s = checked_state(op, state, row + 1);
-  const double value = checked_scalar({op, "loss"}, loss);
+  const double value = scalar_value(checked_scalar({op, "loss"}, loss));
   checked_factor(op, "share", share);
   in_range({op, "part"}, part, 0, 2);
   recycle_state(c, s, value, share, row, static_cast<Part>(part), metropolis, skip_nonfinite, last);
@@ -314,7 +315,7 @@ void hmc_recycle_(Tensor chain, Tensor state, Tensor loss, double share, int64_t
 // with `count` it enters the mean. Words: taken read 2, write 2, otherwise read 2, write 1; without `count` a copy or
 // nothing.
 void hmc_carry_(TensorList accumulator, TensorList carried, TensorList grads, Tensor chain, Tensor state, bool count) {
-  const char* op = "hmc_carry_";
+  const Op op("hmc_carry_", chain);
   const Runs kept = checked_runs(op, "carried", carried), fresh = checked_runs(op, "grads", grads),
              sums = checked_runs(op, "accumulator", accumulator);
   same_layouts(op, "grads", grads, "carried", carried);
@@ -344,7 +345,7 @@ void hmc_carry_(TensorList accumulator, TensorList carried, TensorList grads, Te
 }
 
 // Adapts the step size after a step's trajectories.
-void hmc_adapt_(Tensor chain, double highest) { adapt_step(checked_chain("hmc_adapt_", chain), highest); }
+void hmc_adapt_(Tensor chain, double highest) { adapt_step(checked_chain(Op("hmc_adapt_", chain), chain), highest); }
 
 }  // namespace
 }  // namespace cpu

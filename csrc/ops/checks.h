@@ -35,25 +35,43 @@ struct Run {
 };
 using Runs = std::vector<Run>;
 
+// Where a tensor lies, as far as the stable ABI tells.
+struct Place {
+  bool cpu, cuda;
+  int32_t index;
+
+  explicit Place(const Tensor& tensor)
+      : cpu(tensor.is_cpu()), cuda(!cpu && tensor.is_cuda()), index(cpu ? 0 : tensor.get_device_index()) {}
+  bool operator==(const Place& other) const { return cpu == other.cpu && cuda == other.cuda && index == other.index; }
+  std::string name() const {
+    if (cpu) return "a cpu tensor";
+    if (cuda) return "a cuda:" + std::to_string(index) + " tensor";
+    return "a tensor on another kind of device";
+  }
+};
+
+// An op: its name for messages, and the place that all its tensors share with the given one. The dispatcher has picked
+// the back end by then, so a list on one place is on that back end's.
+struct Op {
+  const char* name;
+  Place place;
+
+  Op(const char* name, const Tensor& tensor) : name(name), place(tensor) {}
+};
+
 // Names the op, an argument and the place in its list, for messages.
 struct Where {
-  const char* op;
+  Op op;
   const char* argument;
   int64_t index = -1;
 };
 
 [[noreturn]] inline void fail(const Where& where, const std::string& got, const std::string& expected) {
   std::ostringstream message;
-  message << "tsam." << where.op << ": " << where.argument;
+  message << "tsam." << where.op.name << ": " << where.argument;
   if (where.index >= 0) message << "[" << where.index << "]";
   message << ": got " << got << ", expected " << expected;
   throw std::invalid_argument(message.str());
-}
-
-inline std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "a cpu tensor";
-  if (tensor.is_cuda()) return "a cuda:" + std::to_string(tensor.get_device_index()) + " tensor";
-  return "a tensor on another kind of device";
 }
 
 inline std::string shape_name(const Tensor& tensor) {
@@ -118,7 +136,8 @@ inline bool is_dense(const Tensor& tensor) {
 // The elements of a tensor that is only read, whatever its strides.
 inline Run checked_elements(const Where& where, const Tensor& tensor) {
   const DType dtype = dtype_of(where, tensor);
-  if (!tensor.is_cpu()) fail(where, device_name(tensor), "a cpu tensor, like the op's other arguments");
+  const Place place(tensor);
+  if (!(place == where.op.place)) fail(where, place.name(), where.op.place.name() + ", like the op's other arguments");
   const int64_t size = tensor.numel();
   return Run{static_cast<char*>(tensor.data_ptr()), size, dtype, size * item_bytes(dtype)};
 }
@@ -129,7 +148,7 @@ inline Run checked_run(const Where& where, const Tensor& tensor) {
   return run;
 }
 
-inline Runs checked_runs(const char* op, const char* argument, const TensorList& tensors) {
+inline Runs checked_runs(const Op& op, const char* argument, const TensorList& tensors) {
   Runs runs;
   runs.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i)
@@ -137,7 +156,7 @@ inline Runs checked_runs(const char* op, const char* argument, const TensorList&
   return runs;
 }
 
-inline void same_length(const char* op, const char* argument, size_t got, const char* reference, size_t expected) {
+inline void same_length(const Op& op, const char* argument, size_t got, const char* reference, size_t expected) {
   if (got != expected)
     fail({op, argument}, std::to_string(got) + " entries",
          std::to_string(expected) + " (as many as " + reference + ")");
@@ -152,14 +171,14 @@ inline void same_layout(const Where& where, const Tensor& got, const Tensor& exp
   if (!same) fail(where, shape_name(got), shape_name(expected) + " as in " + reference);
 }
 
-inline void same_layouts(const char* op, const char* argument, const TensorList& got, const char* reference,
+inline void same_layouts(const Op& op, const char* argument, const TensorList& got, const char* reference,
                          const TensorList& expected) {
   same_length(op, argument, got.size(), reference, expected.size());
   for (size_t i = 0; i < got.size(); ++i)
     same_layout({op, argument, static_cast<int64_t>(i)}, got[i], expected[i], reference);
 }
 
-inline void same_dtypes(const char* op, const char* argument, const Runs& got, const char* reference,
+inline void same_dtypes(const Op& op, const char* argument, const Runs& got, const char* reference,
                         const Runs& expected, bool in_compute_type = false) {
   for (size_t i = 0; i < got.size(); ++i) {
     const DType wanted = in_compute_type ? compute_dtype(expected[i].dtype) : expected[i].dtype;
@@ -175,7 +194,7 @@ struct NamedRuns {
 };
 
 // No two tensors of these lists share memory: an element that two entries name would be moved twice.
-inline void disjoint(const char* op, std::initializer_list<NamedRuns> lists) {
+inline void disjoint(const Op& op, std::initializer_list<NamedRuns> lists) {
   struct Span {
     const char *begin, *end, *argument;
     int64_t index;
@@ -198,7 +217,7 @@ inline void disjoint(const char* op, std::initializer_list<NamedRuns> lists) {
 }
 
 // The step's float64 scalars, with room for `rows` samples.
-inline double* checked_state(const char* op, const Tensor& state, int64_t rows) {
+inline double* checked_state(const Op& op, const Tensor& state, int64_t rows) {
   const Where where{op, "state"};
   const Run run = checked_run(where, state);
   const int64_t wanted = kHeader + kRow * rows;
@@ -208,27 +227,11 @@ inline double* checked_state(const char* op, const Tensor& state, int64_t rows) 
   return reinterpret_cast<double*>(run.data);
 }
 
-// What the elements of an accumulator have to do; before the first tilt_update_ a state does not say.
-inline int checked_action(const char* op, const double* state) {
-  const double action = state[kAction];
-  if (!(action >= kSkip && action <= kPoison))
-    fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
-  return static_cast<int>(action);
-}
-
-inline double checked_scalar(const Where& where, const Tensor& tensor) {
+// A number that stays where it is: only its shape and dtype are looked at.
+inline Scalar checked_scalar(const Where& where, const Tensor& tensor) {
   const Run run = checked_run(where, tensor);
   if (run.size != 1) fail(where, shape_name(tensor), "a tensor of one element");
-  switch (run.dtype) {
-    case DType::kFloat64:
-      return *reinterpret_cast<const double*>(run.data);
-    case DType::kBFloat16:
-      return static_cast<double>(to_compute(*reinterpret_cast<const BFloat16*>(run.data)));
-    case DType::kFloat16:
-      return static_cast<double>(to_compute(*reinterpret_cast<const Float16*>(run.data)));
-    default:
-      return static_cast<double>(*reinterpret_cast<const float*>(run.data));
-  }
+  return Scalar{run.data, run.dtype};
 }
 
 inline void in_range(const Where& where, int64_t value, int64_t low, int64_t high) {
@@ -236,7 +239,7 @@ inline void in_range(const Where& where, int64_t value, int64_t low, int64_t hig
     fail(where, std::to_string(value), "an integer from " + std::to_string(low) + " to " + std::to_string(high));
 }
 
-inline void not_negative(const char* op, const char* argument, const std::vector<double>& values) {
+inline void not_negative(const Op& op, const char* argument, const std::vector<double>& values) {
   for (size_t i = 0; i < values.size(); ++i)
     if (!(values[i] >= 0.0) || std::isinf(values[i]))
       fail({op, argument, static_cast<int64_t>(i)}, std::to_string(values[i]), "a finite number not below 0");

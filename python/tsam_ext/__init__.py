@@ -15,7 +15,7 @@ from ._version import __version__
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
     raise ImportError(f"tsam_ext {__version__} needs torch >= 2.10, found torch {torch.__version__}.")
 
-from . import _compile, functional, hmc  # noqa: F401  (_compile: its import is all it is for)
+from . import _compile, _cuda, functional, hmc  # noqa: F401  (the first two: their import is all they are for)
 from .functional import kick, leapfrog, perturb, tilted_loss, tilted_reduce, tilted_weights
 from .metrics import Diagnostics
 from .optim import TSAM

@@ -1,0 +1,47 @@
+// The seam between the kernels and what compiles them: nvcc for a GPU, or g++ with the host emulation of tests/simt.
+// This is the only file that knows which.
+//
+// Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
+// TSAM_SHARED alone, a large parameter is marked TSAM_GRID_CONSTANT. Invariant: every launch goes through launch(),
+// which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error.
+#pragma once
+
+#if defined(TSAM_SIMT)
+
+// From the emulation: __global__, the index variables, barriers, shuffles and votes, vector types, streams and errors,
+// launch(), TSAM_SHARED, TSAM_GRID_CONSTANT, and what ops_cuda.cu needs of the runtime.
+#include "simt.h"
+
+#define TSAM_DEVICE inline
+#define TSAM_LAUNCH_BOUNDS(threads)
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+#define TSAM_DEVICE __device__ __forceinline__
+#define TSAM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+#define TSAM_GRID_CONSTANT __grid_constant__
+#define TSAM_SHARED(type, name, count) __shared__ type name[count]
+
+namespace tsam {
+namespace cuda {
+
+template <typename... Parameters, typename... Args>
+[[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                                 cudaStream_t stream, Args&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+}
+
+}  // namespace cuda
+}  // namespace tsam
+
+#endif

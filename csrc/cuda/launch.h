@@ -1,0 +1,148 @@
+// The seam between the ops and torch's side of a device: which one, its stream, memory for partial sums; and how a list
+// becomes launches. Under the host emulation (TSAM_SIMT) the device is the CPU's memory and the key the CPU's.
+//
+// Layout: a list is split by storage type and then into tables of at most kTensorsPerLaunch tensors, one launch each;
+// block numbers run on over the launches of a list, so that all partials lie in one row.
+// Invariant: every launch is checked; nothing waits for the device, and nothing of device memory is read here. A
+// workspace comes from torch's caching allocator: ordered by the stream, and in a captured graph from the graph's pool.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../ops/checks.h"
+#include "apply.cuh"
+#include "reduce.cuh"
+
+#if defined(TSAM_SIMT)
+#define TSAM_CUDA_KEY CPU
+#else
+#define TSAM_CUDA_KEY CUDA
+// Torch's header shows this only to those who see all of CUDA's.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace tsam {
+namespace cuda {
+
+using checks::Run;
+using checks::Runs;
+using checks::Tensor;
+
+inline void check_cuda(cudaError_t error, const char* doing) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("tsam: ") + doing + ": " + cudaGetErrorString(error));
+}
+
+// The device that a tensor is on, current while this lives, and its current stream.
+class OnDevice {
+ public:
+#if defined(TSAM_SIMT)
+  explicit OnDevice(const Tensor& home) : home_(home) {}
+#else
+  explicit OnDevice(const Tensor& home) : home_(home), guard_(home.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(home.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    // The runtime that is linked into this library keeps a current device of its own.
+    check_cuda(cudaSetDevice(home.get_device_index()), "cannot use the device");
+  }
+#endif
+
+  template <typename... Parameters, typename... Args>
+  void run(void (*kernel)(Parameters...), int64_t blocks, int threads, Args&&... args) const {
+    check_cuda(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream_,
+                      static_cast<Parameters>(args)...),
+               "a kernel could not be launched");
+  }
+
+  template <int K, typename Finish>
+  void finish(const Finish& finish, const double* partial = nullptr, int64_t n = 0) const {
+    run(finish_sums<K, Finish>, 1, kFinishThreads, partial, n, finish);
+  }
+
+  // `rows` sums a block for `blocks` blocks.
+  Tensor workspace(int64_t rows, int64_t blocks) const {
+    return torch::stable::new_empty(home_, {rows * blocks}, torch::headeronly::ScalarType::Double);
+  }
+
+ private:
+  const Tensor& home_;
+#if !defined(TSAM_SIMT)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+inline double* numbers(const Tensor& workspace) { return static_cast<double*>(workspace.data_ptr()); }
+
+inline ChunkPlan device_plan(const Runs& runs) {
+  std::vector<int64_t> sizes;
+  for (const Run& run : runs) sizes.push_back(run.size);
+  return ChunkPlan(sizes, kDeviceChunk);
+}
+
+// body(null pointer of the storage type).
+template <typename Body>
+void for_storage(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return body(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return body(static_cast<Float16*>(nullptr));
+    default:
+      return body(static_cast<float*>(nullptr));
+  }
+}
+
+// One launch's share of a list.
+template <int L>
+struct Share {
+  TensorTable<L> table;
+  DType dtype;
+  int64_t before, blocks;  // of this list's blocks
+};
+
+// body(share) for tables over the given lists, all as long as the first and, but for the accumulators of list `key`'s
+// dtype, of its types; entry(table, place, index) fills in what is not a pointer or a size.
+template <int L, typename Entry, typename Body>
+void for_shares(const Runs* const (&lists)[L], int key, const Entry& entry, const Body& body) {
+  const Runs& first = *lists[key];
+  // 32 KB that need no zeros: what lies beyond num_tensors is never read.
+  Share<L> share;
+  share.before = 0;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    std::vector<int64_t> indices;
+    for (size_t i = 0; i < first.size(); ++i)
+      if (first[i].dtype == dtype && first[i].size > 0) indices.push_back(static_cast<int64_t>(i));
+    for (size_t begin = 0; begin < indices.size(); begin += kTensorsPerLaunch<L>) {
+      const size_t n = std::min(indices.size() - begin, static_cast<size_t>(kTensorsPerLaunch<L>));
+      std::vector<int64_t> sizes(n);
+      for (size_t k = 0; k < n; ++k) {
+        const size_t i = static_cast<size_t>(indices[begin + k]);
+        for (int l = 0; l < L; ++l) share.table.data[l][k] = lists[l]->empty() ? nullptr : (*lists[l])[i].data;
+        share.table.size[k] = sizes[k] = first[i].size;
+        share.table.element[k] = 0;
+        share.table.scale[k] = 1.0;
+        share.table.adaptive[k] = false;
+        entry(share.table, k, i);
+      }
+      const ChunkPlan plan(sizes, kDeviceChunk);
+      std::copy(plan.first_chunk().begin(), plan.first_chunk().end(), share.table.first_chunk);
+      share.table.num_tensors = static_cast<int>(n);
+      share.dtype = dtype;
+      share.blocks = plan.num_chunks();
+      body(share);
+      share.before += share.blocks;
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace tsam

@@ -1,0 +1,127 @@
+// The list ops on CUDA tensors: shares of the list, one launch each, sums and scalars finished on the device.
+//
+// Layout: ops/list_arguments.h has checked every argument; launch.h cuts the lists into tables; list_kernels.cuh has
+// the kernels. Invariant: the host learns no value of a tensor, so an op can be captured in a CUDA graph; what it
+// launches is the same whatever the state says.
+#include "../ops/list_arguments.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "launch.h"
+#include "list_kernels.cuh"
+
+namespace tsam {
+namespace cuda {
+namespace {
+
+using namespace ops;
+
+// Launches: a sum over z for sphere and ball, the scale, the move, with save the count.
+void perturb(const PerturbArguments& a) {
+  const OnDevice device(a.home);
+  const Stream stream = a.counter.stream(kPerturbation);
+  const bool normed = a.noise != Noise::kGaussian;
+  const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
+  const Tensor partial = device.workspace(1, blocks);
+  const auto entry = [&](TablePair& table, size_t k, size_t i) {
+    table.element[k] = static_cast<uint64_t>(a.base[i]);
+    table.scale[k] = a.radius[i];
+    table.adaptive[k] = a.adaptive[i];
+  };
+  if (normed)
+    for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
+      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, stream,
+                 numbers(partial) + share.before);
+    });
+  device.finish<1>(FinishNoise{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)}, numbers(partial), blocks);
+  for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save);
+    });
+  });
+  if (a.save) device.finish<0>(CountSave{a.state});
+}
+
+void grad_norm(const GradNormArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = device_plan(a.grads).num_chunks();
+  const Tensor partial = device.workspace(1, blocks);
+  const auto entry = [&](TablePair& table, size_t k, size_t i) { table.adaptive[k] = a.adaptive[i]; };
+  for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(grad_sum_squares<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before);
+    });
+  });
+  device.finish<1>(FinishNorm{a.state, a.row}, numbers(partial), blocks);
+}
+
+void ascend(const AscendArguments& a) {
+  const OnDevice device(a.home);
+  const auto entry = [&](TableTriple& table, size_t k, size_t i) {
+    table.scale[k] = a.rho[i];
+    table.adaptive[k] = a.adaptive[i];
+  };
+  for_shares<3>({&a.position, &a.saved, &a.grads}, 0, entry, [&](const Share<3>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(ascend_chunks<T>, share.blocks, kThreads, share.table, a.state, a.save);
+    });
+  });
+  if (a.save) device.finish<0>(CountSave{a.state});
+}
+
+void begin(const TiltBeginArguments& a) { OnDevice(a.home).finish<0>(TiltBegin{a.state, a.length, a.tilt}); }
+
+void update(const TiltUpdateArguments& a) {
+  OnDevice(a.home).finish<0>(TiltUpdate{a.state, a.loss, a.log_size, a.row, a.skip_nonfinite, a.last});
+}
+
+void accumulate(const AccumulateArguments& a) {
+  const OnDevice device(a.home);
+  const auto entry = [](TablePair&, size_t, size_t) {};
+  // Without gradients all that can happen is NaN, which is written by the accumulator's own type.
+  for_shares<2>({&a.accumulator, &a.grads}, a.adopted ? 0 : 1, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(accumulate_chunks<T>, share.blocks, kThreads, share.table, a.state, a.adopted);
+    });
+  });
+}
+
+void restore(const RestoreArguments& a) {
+  const OnDevice device(a.home);
+  const auto entry = [](TablePair&, size_t, size_t) {};
+  for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(copy_chunks<T>, share.blocks, kThreads, share.table);
+    });
+  });
+}
+
+Tensor summary(const TiltSummaryArguments& a) {
+  const OnDevice device(a.home);
+  Tensor out = torch::stable::new_empty(a.home, {a.num_samples + 2});
+  const Tensor scratch = device.workspace(2, a.num_samples);
+  device.finish<0>(Summary{a.state, a.num_samples, numbers(scratch), numbers(out)});
+  return out;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace tsam
+
+STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
+  m.impl("perturb_", TORCH_BOX(&tsam::ops::perturb_<tsam::cuda::perturb>));
+  m.impl("grad_norm_", TORCH_BOX(&tsam::ops::grad_norm_<tsam::cuda::grad_norm>));
+  m.impl("ascend_", TORCH_BOX(&tsam::ops::ascend_<tsam::cuda::ascend>));
+  m.impl("tilt_begin_", TORCH_BOX(&tsam::ops::tilt_begin_<tsam::cuda::begin>));
+  m.impl("tilt_update_", TORCH_BOX(&tsam::ops::tilt_update_<tsam::cuda::update>));
+  m.impl("accumulate_", TORCH_BOX(&tsam::ops::accumulate_<tsam::cuda::accumulate>));
+  m.impl("restore_", TORCH_BOX(&tsam::ops::restore_<tsam::cuda::restore>));
+  m.impl("tilt_summary", TORCH_BOX(&tsam::ops::tilt_summary<tsam::cuda::summary>));
+}

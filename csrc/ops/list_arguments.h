@@ -1,0 +1,201 @@
+// The list ops up to their kernels: each op's signature and all its checks, once for every back end.
+//
+// Layout: <op>_<run> is the function that a back end registers; it parses the arguments into the op's struct and calls
+// run with it. Tensors have become Runs, the state a pointer, numbers that came as tensors Scalars: the back end alone
+// may read what they point to. Invariant: when run is called, nothing is left to refuse and nothing is written yet.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../core/perturb.h"
+#include "checks.h"
+
+namespace tsam {
+namespace ops {
+
+using namespace checks;
+using Numbers = std::vector<double>;
+using Flags = std::vector<bool>;
+using Integers = std::vector<int64_t>;
+
+// The whole of a draw's counter but the purpose and the element.
+struct Counter {
+  uint64_t seed;
+  uint32_t step, draw;
+
+  Counter(const Op& op, int64_t seed, int64_t step, const char* argument, int64_t draw)
+      : seed(static_cast<uint64_t>(seed)), step(static_cast<uint32_t>(step)), draw(static_cast<uint32_t>(draw)) {
+    in_range({op, "step"}, step, 0, UINT32_MAX);
+    in_range({op, argument}, draw, 0, kMaxSample);
+  }
+  Stream stream(Purpose purpose) const { return make_stream(seed, step, purpose, draw); }
+};
+
+struct PerturbArguments {
+  Tensor home;  // any tensor of the op, for where its memory is
+  Runs position, saved;
+  double* state;
+  Numbers radius;
+  Flags adaptive;
+  Integers base;
+  Counter counter;
+  Noise noise;
+  int64_t dimension;
+  bool negate, save;
+};
+
+template <void (*run)(const PerturbArguments&)>
+void perturb_(TensorList position, TensorList saved, Tensor state, Numbers radius, Flags adaptive, Integers base,
+              int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate, bool save) {
+  const Op op("perturb_", state);
+  const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
+  same_layouts(op, "saved", saved, "position", position);
+  same_dtypes(op, "saved", kept, "position", moved);
+  double* const s = checked_state(op, state, 0);
+  same_length(op, "radius", radius.size(), "position", moved.size());
+  same_length(op, "adaptive", adaptive.size(), "position", moved.size());
+  same_length(op, "base", base.size(), "position", moved.size());
+  not_negative(op, "radius", radius);
+  const Counter counter(op, seed, step, "sample", sample);
+  in_range({op, "dimension"}, dimension, 0, INT64_MAX);
+  in_range({op, "noise"}, noise, 0, 2);
+  disjoint(op, {{"position", moved}, {"saved", kept}});
+  run({state, moved, kept, s, radius, adaptive, base, counter, static_cast<Noise>(noise), dimension, negate, save});
+}
+
+struct GradNormArguments {
+  Tensor home;
+  Runs grads, origin;
+  double* state;
+  Flags adaptive;
+  int64_t row;
+};
+
+template <void (*run)(const GradNormArguments&)>
+void grad_norm_(TensorList grads, TensorList origin, Tensor state, Flags adaptive, int64_t row) {
+  const Op op("grad_norm_", state);
+  const Runs gradients = checked_runs(op, "grads", grads), origins = checked_runs(op, "origin", origin);
+  same_layouts(op, "origin", origin, "grads", grads);
+  same_dtypes(op, "origin", origins, "grads", gradients);
+  same_length(op, "adaptive", adaptive.size(), "grads", gradients.size());
+  in_range({op, "row"}, row, 0, kMaxSample);
+  double* const s = checked_state(op, state, row + 1);
+  run({state, gradients, origins, s, adaptive, row});
+}
+
+struct AscendArguments {
+  Tensor home;
+  Runs position, saved, grads;
+  double* state;
+  Numbers rho;
+  Flags adaptive;
+  bool save;
+};
+
+template <void (*run)(const AscendArguments&)>
+void ascend_(TensorList position, TensorList saved, TensorList grads, Tensor state, Numbers rho, Flags adaptive,
+             bool save) {
+  const Op op("ascend_", state);
+  const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
+             gradients = checked_runs(op, "grads", grads);
+  same_layouts(op, "saved", saved, "position", position);
+  same_layouts(op, "grads", grads, "position", position);
+  same_dtypes(op, "saved", kept, "position", moved);
+  same_dtypes(op, "grads", gradients, "position", moved);
+  double* const s = checked_state(op, state, 0);
+  same_length(op, "rho", rho.size(), "position", moved.size());
+  same_length(op, "adaptive", adaptive.size(), "position", moved.size());
+  not_negative(op, "rho", rho);
+  disjoint(op, {{"position", moved}, {"saved", kept}, {"grads", gradients}});
+  run({state, moved, kept, gradients, s, rho, adaptive, save});
+}
+
+struct TiltBeginArguments {
+  Tensor home;
+  double* state;
+  int64_t length;
+  Scalar tilt;
+};
+
+template <void (*run)(const TiltBeginArguments&)>
+void tilt_begin_(Tensor state, Tensor tilt) {
+  const Op op("tilt_begin_", state);
+  double* const s = checked_state(op, state, 0);
+  run({state, s, state.numel(), checked_scalar({op, "tilt"}, tilt)});
+}
+
+struct TiltUpdateArguments {
+  Tensor home;
+  double* state;
+  Scalar loss;
+  double log_size;
+  int64_t row;
+  bool skip_nonfinite, last;
+};
+
+template <void (*run)(const TiltUpdateArguments&)>
+void tilt_update_(Tensor state, Tensor loss, double log_size, int64_t row, bool skip_nonfinite, bool last) {
+  const Op op("tilt_update_", state);
+  in_range({op, "row"}, row, 0, kMaxSample);
+  double* const s = checked_state(op, state, row + 1);
+  const Scalar value = checked_scalar({op, "loss"}, loss);
+  if (!(std::fabs(log_size) < kInfinity)) fail({op, "log_size"}, std::to_string(log_size), "a finite number");
+  run({state, s, value, log_size, row, skip_nonfinite, last});
+}
+
+// Without grads the accumulator already holds this sample's gradient (`adopted`).
+struct AccumulateArguments {
+  Op op;
+  Tensor home;
+  Runs accumulator, grads;
+  double* state;
+  bool adopted;
+};
+
+template <void (*run)(const AccumulateArguments&)>
+void accumulate_(TensorList accumulator, TensorList grads, Tensor state) {
+  const Op op("accumulate_", state);
+  const Runs sums = checked_runs(op, "accumulator", accumulator), gradients = checked_runs(op, "grads", grads);
+  const bool adopted = grads.empty();
+  if (!adopted) {
+    same_layouts(op, "grads", grads, "accumulator", accumulator);
+    same_dtypes(op, "accumulator", sums, "grads", gradients, /*in_compute_type=*/true);
+  }
+  double* const s = checked_state(op, state, 0);
+  disjoint(op, {{"accumulator", sums}, {"grads", gradients}});
+  run({op, state, sums, gradients, s, adopted});
+}
+
+struct RestoreArguments {
+  Tensor home;
+  Runs position, saved;
+};
+
+template <void (*run)(const RestoreArguments&)>
+void restore_(TensorList position, TensorList saved) {
+  if (position.empty() && saved.empty()) return;
+  const Op op("restore_", position.empty() ? saved[0] : position[0]);
+  const Runs to = checked_runs(op, "position", position), from = checked_runs(op, "saved", saved);
+  same_layouts(op, "saved", saved, "position", position);
+  same_dtypes(op, "saved", from, "position", to);
+  disjoint(op, {{"position", to}, {"saved", from}});
+  run({position[0], to, from});
+}
+
+struct TiltSummaryArguments {
+  Tensor home;
+  double* state;
+  int64_t num_samples;
+};
+
+template <Tensor (*run)(const TiltSummaryArguments&)>
+Tensor tilt_summary(Tensor state, int64_t num_samples) {
+  const Op op("tilt_summary", state);
+  in_range({op, "num_samples"}, num_samples, 0, kMaxSample);
+  double* const s = checked_state(op, state, num_samples);
+  return run({state, s, num_samples});
+}
+
+}  // namespace ops
+}  // namespace tsam

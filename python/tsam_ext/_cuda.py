@@ -1,0 +1,66 @@
+"""Loads the ops on CUDA tensors, libtsam_cuda.so, where torch is a CUDA build.
+
+The library links CUDA's runtime statically and needs a driver of the same major version. Where it is missing, cannot be
+loaded or the driver is too old, the ops on CPU tensors go on working, and those on CUDA tensors say why they do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from . import _C, _ops
+
+LIBRARY = "libtsam_cuda.so"
+
+
+def _versions(library: ctypes.CDLL) -> tuple[int, int]:
+    """CUDA versions of the library's runtime and of the driver (0: there is none), as 1000 major + 10 minor."""
+    runtime, driver = ctypes.c_int(0), ctypes.c_int(0)
+    library.tsam_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return runtime.value, driver.value
+
+
+def too_old(runtime: int, driver: int) -> str | None:
+    """What is wrong with a driver of that version, or None: any of the runtime's major version serves."""
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    needed, found = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime // 1000 * 1000, driver))
+    return f"it needs an NVIDIA driver for CUDA {needed} or newer, and this machine's is for CUDA {found}"
+
+
+def load(folder: Path) -> str | None:
+    """Loads the library in ``folder``; why its ops cannot be used, or None."""
+    path = folder / LIBRARY
+    if not path.is_file():
+        return "this tsam_ext was built without CUDA (TSAM_CUDA in the README)"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{LIBRARY} cannot be loaded: {error}"
+    return too_old(*_versions(library))
+
+
+def refuse(cause: str) -> None:
+    """Makes every op refuse CUDA tensors with the cause."""
+    for name in _ops.NAMES:
+
+        def op(*args: Any, _name: str = name) -> NoReturn:
+            raise RuntimeError(f"tsam.{_name}: no CUDA: {cause}.")
+
+        _library.impl(name, op, "CUDA", allow_override=True)  # type: ignore[no-untyped-call]
+
+
+_library = torch.library.Library("tsam", "IMPL")  # type: ignore[no-untyped-call]
+if torch.version.cuda is not None:
+    _folder = Path(_C.__file__).parent
+    _cause = load(_folder)
+    if _cause is not None:
+        refuse(_cause)
+        # Not where nobody built it: most of those machines have no GPU.
+        if (_folder / LIBRARY).is_file():
+            warnings.warn(f"tsam_ext runs on the CPU only: {_cause}.", RuntimeWarning, stacklevel=2)
