@@ -189,9 +189,9 @@ def test_vmap_over_no_rows(name: str, dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_vmap_over_numbers_does_not_round_them(dtype: torch.dtype) -> None:
-    x, g = (torch.randn(5, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
-    numbers = torch.linspace(0.1234, 0.9876, 5, dtype=torch.float64)
-    per_row = torch.randn(5, 3).to(dtype)
+    x, g = (torch.randn(64, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    numbers = torch.linspace(0.1234, 0.9876, 64, dtype=torch.float64)
+    per_row = torch.randn(64, 3).to(dtype)
     cases: list[tuple[Any, Any, Any]] = [
         (x, g, numbers[0]),
         (x, g, numbers),
@@ -202,7 +202,7 @@ def test_vmap_over_numbers_does_not_round_them(dtype: torch.dtype) -> None:
     for op in (kick, lambda m, g, a: torch.stack(leapfrog(m, g, g, a, a))):
         for case in cases:
             dims = tuple(None if len(value.shape) == 0 else 0 for value in case)
-            rows = [op(*(v if d is None else v[i] for v, d in zip(case, dims, strict=True))) for i in range(5)]
+            rows = [op(*(v if d is None else v[i] for v, d in zip(case, dims, strict=True))) for i in range(64)]
             assert torch.equal(vmap(op, in_dims=dims)(*case), torch.stack(rows))
 
 

@@ -75,7 +75,7 @@ void tilt_update(const TiltUpdateArguments& a) {
 }
 
 // What the elements of an accumulator have to do; a state in which no step has begun does not say.
-int action_of(const char* op, const double* state) {
+int action_of(const Op& op, const double* state) {
   const double action = state[kAction];
   if (!(action >= kSkip && action <= kPoison))
     fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
