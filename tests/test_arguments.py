@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsam_ext import functional
+from tsam_ext import _C, functional
 
 HUGE = 10**400  # float() overflows
 LONG = 10**5000  # and repr() refuses this one
@@ -299,3 +299,13 @@ def test_an_accumulator_needs_a_counted_sample() -> None:
         with pytest.raises(ValueError, match=r"accumulate_: state: got a state in which no step has begun, expected"):
             functional.accumulate_(total, gradients, functional.new_state(1))
         assert torch.equal(total[0], torch.full((3,), 2.0))
+
+
+def test_the_kernels_name_a_missing_tensor_too() -> None:
+    for call, place in (
+        (lambda: _C.tilt_begin_(begun(), None), "tilt_begin_: tilt"),
+        (lambda: _C.tilt_update_(begun(), None, 0.0, 0, False, False), "tilt_update_: loss"),
+        (lambda: _C.kick(vector(), vector(), None), "kick: a"),
+    ):
+        with pytest.raises(ValueError, match=rf"^tsam\.{place}: got None, expected a tensor$"):
+            call()

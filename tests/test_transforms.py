@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import tsam_ext
 from tsam_ext import _C, _ops
@@ -171,6 +171,15 @@ ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "kick": lambda x: kick(x, x, 0.2),
     "perturb": lambda x: perturb(x, 0.2, 1, 2),
 }
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap_is_a_loop_along_any_axis(name: str, dim: int) -> None:
+    op, x = ROWS[name], torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for function in (op, jacfwd(op), jacrev(op)):
+        got = vmap(function, in_dims=dim)(x)
+        assert torch.allclose(got, torch.stack([function(row) for row in x.unbind(dim)]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ROWS)
