@@ -22,7 +22,7 @@ struct Factor {
 struct HmcRun {
   void* position;      // theta, written from the moved x
   const void* origin;  // theta_0
-  void* momentum;      // read, or drawn from `stream`; written unless `energy_only`
+  void* momentum;      // read, or drawn from `stream`; written with `keep_momentum`
   const void* from;    // x before the drift
   void* to;            // x after it; may be `from`
   const void* start;   // x at the trajectory's start: sum |x' - start|^2
@@ -85,7 +85,7 @@ struct Kernels {
   // One pass of HMC. Words: what is not null, once each; the momentum of a draw is not read.
   HmcSums (*hmc)(DType dtype, const HmcRun& run, const HmcPass& pass, int64_t n);
 
-  // x = scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
+  // x = draw_scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
   void (*hmc_place)(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
                     double draw_scale, Stream stream, uint64_t element, int64_t n);
 

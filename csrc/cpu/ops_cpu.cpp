@@ -85,9 +85,17 @@ void tilt_update(const TiltUpdateArguments& a) {
   count_sample(a.state, scalar_value(a.loss), a.log_size, kNaN, a.row, a.skip_nonfinite, a.last);
 }
 
+// What the elements of an accumulator have to do; a state in which no step has begun does not say.
+int action_of(const Op& op, const double* state) {
+  const double action = state[kAction];
+  if (!(action >= kSkip && action <= kPoison))
+    fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
+  return static_cast<int>(action);
+}
+
 // Words: read 2, write 1; the first counted sample read 1, write 1. Adopted: words 0, unless the result has become NaN.
 void accumulate(const AccumulateArguments& a) {
-  const int action = static_cast<int>(a.state[kAction]);
+  const int action = action_of(a.op, a.state);
   if (action == kSkip || (a.adopted && action == kAssign)) return;
   if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
   const Kernels& k = kernels();
