@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pytorch_optimizer
 import torch
@@ -82,7 +82,8 @@ def move(params: Tensors, saved: Tensors, noise: Tensors, scale: float) -> None:
 
 def norm(grads: Tensors) -> Tensor:
     """‖g‖ over the list. Words: read 1."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return total
 
 
 def ascend(params: Tensors, grads: Tensors, scale: Tensor) -> None:
@@ -107,14 +108,23 @@ class ForeachTSAM:
     ``passes`` are attributes, so that a benchmark can time or compile each.
     """
 
-    WORDS = {"draw": 1, "move": 3, "norm": 1, "ascend": 3, "blend": 3, "save": 2, "restore": 2}
+    WORDS: ClassVar[dict[str, int]] = {
+        "draw": 1,
+        "move": 3,
+        "norm": 1,
+        "ascend": 3,
+        "blend": 3,
+        "save": 2,
+        "restore": 2,
+    }
 
     def __init__(self, params: Tensors, *, rho: float, radius: float, tilt: float, num_samples: int) -> None:
         self.params, self.rho, self.radius, self.tilt, self.num_samples = params, rho, radius, tilt, num_samples
         sizes = [p.numel() for p in params]
         self.scale = radius / math.sqrt(sum(sizes))
         self._flat = torch.empty(sum(sizes), dtype=params[0].dtype) if radius else torch.empty(0)
-        self.noise = [z.view_as(p) for z, p in zip(self._flat.split(sizes), params, strict=True)] if radius else []
+        parts = self._flat.split(sizes) if radius else ()  # type: ignore[no-untyped-call]
+        self.noise = [z.view_as(p) for z, p in zip(parts, params, strict=False)]
         self.saved = [torch.empty_like(p) for p in params]
         self.passes: dict[str, Callable[..., Any]] = {
             "draw": self._flat.normal_, "move": move, "norm": norm, "ascend": ascend,
@@ -145,16 +155,18 @@ class ForeachTSAM:
             self._closure(closure)
             grads = [_gradient(p) for p in params]
             run["ascend"](params, grads, self.rho / (run["norm"](grads) + 1e-12))
+            del grads  # its memory is the next gradient's
             loss = self._closure(closure).detach()
             grads = [_gradient(p) for p in params]
             exponent = self.tilt * loss.double()
             if j == 0:
                 mean, first, top, total = grads, loss, exponent, torch.ones((), dtype=torch.float64)
-                continue
-            higher = torch.maximum(top, exponent)
-            added = (exponent - higher).exp()
-            total, top = total * (top - higher).exp() + added, higher
-            run["blend"](mean, grads, (added / total).to(params[0].dtype))
+            else:
+                higher = torch.maximum(top, exponent)
+                added = (exponent - higher).exp()
+                total, top = total * (top - higher).exp() + added, higher
+                run["blend"](mean, grads, (added / total).to(params[0].dtype))
+            del grads
         run["restore"](params, self.saved)
         for p, of_mean in zip(params, mean, strict=True):
             p.grad = of_mean
@@ -227,7 +239,7 @@ class LibrarySAM:
             self.optimizer.zero_grad()
             return closure()
 
-        self.optimizer.step(again)
+        self.optimizer.step(again)  # type: ignore[arg-type]
         return loss
 
 

@@ -103,7 +103,10 @@ class Row:
 
 
 class StandIn:
-    """A closure whose gradients are copies of fixed numbers in memory made beforehand; ``seconds`` is its own time."""
+    """A closure whose gradients are copies of fixed numbers; ``seconds`` is its own time.
+
+    They lie in memory made beforehand, as a caching allocator would have it; while ``fresh`` in memory of their own.
+    """
 
     def __init__(self, params: Tensors, calls: int) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -111,7 +114,7 @@ class StandIn:
         self._from = [torch.randn(p.shape, generator=generator) for p in params]
         self._sets = [[torch.zeros_like(g) for g in self._from] for _ in range(calls)]
         self._losses = [torch.tensor(1.0 + 0.1 * k) for k in range(calls)]
-        self.calls, self.seconds = 0, 0.0
+        self.calls, self.seconds, self.fresh = 0, 0.0, False
 
     def begin(self) -> None:
         """Before each estimate."""
@@ -122,9 +125,10 @@ class StandIn:
     def __call__(self) -> Tensor:
         """One gradient."""
         start = time.perf_counter()
+        grads = [torch.empty_like(g) for g in self._from] if self.fresh else self._sets[self.calls]
         with torch.no_grad():
-            torch._foreach_copy_(self._sets[self.calls], self._from)
-        for p, g in zip(self.params, self._sets[self.calls], strict=True):
+            torch._foreach_copy_(grads, self._from)
+        for p, g in zip(self.params, grads, strict=True):
             p.grad = g
         loss = self._losses[self.calls]
         self.calls += 1
@@ -143,7 +147,11 @@ def make(way: str, task: Task, params: Tensors) -> Estimator:
         return baselines.LibrarySAM(params, rho=RHO)
     kind = baselines.LoopTSAM if way == "loop" else baselines.ForeachTSAM
     estimator = kind(params, **options)
-    return baselines.compiled(estimator) if way == "compiled" and isinstance(estimator, baselines.ForeachTSAM) else estimator
+    return (
+        baselines.compiled(estimator)
+        if way == "compiled" and isinstance(estimator, baselines.ForeachTSAM)
+        else estimator
+    )
 
 
 def wrong(task: Task, way: str) -> str:
@@ -186,11 +194,12 @@ def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor
         closure.begin()
         gc.collect()
         if way != "compiled":  # a dispatch mode sees no compiled op
+            closure.fresh = True
             with Meter() as meter:
                 estimator.estimate_gradient(closure)
-            row.calls, row.syncs = meter.calls - closure.calls, meter.syncs
-            kept = held_bytes(estimator)
-            row.extra_memory = (meter.peak + kept) / (4 * elements)
+            closure.fresh = False
+            row.calls, row.syncs = meter.calls - closure.calls * (1 + len(params)), meter.syncs
+            row.extra_memory = (meter.peak + held_bytes(estimator)) / (4 * elements) - 1  # one gradient is anybody's
         if way == "foreach":
             timed_passes(estimator, row.passes)  # type: ignore[arg-type]
         rows.append(row)

@@ -47,18 +47,19 @@ struct Kernels {
   // sum of z^2 over the run. Words: 0.
   double (*noise_sum_squares)(int64_t n, uint64_t element, Stream stream);
 
-  // position = origin + scale D z. `save`: position is the origin and is copied to `saved` first
-  // (words: read 1, write 2); otherwise `saved` is the origin (read 1, write 1).
-  void (*perturb)(DType dtype, void* position, void* saved, int64_t n, uint64_t element, Stream stream, double scale,
-                  bool adaptive, bool save);
+  // A copy, bit for bit, past the caches or not. Words: read 1, write 1; through the caches the target is read too.
+  void (*copy)(void* to, const void* from, int64_t bytes, bool past_caches);
+
+  // position = origin + scale D z; the origin may be position itself. Words: read 1, write 1.
+  void (*perturb)(DType dtype, void* position, const void* origin, int64_t n, uint64_t element, Stream stream,
+                  double scale, bool adaptive);
 
   // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
 
-  // position += scale D^2 g. `save`: position is theta_0 and is copied to `saved` first (read 2, write 2);
-  // otherwise read 2 (3 adaptive), write 1.
-  void (*ascend)(DType dtype, void* position, void* saved, const void* grad, int64_t n, double scale, bool adaptive,
-                 bool save);
+  // position += scale D^2 g, D = |origin|, which may be position itself, if origin is given. Words: read 2 (3
+  // adaptive), write 1.
+  void (*ascend)(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n);
