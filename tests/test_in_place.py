@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tsam_ext import _C, _ops
 from tsam_ext import functional as fused
-from tsam_ext.chain import ChainSlot
+from tsam_ext.chain import SLOTS, ChainSlot
 from tsam_ext.functional import Slot, new_state
 
 
@@ -279,6 +279,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "hmc_end_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), torch.tensor(0.5), [0.1] * 2,
                          [False, True], 0, 0, 0, 13, 0, 0.5, 0, True, False, True),
     "hmc_carry_": lambda: (*(lists(4, 9) for _ in range(3)), chain(), begun(), True),
+    "hmc_recycle_": lambda: (chain(), begun(), torch.tensor(0.5), 0.5, 0, 0, True, False, True),
     "hmc_adapt_": lambda: (chain(), 0.5),
 }  # fmt: skip
 
@@ -295,7 +296,7 @@ def begun() -> Tensor:
 
 def chain() -> Tensor:
     """The scalars of a chain in the middle of a step."""
-    scalars = torch.zeros(20, dtype=torch.float64)
+    scalars = torch.zeros(SLOTS, dtype=torch.float64)
     scalars[ChainSlot.DELTA], scalars[ChainSlot.TRAJECTORIES], scalars[ChainSlot.TAKEN] = 1.0, 2.0, 1.0
     return scalars
 
@@ -316,6 +317,9 @@ def test_opcheck(name: str) -> None:
             r"tsam\.hmc_leapfrog_: drift: got inf, expected a finite number not below 0",
         ),
         ("hmc_leapfrog_", -3, -0.5, r"tsam\.hmc_leapfrog_: drift: got -0.5\d*, expected a finite number not below 0"),
+        ("hmc_recycle_", 3, float("nan"), r"tsam\.hmc_recycle_: share: got -?nan, expected a finite number$"),
+        ("hmc_recycle_", 4, 1, r"tsam\.hmc_recycle_: state: got .*at least 24"),
+        ("hmc_recycle_", 5, 3, r"tsam\.hmc_recycle_: part: got 3, expected"),
         ("hmc_end_", -5, float("inf"), r"tsam\.hmc_end_: kick: got inf, expected a finite number$"),
     ],
 )

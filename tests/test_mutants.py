@@ -64,7 +64,7 @@ def test_the_named_tests_exist() -> None:
 
 
 MADE_UP = {
-    "a comment": ("self._num_samples = 0\n", "self._num_samples = 0  # none yet\n"),
+    "a comment": ("self._num_rows = 0\n", "self._num_rows = 0  # none yet\n"),
     "a wrong column": ("return self._column(0)\n", "return self._column(1)\n"),
     "other lines": ("return self._column(7)\n", "return self._column(1)\n"),
     "a broken import": ("import warnings\n", "import warnings_\n"),

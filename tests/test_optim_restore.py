@@ -193,16 +193,8 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
 OPS = {
     "noise": ("perturb_", "tilt_update_", "accumulate_", "restore_"),
     "ascent": ("perturb_", "grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
-    "hmc": (
-        "hmc_place_",
-        "hmc_begin_",
-        "hmc_leapfrog_",
-        "hmc_end_",
-        "hmc_recycle_",
-        "hmc_carry_",
-        "hmc_adapt_",
-        "restore_",
-    ),
+    "hmc": ("hmc_place_", "hmc_begin_", "hmc_leapfrog_", "hmc_end_", "hmc_carry_", "hmc_adapt_", "restore_"),
+    "recycle": ("hmc_leapfrog_", "hmc_end_", "hmc_recycle_", "accumulate_", "hmc_carry_"),
     "sam": ("grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
 }
 
@@ -211,7 +203,9 @@ OPS = {
 @pytest.mark.parametrize("ran", [False, True])
 def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op: str, ran: bool) -> None:
     """Ctrl-C arrives where it likes: also when a copy was announced and not made, or made and not yet noted."""
-    options = {"sam": {"radius": 0.0}, "ascent": {"radius": 0.3}}.get(run, {"sampler": run})
+    others: dict[str, Any] = {"sam": {"radius": 0.0}, "ascent": {"radius": 0.3}}
+    others["recycle"] = {"sampler": "hmc", "recycle": True, "num_leapfrog_steps": 2}
+    options = others.get(run, {"sampler": run})
     counted, stop_at = [0], [0]
     original = getattr(_ops, op)
 

@@ -85,6 +85,20 @@ TSAM_HD void from_compute(float x, Float16& out) {
   out.bits = static_cast<uint16_t>(r | ((bits >> 16) & 0x8000u));
 }
 
+// Rounded once to the type that a result is computed in, then to its own.
+TSAM_HD void store_number(double value, DType dtype, void* to) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return from_compute(value, *static_cast<double*>(to));
+    case DType::kBFloat16:
+      return from_compute(static_cast<float>(value), *static_cast<BFloat16*>(to));
+    case DType::kFloat16:
+      return from_compute(static_cast<float>(value), *static_cast<Float16*>(to));
+    default:
+      return from_compute(static_cast<float>(value), *static_cast<float*>(to));
+  }
+}
+
 TSAM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 TSAM_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 TSAM_HD float magnitude(float x) { return fabsf(x); }

@@ -12,13 +12,29 @@
 
 #include "macros.h"
 
+namespace tsam {
+
+struct StridedDim {
+  int64_t size, dense_stride, stride;
+};
+
+}  // namespace tsam
+
 TSAM_CORE_BEGIN
+
+// Where dense element i lies in the strided tensor.
+TSAM_HD int64_t strided_offset(const StridedDim* dims, int64_t num_dims, int64_t i) {
+  int64_t offset = 0;
+  for (int64_t k = num_dims; k-- > 0;) {
+    offset += i % dims[k].size * dims[k].stride;
+    i /= dims[k].size;
+  }
+  return offset;
+}
 
 class StridedWalk {
  public:
-  struct Dim {
-    int64_t size, dense_stride, stride;
-  };
+  using Dim = StridedDim;
 
   explicit StridedWalk(std::vector<Dim> dims) {
     std::stable_sort(dims.begin(), dims.end(),
@@ -34,6 +50,8 @@ class StridedWalk {
     if (dims_.empty()) dims_.push_back(Dim{1, 1, 1});
   }
 
+  const std::vector<Dim>& dims() const { return dims_; }
+
   // The step between elements of a run.
   int64_t step() const { return dims_.back().stride; }
 
@@ -42,13 +60,8 @@ class StridedWalk {
   void for_runs(int64_t begin, int64_t end, const Body& body) const {
     const int64_t inner = dims_.back().size;
     for (int64_t i = begin; i < end;) {
-      const int64_t first = i % inner, count = std::min(inner - first, end - i);
-      int64_t outer = i / inner, offset = first * step();
-      for (size_t k = dims_.size() - 1; k-- > 0;) {
-        offset += outer % dims_[k].size * dims_[k].stride;
-        outer /= dims_[k].size;
-      }
-      body(i, offset, count);
+      const int64_t count = std::min(inner - i % inner, end - i);
+      body(i, strided_offset(dims_.data(), static_cast<int64_t>(dims_.size()), i), count);
       i += count;
     }
   }

@@ -12,47 +12,81 @@
 
 TSAM_CORE_BEGIN
 
-TSAM_HD double mean_loss(const double* losses, const double* shares, int64_t s) {
-  double shift = 0.0;
-  for (int64_t j = 0; j < s; ++j)
-    if (losses[j] != losses[0]) shift += shares[j] * (losses[j] - losses[0]);
-  return losses[0] + shift;
-}
-
-TSAM_HD double extreme_loss(const double* losses, int64_t s, bool greatest) {
-  double best = losses[0];
-  for (int64_t j = 0; j < s; ++j) {
-    if (is_nan(losses[j])) return losses[j];
-    if (greatest ? losses[j] > best : losses[j] < best) best = losses[j];
+// How terms are gone through: one after another here, by the threads of a block in csrc/cuda.
+struct InOrder {
+  template <typename Term>
+  TSAM_HD double sum(int64_t n, const Term& term) const {
+    double total = 0.0;
+    for (int64_t j = 0; j < n; ++j) total += term(j);
+    return total;
   }
-  return best;
+  // The last of what combine makes of values 0 to n - 1.
+  template <typename Value, typename Combine>
+  TSAM_HD double fold(int64_t n, const Value& value, const Combine& combine) const {
+    double result = value(0);
+    for (int64_t j = 1; j < n; ++j) result = combine(result, value(j));
+    return result;
+  }
+  template <typename Body>
+  TSAM_HD void each(int64_t n, const Body& body) const {
+    for (int64_t j = 0; j < n; ++j) body(j);
+  }
+};
+
+// Losses and shares are anything with [j] in float64.
+template <typename Losses, typename Shares, typename Terms = InOrder>
+TSAM_HD double mean_loss(const Losses& losses, const Shares& shares, int64_t s, const Terms& terms = {}) {
+  const double first = losses[0];
+  return first + terms.sum(s, [&](int64_t j) { return losses[j] != first ? shares[j] * (losses[j] - first) : 0.0; });
 }
 
-TSAM_HD double tilted_value(const double* losses, const double* shares, int64_t s, double tilt) {
-  const double center = mean_loss(losses, shares, s);
+// A NaN among them is the extreme.
+template <typename Losses, typename Terms = InOrder>
+TSAM_HD double extreme_loss(const Losses& losses, int64_t s, bool greatest, const Terms& terms = {}) {
+  return terms.fold(
+      s, [&](int64_t j) { return losses[j]; },
+      [&](double best, double loss) {
+        if (is_nan(best)) return best;
+        return is_nan(loss) || (greatest ? loss > best : loss < best) ? loss : best;
+      });
+}
+
+template <typename Losses, typename Shares, typename Terms = InOrder>
+TSAM_HD double tilted_value(const Losses& losses, const Shares& shares, int64_t s, double tilt,
+                            const Terms& terms = {}) {
+  const double center = mean_loss(losses, shares, s, terms);
   if (tilt == 0.0) return center;
-  const double best = extreme_loss(losses, s, tilt > 0.0);
+  const double best = extreme_loss(losses, s, tilt > 0.0, terms);
   if (is_infinite(tilt) || is_infinite(best)) return best;
-  double sum = 0.0;
   if (fabs(tilt * (best - center)) < 0.5) {
-    for (int64_t j = 0; j < s; ++j) sum += shares[j] * expm1(tilt * (losses[j] - center));
+    const double sum = terms.sum(s, [&](int64_t j) { return shares[j] * expm1(tilt * (losses[j] - center)); });
     return center + log1p(sum) / tilt;
   }
-  for (int64_t j = 0; j < s; ++j) sum += shares[j] * exp(tilt * (losses[j] - best));
+  const double sum = terms.sum(s, [&](int64_t j) { return shares[j] * exp(tilt * (losses[j] - best)); });
   return best + log(sum) / tilt;
 }
 
-TSAM_HD void tilted_softmax(const double* losses, const double* shares, int64_t s, double tilt, double* weights) {
-  const double best = extreme_loss(losses, s, tilt > 0.0);
-  double sum = 0.0;
-  for (int64_t j = 0; j < s; ++j) {
+template <typename Losses, typename Shares, typename Terms = InOrder>
+TSAM_HD void tilted_softmax(const Losses& losses, const Shares& shares, int64_t s, double tilt, double* weights,
+                            const Terms& terms = {}) {
+  const double best = extreme_loss(losses, s, tilt > 0.0, terms);
+  const double sum = terms.sum(s, [&](int64_t j) {
     // Equal losses have equal weights at every tilt, also where inf - inf or 0 * inf would be NaN.
     const double lift = losses[j] == best || tilt == 0.0 ? 1.0 : exp(tilt * (losses[j] - best));
-    weights[j] = is_nan(best) ? best : shares[j] * lift;
-    sum += weights[j];
-  }
-  for (int64_t j = 0; j < s; ++j) weights[j] /= sum;
+    return weights[j] = is_nan(best) ? best : shares[j] * lift;
+  });
+  terms.each(s, [&](int64_t j) { weights[j] /= sum; });
 }
+
+// One row of a weighted mean, lane by lane in float64; the mean is rounded once, at its end.
+struct WeightedSum {
+  double weight;
+
+  template <typename C, int W>
+  TSAM_HD void operator()(const C (&x)[W], double (&sum)[W]) const {
+    for (int i = 0; i < W; ++i) sum[i] = fma(weight, static_cast<double>(x[i]), sum[i]);
+  }
+};
 
 // Whether sample j takes part in a summary: not if it was skipped or has no share, unless the whole result is NaN.
 TSAM_HD bool takes_part(const double* s, int64_t j) {

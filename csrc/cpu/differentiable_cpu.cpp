@@ -63,7 +63,7 @@ struct ReadFactor {
   const char* each;
 
   explicit ReadFactor(const CheckedFactor& factor)
-      : all(factor.each == nullptr ? scalar_value(factor.all) : 0.0), each(factor.each) {}
+      : all(factor.all.data != nullptr ? scalar_value(factor.all) : 0.0), each(factor.each) {}
   Factor at(const Chunk& chunk, DType dtype) const {
     return Factor{all, each == nullptr ? nullptr : each + chunk.offset * item_bytes(dtype)};
   }

@@ -5,7 +5,7 @@
 #include "apply.h"
 
 #include "../core/leapfrog.h"
-#include "../core/tilt.h"
+#include "../core/weights.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
@@ -146,7 +146,7 @@ void add_rows(double (&sum)[W], const T* values, int64_t row, int64_t step, Coun
     } else {
       for (int k = 0; k < W; ++k) x[k] = k < count ? static_cast<double>(to_compute(v[k * step])) : 0.0;
     }
-    for (int k = 0; k < W; ++k) sum[k] = fma(weights[j], x[k], sum[k]);
+    WeightedSum{weights[j]}(x, sum);
   }
 }
 

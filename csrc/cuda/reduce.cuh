@@ -31,6 +31,38 @@ TSAM_DEVICE double block_sum(double x) {
   return sum;
 }
 
+// The terms of core/weights.h by the finishing block: every thread gets the same result, and term j is always the same
+// thread's.
+struct ByBlock {
+  template <typename Term>
+  TSAM_DEVICE double sum(int64_t n, const Term& term) const {
+    double x = 0.0;
+    for (int64_t j = threadIdx.x; j < n; j += kFinishThreads) x += term(j);
+    return block_sum<kFinishThreads>(x);
+  }
+
+  template <typename Value, typename Combine>
+  TSAM_DEVICE double fold(int64_t n, const Value& value, const Combine& combine) const {
+    TSAM_SHARED(double, found, kFinishThreads);
+    double x = value(0);
+    for (int64_t j = threadIdx.x; j < n; j += kFinishThreads) x = combine(x, value(j));
+    found[threadIdx.x] = x;
+    for (unsigned half = kFinishThreads / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) found[threadIdx.x] = combine(found[threadIdx.x], found[threadIdx.x + half]);
+    }
+    __syncthreads();
+    const double result = found[0];
+    __syncthreads();
+    return result;
+  }
+
+  template <typename Body>
+  TSAM_DEVICE void each(int64_t n, const Body& body) const {
+    for (int64_t j = threadIdx.x; j < n; j += kFinishThreads) body(j);
+  }
+};
+
 // The second launch. K = 0: scalar work alone.
 template <int K, typename Finish>
 __global__ void TSAM_LAUNCH_BOUNDS(kFinishThreads) finish_sums(const double* partial, int64_t n, Finish finish) {

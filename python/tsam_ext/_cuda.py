@@ -52,10 +52,10 @@ def refuse(cause: str) -> None:
         def op(*args: Any, _name: str = name) -> NoReturn:
             raise RuntimeError(f"tsam.{_name}: no CUDA: {cause}.")
 
-        _library.impl(name, op, "CUDA", allow_override=True)
+        _library.impl(name, op, "CUDA", allow_override=True)  # type: ignore[no-untyped-call]
 
 
-_library = torch.library.Library("tsam", "IMPL")
+_library = torch.library.Library("tsam", "IMPL")  # type: ignore[no-untyped-call]
 if torch.version.cuda is not None:
     _folder = Path(_C.__file__).parent
     _cause = load(_folder)

@@ -1,0 +1,128 @@
+// The differentiable ops on CUDA tensors: out of place, one result each (leapfrog two).
+//
+// Layout: ops/differentiable_arguments.h has checked the arguments and allocated the results;
+// differentiable_kernels.cuh has the kernels, perturb those of the list op. Invariant: the host learns no value of a
+// tensor, so an op can be captured in a CUDA graph.
+#include "../ops/differentiable_arguments.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "differentiable_kernels.cuh"
+#include "launch.h"
+#include "list_kernels.cuh"
+
+namespace tsam {
+namespace cuda {
+namespace {
+
+using namespace ops;
+
+int64_t blocks_of(int64_t n) { return (n + kDeviceChunk - 1) / kDeviceChunk; }
+
+template <typename T>
+T* as(const Run& run) {
+  return reinterpret_cast<T*>(run.data);
+}
+
+Numbers64 numbers64(const Run& run) { return Numbers64{run.data, run.dtype, item_bytes(run.dtype)}; }
+
+void tilted_loss(const TiltedArguments& a) {
+  OnDevice(a.home).run(tilted_value_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt,
+                       numbers64(a.out));
+}
+
+void tilted_weights(const TiltedArguments& a) {
+  const OnDevice device(a.home);
+  const Tensor weights = device.workspace(1, a.losses.size);
+  device.run(tilted_weights_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
+             numbers64(a.out));
+}
+
+void tilted_reduce(const TiltedReduceArguments& a) {
+  if (a.out.size == 0) return;
+  const OnDevice device(a.home);
+  const Tensor weights = device.workspace(1, a.losses.size);
+  device.run(tilted_weights_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
+             Numbers64{nullptr, DType::kFloat64, 8});
+  const std::vector<StridedDim>& dims = a.walk.dims();
+  Rows rows{};
+  rows.row = a.row;
+  rows.rows = a.losses.size;
+  rows.n = a.out.size;
+  rows.dense = dims.size() == 1 && dims[0].stride == 1;
+  rows.num_dims = static_cast<int64_t>(dims.size());
+  std::copy(dims.begin(), dims.end(), rows.dims);
+  for_storage(a.values.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    device.run(weighted_sum<T>, blocks_of(rows.n), kThreads, rows, as<T>(a.values), numbers(weights), as<T>(a.out));
+  });
+}
+
+template <typename T>
+Factor<T> factor_of(const CheckedFactor& factor) {
+  return Factor<T>{factor.all, reinterpret_cast<const T*>(factor.each)};
+}
+
+void leapfrog(const LeapfrogArguments& a) {
+  if (a.position.size == 0) return;
+  const OnDevice device(a.home);
+  for_storage(a.position.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const LeapfrogRun<T> run{as<T>(a.position),
+                             as<T>(a.momentum),
+                             as<T>(a.grad),
+                             factor_of<T>(a.step),
+                             factor_of<T>(a.inverse_mass),
+                             as<T>(a.position_out),
+                             as<T>(a.momentum_out),
+                             a.position.size};
+    device.run(leapfrog_chunks<T>, blocks_of(run.n), kThreads, run);
+  });
+}
+
+void kick(const KickArguments& a) {
+  if (a.momentum.size == 0) return;
+  const OnDevice device(a.home);
+  for_storage(a.momentum.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const KickRun<T> run{as<T>(a.momentum), as<T>(a.grad), factor_of<T>(a.a), as<T>(a.out), a.momentum.size};
+    device.run(kick_chunks<T>, blocks_of(run.n), kThreads, run);
+  });
+}
+
+// Launches: a sum over z for sphere and ball, the scale, the move.
+void perturb(const NoiseArguments& a) {
+  const OnDevice device(a.home);
+  const bool normed = a.noise != Noise::kGaussian;
+  const Runs to{a.out}, from{a.x};
+  const int64_t blocks = normed ? blocks_of(a.x.size) : 0;
+  const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, kHeader);
+  const auto entry = [&](TablePair& table, size_t k, size_t) { table.element[k] = static_cast<uint64_t>(a.base); };
+  if (normed)
+    for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
+      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, a.stream,
+                 numbers(partial) + share.before);
+    });
+  device.finish<1>(FinishDraw{numbers(scale), a.noise, a.x.size, a.radius_stream, a.radius}, numbers(partial), blocks);
+  for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, a.stream, numbers(scale), /*negate=*/false,
+                 /*save=*/false);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace tsam
+
+STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
+  m.impl("tilted_loss", TORCH_BOX(&tsam::ops::tilted_loss<tsam::cuda::tilted_loss>));
+  m.impl("tilted_weights", TORCH_BOX(&tsam::ops::tilted_weights<tsam::cuda::tilted_weights>));
+  m.impl("tilted_reduce", TORCH_BOX(&tsam::ops::tilted_reduce<tsam::cuda::tilted_reduce>));
+  m.impl("leapfrog", TORCH_BOX(&tsam::ops::leapfrog<tsam::cuda::leapfrog>));
+  m.impl("kick", TORCH_BOX(&tsam::ops::kick<tsam::cuda::kick>));
+  m.impl("perturb", TORCH_BOX(&tsam::ops::perturb<tsam::cuda::perturb>));
+}
