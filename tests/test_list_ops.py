@@ -303,6 +303,11 @@ def test_other_ops_refuse_too() -> None:
         _C.tilt_update_(state, torch.zeros(()), float("inf"), 0, False, True)
     with pytest.raises(ValueError, match=r"restore_: saved\[0\]: got shape \(3\)"):
         _C.restore_(x, [torch.zeros(3)])
+
+
+@pytest.mark.host_only("a device does not know the action before its kernels run: NaN (test_emulated.py)")
+def test_adopting_a_second_sample_is_refused() -> None:
+    x, state = [torch.zeros(4)], new_state(1, CPU)
     _C.tilt_begin_(state, torch.tensor(0.0))
     _C.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
     _C.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
