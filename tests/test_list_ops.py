@@ -315,6 +315,22 @@ def test_adopting_a_second_sample_is_refused() -> None:
         _C.accumulate_(x, [], state)
 
 
+def test_a_list_longer_than_a_launch() -> None:
+    """CUDA's table of pointers takes some hundred tensors: more launches have to see their own, and add to one sum."""
+    sizes = [1 + i % 6 for i in range(1500)]
+    x, g = tensors(sizes, torch.float32, 0), tensors(sizes, torch.float32, 1)
+    start, saved, state = torch.cat(x), [torch.empty_like(p) for p in x], new_state(1, CPU)
+    n, rho = len(x), [0.5 + i / 1000 for i in range(len(x))]
+    _C.grad_norm_(g, x, state, [False] * n, 0)
+    assert state[Slot.GRAD_NORM].item() == pytest.approx(torch.cat(g).double().norm().item(), rel=1e-12)
+    _C.ascend_(x, saved, g, state, rho, [False] * n, True)
+    factor = torch.repeat_interleave(torch.tensor(rho, dtype=torch.float64), torch.tensor(sizes))
+    expected = start.double() + factor / state[Slot.GRAD_NORM] * torch.cat(g).double()
+    torch.testing.assert_close(torch.cat(x).double(), expected, rtol=1e-6, atol=1e-6)
+    _C.restore_(x, saved)
+    assert torch.equal(torch.cat(x), start)
+
+
 def test_a_copy_of_another_layout_is_refused() -> None:
     """Same shape, other strides: element i of one list would meet another element of the other."""
     x, turned = torch.ones(2, 3), torch.full((3, 2), 2.0).t()
