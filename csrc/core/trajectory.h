@@ -37,13 +37,18 @@ TSAM_HD void step_begin(double* chain, double* state, double loss, double tilt, 
   state[kTilt] = tilt == density ? 0.0 : tilt - density;
 }
 
-// After the pass (the ball: passes) of a substep. `measure` closes the trajectory's way.
+// At the end of a trajectory: |x' - x|^2 in the units of x with a unit prior, from its sum over the elements.
+TSAM_HD void proposal_moved(double* chain, double moved, Prior prior, int64_t dimension) {
+  const double unit = prior_scale(prior, dimension);
+  chain[kProposed] = unit * unit * moved;
+}
+
+// After the pass (the ball: passes) of a substep.
 TSAM_HD void substep_end(double* chain, double a, const HmcSums& sums, const Drift& map, Prior prior, int64_t dimension,
                          bool measure) {
   chain[kReflections] += map.reflections;
   kick_energy(chain, a, sums.pq, sums.qq);
-  const double unit = prior_scale(prior, dimension);
-  if (measure) chain[kProposed] = unit * unit * sums.moved;
+  if (measure) proposal_moved(chain, sums.moved, prior, dimension);
 }
 
 // The last kick's energy, the accept test, and (row >= 0) the sample's weight.
