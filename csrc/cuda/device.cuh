@@ -13,7 +13,7 @@
 #include "simt.h"
 
 #define TSAM_DEVICE inline
-#define TSAM_LAUNCH_BOUNDS(threads)
+#define TSAM_LAUNCH_BOUNDS(...)
 
 #else
 
@@ -23,7 +23,7 @@
 #include <utility>
 
 #define TSAM_DEVICE __device__ __forceinline__
-#define TSAM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+#define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 #define TSAM_GRID_CONSTANT __grid_constant__
 #define TSAM_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 #define TSAM_SHARED(type, name, count) __shared__ type name[count]
