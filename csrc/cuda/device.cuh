@@ -24,7 +24,6 @@
 
 #define TSAM_DEVICE __device__ __forceinline__
 #define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
-#define TSAM_GRID_CONSTANT __grid_constant__
 #define TSAM_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 #define TSAM_SHARED(type, name, count) __shared__ type name[count]
 

@@ -19,7 +19,6 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define TSAM_GRID_CONSTANT
 // A large parameter, that every thread would have to copy: here all read the launch's one.
 #define TSAM_PARAMETER(...) const __VA_ARGS__&
 // No __shared__: shared memory is declared by the macros below, and no __noinline__, which libstdc++ uses itself.
