@@ -2,14 +2,14 @@
 // This is the only file that knows which.
 //
 // Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
-// TSAM_SHARED alone, a large parameter is marked TSAM_GRID_CONSTANT. Invariant: every launch goes through launch(),
+// TSAM_SHARED alone, a large parameter by TSAM_PARAMETER(type). Invariant: every launch goes through launch(),
 // which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error.
 #pragma once
 
 #if defined(TSAM_SIMT)
 
 // From the emulation: __global__, the index variables, barriers, shuffles and votes, vector types, streams and errors,
-// launch(), TSAM_SHARED, TSAM_GRID_CONSTANT, and what ops_cuda.cu needs of the runtime.
+// launch(), TSAM_SHARED, TSAM_PARAMETER, and what ops_cuda.cu needs of the runtime.
 #include "simt.h"
 
 #define TSAM_DEVICE inline
@@ -24,7 +24,7 @@
 
 #define TSAM_DEVICE __device__ __forceinline__
 #define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
-#define TSAM_GRID_CONSTANT __grid_constant__
+#define TSAM_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 #define TSAM_SHARED(type, name, count) __shared__ type name[count]
 
 namespace tsam {

@@ -62,7 +62,7 @@ struct Rows {
 // out = sum over rows of weight_j value_j. Words: read rows, write 1.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    weighted_sum(const TSAM_GRID_CONSTANT Rows rows, const T* values, const double* weights, T* out) {
+    weighted_sum(TSAM_PARAMETER(Rows) rows, const T* values, const double* weights, T* out) {
   using C = compute_t<T>;
   constexpr int W = 4;
   const Chunk chunk = chunk_of(rows.n);
@@ -123,7 +123,7 @@ struct LeapfrogRun {
 
 // Words: read 3, write 2, and 1 for each factor that has a value an element.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(const TSAM_GRID_CONSTANT LeapfrogRun<T> run) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(TSAM_PARAMETER(LeapfrogRun<T>) run) {
   using C = compute_t<T>;
   constexpr int W = 4;
   const Chunk chunk = chunk_of(run.n);
@@ -154,7 +154,7 @@ struct KickRun {
 
 // Words: read 2, write 1, and 1 if a has a value an element.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(const TSAM_GRID_CONSTANT KickRun<T> run) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(TSAM_PARAMETER(KickRun<T>) run) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(run.n);

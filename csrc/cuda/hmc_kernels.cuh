@@ -70,8 +70,8 @@ TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n)
 // Saves theta_0, and moves to the chain's state or (draw_scale not null) to a draw, which then is that state. Words:
 // read 2, write 2; a draw read 1, write 3.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(const TSAM_GRID_CONSTANT PlaceTable table, Stream stream,
-                                                              const double* chain, const double* draw_scale) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, Stream stream, const double* chain, const double* draw_scale) {
   using C = compute_t<T>;
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
@@ -112,7 +112,7 @@ constexpr int kPassSums = kind == HmcPassKind::kWhole  ? 3
 // write 1; kDrift read 3, write 3; `measure` read 1 more.
 template <typename T, HmcPassKind kind, bool first>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    hmc_pass(const TSAM_GRID_CONSTANT LeapfrogTable table, Stream stream, bool measure, const double* chain,
+    hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, Stream stream, bool measure, const double* chain,
              const PassScalars* scalars, double* partial, int64_t n) {
   using C = compute_t<T>;
   constexpr int W = kPassLanes<T>;
@@ -183,7 +183,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // adaptive).
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    hmc_last_kick(const TSAM_GRID_CONSTANT TensorTable<3> table, double* partial, int64_t n) {
+    hmc_last_kick(TSAM_PARAMETER(TensorTable<3>) table, double* partial, int64_t n) {
   using C = compute_t<T>;
   const Chunk chunk = chunk_of(table);
   const bool adaptive = table.adaptive[chunk.tensor];
@@ -204,8 +204,8 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 
 // Lists: accumulator (of the compute type), carried, grads. Words: as the CPU's hmc_carry_, decided here.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_carry_chunks(const TSAM_GRID_CONSTANT TensorTable<3> table,
-                                                              const double* chain, const double* state, bool count) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count) {
   using C = compute_t<T>;
   const bool taken = chain[kTaken] != 0.0;
   const int action = count ? static_cast<int>(state[kAction]) : static_cast<int>(kSkip);
