@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import ops, train
+from . import ops, overhead, step, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_parser(commands)
     ops.add_parser(commands)
+    overhead.add_parser(commands)
+    step.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -106,7 +106,7 @@ TSAM_DEVICE void store_raw(const T (&raw)[W], Whole<W>, T* to) {
   word words[kWords];
   memcpy(words, raw, sizeof raw);
   TSAM_UNROLL
-  for (int k = 0; k < kWords; ++k) reinterpret_cast<word*>(to)[k] = words[k];
+  for (int k = 0; k < kWords; ++k) store_word(words[k], reinterpret_cast<word*>(to) + k);
 }
 
 template <typename T, int W>

@@ -13,6 +13,16 @@
 #include "simt.h"
 
 #define TSAM_DEVICE inline
+
+namespace tsam {
+namespace cuda {
+template <typename Word>
+TSAM_DEVICE void store_word(const Word& word, Word* to) {
+  *to = word;
+}
+}  // namespace cuda
+}  // namespace tsam
+
 #define TSAM_LAUNCH_BOUNDS(...)
 
 #else
@@ -29,6 +39,12 @@
 
 namespace tsam {
 namespace cuda {
+
+// To global memory in one access: an assignment is taken apart again for sm_90 and older.
+template <typename Word>
+TSAM_DEVICE void store_word(const Word& word, Word* to) {
+  __stwb(to, word);
+}
 
 template <typename... Parameters, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

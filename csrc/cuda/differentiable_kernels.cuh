@@ -67,27 +67,26 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   constexpr int W = 4;
   const Chunk chunk = chunk_of(rows.n);
   T* const to = out + chunk.offset;
-  const bool whole = rows.dense && aligned(values, to) && rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  if (!rows.dense) {
+    for (int i = static_cast<int>(threadIdx.x); i < chunk.length; i += kThreads) {
+      const T* const value = values + strided_offset(rows.dims, rows.num_dims, chunk.offset + i);
+      double sum[1] = {};
+      for (int64_t j = 0; j < rows.rows; ++j) {
+        const C x[1] = {to_compute(value[j * rows.row])};
+        WeightedSum{weights[j]}(x, sum);
+      }
+      from_compute(static_cast<C>(sum[0]), to[i]);
+    }
+    return;
+  }
+  const bool whole = aligned(values, to) && rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   for_lanes<W>(chunk.length, 0, whole, [&](int i, auto lanes) {
     double sum[W] = {};
     C mean[W];
-    if (rows.dense) {
-      for (int64_t j = 0; j < rows.rows; ++j) {
-        C x[W];
-        load(values + j * rows.row + chunk.offset + i, lanes, x);
-        WeightedSum{weights[j]}(x, sum);
-      }
-    } else {
-      for (int k = 0; k < W; ++k) {
-        if (!lanes[k]) continue;
-        const T* const value = values + strided_offset(rows.dims, rows.num_dims, chunk.offset + i + k);
-        double one[1] = {};
-        for (int64_t j = 0; j < rows.rows; ++j) {
-          const C x[1] = {to_compute(value[j * rows.row])};
-          WeightedSum{weights[j]}(x, one);
-        }
-        sum[k] = one[0];
-      }
+    for (int64_t j = 0; j < rows.rows; ++j) {
+      C x[W];
+      load(values + j * rows.row + chunk.offset + i, lanes, x);
+      WeightedSum{weights[j]}(x, sum);
     }
     for (int k = 0; k < W; ++k) mean[k] = static_cast<C>(sum[k]);
     store(mean, lanes, to + i);

@@ -132,17 +132,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   const int skip = draw ? static_cast<int>(element % W) : 0;
   // The registers of a draw and of a drift together are too many for one loop: a thread leaves its momenta here.
   TSAM_SHARED(uint4, drawn, draw ? kDeviceChunk / W + 1 : 1);
-  C* const momenta = reinterpret_cast<C*>(drawn) + skip;
   if constexpr (draw)
     for_lanes<W>(chunk.length, skip, false, [&](int i, auto lanes) {
       C p[W];
       draw_lanes(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), lanes, C(1), p);
-      store_raw(p, Whole<W>{}, momenta + i);
+      memcpy(drawn + (i + skip) / W, p, sizeof p);
     });
   for_lanes<W>(chunk.length, skip, whole, [&](int i, auto lanes) {
     C p[W], o[W] = {}, t[W], x[W];
     if constexpr (draw) {
-      load_raw(momenta + i, Whole<W>{}, p);
+      memcpy(p, drawn + (i + skip) / W, sizeof p);
     } else {
       load(momentum + i, lanes, p);
     }
