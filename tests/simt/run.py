@@ -23,7 +23,6 @@ OPS = (
     "test_in_place.py",
     "test_functional.py",
     "test_dynamics.py",
-    "test_hmc_exact.py",
     "test_hmc_parity.py",
     "test_optim_laws.py",
     "test_optim_sam.py",
