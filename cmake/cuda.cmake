@@ -38,6 +38,7 @@ set_target_properties(tsam_torch_cuda_stub PROPERTIES
 add_library(tsam_cuda MODULE
   csrc/cuda/ops_cuda.cu
   csrc/cuda/differentiable_cuda.cu
+  csrc/cuda/hmc_cuda.cu
   csrc/cuda/versions.cu)
 set_target_properties(tsam_cuda PROPERTIES
   CUDA_STANDARD 17

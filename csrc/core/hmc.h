@@ -37,6 +37,15 @@ struct HmcScale {
   }
 };
 
+// theta from x, one multiply-add.
+template <typename C>
+struct HmcMove {
+  template <int W>
+  TSAM_HD void operator()(const C (&origin)[W], const C (&t)[W], const C (&x)[W], C (&theta)[W]) const {
+    for (int i = 0; i < W; ++i) theta[i] = fused(t[i], x[i], origin[i]);
+  }
+};
+
 // p += a q, after the dot products of the energy.
 template <typename C>
 struct HmcKick {

@@ -21,8 +21,10 @@
 // Of nvcc's two passes the host's compiler sees one, and knows no such pragma.
 #if defined(__CUDA_ARCH__)
 #define TSAM_UNROLL _Pragma("unroll")
+#define TSAM_ROLLED _Pragma("unroll 1")
 #else
 #define TSAM_UNROLL
+#define TSAM_ROLLED
 #endif
 
 #define TSAM_CORE_BEGIN \

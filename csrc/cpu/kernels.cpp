@@ -290,7 +290,7 @@ HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n) {
         moved.add(change, change);
       }
       C theta[W];
-      for (int k = 0; k < W; ++k) theta[k] = fused(t[k], x[k], o[k]);
+      HmcMove<C>{}(o, t, x, theta);
       store(x, count, to + i);
       store(theta, count, position + i);
     }
@@ -327,7 +327,7 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
       C o[W], t[W], theta[W];
       load(static_cast<const T*>(origin) + i, count, o);
       functor(o, t);
-      for (int k = 0; k < W; ++k) theta[k] = fused(t[k], at[k], o[k]);
+      HmcMove<C>{}(o, t, at, theta);
       store(theta, count, static_cast<T*>(position) + i);
     };
     if (draw) {

@@ -58,7 +58,7 @@ TSAM_DEVICE Chunk chunk_of(const Table& table) {
 }
 
 template <typename... Pointers>
-TSAM_DEVICE bool aligned(const Pointers*... pointers) {
+TSAM_DEVICE bool aligned(Pointers... pointers) {
   return ((... | reinterpret_cast<uintptr_t>(pointers)) & 15) == 0;
 }
 
@@ -106,7 +106,7 @@ TSAM_DEVICE void store_raw(const T (&raw)[W], Whole<W>, T* to) {
   word words[kWords];
   memcpy(words, raw, sizeof raw);
   TSAM_UNROLL
-  for (int k = 0; k < kWords; ++k) reinterpret_cast<word*>(to)[k] = words[k];
+  for (int k = 0; k < kWords; ++k) store_word(words[k], reinterpret_cast<word*>(to) + k);
 }
 
 template <typename T, int W>
@@ -143,13 +143,13 @@ TSAM_DEVICE void store(const C (&x)[W], Lanes lanes, T* to) {
 template <int W, typename Body>
 TSAM_DEVICE void for_lanes(int64_t length, int skip, bool whole, Body body) {
   const int n = static_cast<int>(length);
-  for (int begin = static_cast<int>(threadIdx.x) * W - skip; begin < n; begin += kThreads * W) {
-    if (whole && skip == 0 && begin + W <= n) {
-      body(begin, Whole<W>{});
-    } else {
-      body(begin, Some{begin < 0 ? -begin : 0, n - begin < W ? n - begin : W});
-    }
+  int begin = static_cast<int>(threadIdx.x) * W - skip;
+  if (whole && skip == 0) {
+    TSAM_ROLLED
+    for (; begin + W <= n; begin += kThreads * W) body(begin, Whole<W>{});
   }
+  TSAM_ROLLED
+  for (; begin < n; begin += kThreads * W) body(begin, Some{begin < 0 ? -begin : 0, n - begin < W ? n - begin : W});
 }
 
 }  // namespace cuda

@@ -2,18 +2,28 @@
 // This is the only file that knows which.
 //
 // Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
-// TSAM_SHARED alone, a large parameter is marked TSAM_GRID_CONSTANT. Invariant: every launch goes through launch(),
+// TSAM_SHARED alone, a large parameter by TSAM_PARAMETER(type). Invariant: every launch goes through launch(),
 // which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error.
 #pragma once
 
 #if defined(TSAM_SIMT)
 
 // From the emulation: __global__, the index variables, barriers, shuffles and votes, vector types, streams and errors,
-// launch(), TSAM_SHARED, TSAM_GRID_CONSTANT, and what ops_cuda.cu needs of the runtime.
+// launch(), TSAM_SHARED, TSAM_PARAMETER, and what ops_cuda.cu needs of the runtime.
 #include "simt.h"
 
 #define TSAM_DEVICE inline
-#define TSAM_LAUNCH_BOUNDS(threads)
+
+namespace tsam {
+namespace cuda {
+template <typename Word>
+TSAM_DEVICE void store_word(const Word& word, Word* to) {
+  *to = word;
+}
+}  // namespace cuda
+}  // namespace tsam
+
+#define TSAM_LAUNCH_BOUNDS(...)
 
 #else
 
@@ -23,12 +33,18 @@
 #include <utility>
 
 #define TSAM_DEVICE __device__ __forceinline__
-#define TSAM_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
-#define TSAM_GRID_CONSTANT __grid_constant__
+#define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
+#define TSAM_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 #define TSAM_SHARED(type, name, count) __shared__ type name[count]
 
 namespace tsam {
 namespace cuda {
+
+// To global memory in one access: an assignment is taken apart again for sm_90 and older.
+template <typename Word>
+TSAM_DEVICE void store_word(const Word& word, Word* to) {
+  __stwb(to, word);
+}
 
 template <typename... Parameters, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,

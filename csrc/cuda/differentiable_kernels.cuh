@@ -62,32 +62,31 @@ struct Rows {
 // out = sum over rows of weight_j value_j. Words: read rows, write 1.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    weighted_sum(const TSAM_GRID_CONSTANT Rows rows, const T* values, const double* weights, T* out) {
+    weighted_sum(TSAM_PARAMETER(Rows) rows, const T* values, const double* weights, T* out) {
   using C = compute_t<T>;
   constexpr int W = 4;
   const Chunk chunk = chunk_of(rows.n);
   T* const to = out + chunk.offset;
-  const bool whole = rows.dense && aligned(values, to) && rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  if (!rows.dense) {
+    for (int i = static_cast<int>(threadIdx.x); i < chunk.length; i += kThreads) {
+      const T* const value = values + strided_offset(rows.dims, rows.num_dims, chunk.offset + i);
+      double sum[1] = {};
+      for (int64_t j = 0; j < rows.rows; ++j) {
+        const C x[1] = {to_compute(value[j * rows.row])};
+        WeightedSum{weights[j]}(x, sum);
+      }
+      from_compute(static_cast<C>(sum[0]), to[i]);
+    }
+    return;
+  }
+  const bool whole = aligned(values, to) && rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   for_lanes<W>(chunk.length, 0, whole, [&](int i, auto lanes) {
     double sum[W] = {};
     C mean[W];
-    if (rows.dense) {
-      for (int64_t j = 0; j < rows.rows; ++j) {
-        C x[W];
-        load(values + j * rows.row + chunk.offset + i, lanes, x);
-        WeightedSum{weights[j]}(x, sum);
-      }
-    } else {
-      for (int k = 0; k < W; ++k) {
-        if (!lanes[k]) continue;
-        const T* const value = values + strided_offset(rows.dims, rows.num_dims, chunk.offset + i + k);
-        double one[1] = {};
-        for (int64_t j = 0; j < rows.rows; ++j) {
-          const C x[1] = {to_compute(value[j * rows.row])};
-          WeightedSum{weights[j]}(x, one);
-        }
-        sum[k] = one[0];
-      }
+    for (int64_t j = 0; j < rows.rows; ++j) {
+      C x[W];
+      load(values + j * rows.row + chunk.offset + i, lanes, x);
+      WeightedSum{weights[j]}(x, sum);
     }
     for (int k = 0; k < W; ++k) mean[k] = static_cast<C>(sum[k]);
     store(mean, lanes, to + i);
@@ -124,7 +123,7 @@ struct LeapfrogRun {
 
 // Words: read 3, write 2, and 1 for each factor that has a value an element.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(const TSAM_GRID_CONSTANT LeapfrogRun<T> run) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(TSAM_PARAMETER(LeapfrogRun<T>) run) {
   using C = compute_t<T>;
   constexpr int W = 4;
   const Chunk chunk = chunk_of(run.n);
@@ -155,7 +154,7 @@ struct KickRun {
 
 // Words: read 2, write 1, and 1 if a has a value an element.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(const TSAM_GRID_CONSTANT KickRun<T> run) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(TSAM_PARAMETER(KickRun<T>) run) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(run.n);

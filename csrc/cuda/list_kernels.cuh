@@ -20,7 +20,7 @@ using TableTriple = TensorTable<3>;
 // partial[b] = sum of z^2 over the chunk. Words: 0.
 template <typename Table>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    noise_sum_squares(const TSAM_GRID_CONSTANT Table table, Stream stream, double* partial) {
+    noise_sum_squares(TSAM_PARAMETER(Table) table, Stream stream, double* partial) {
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
   double sum = 0.0;
@@ -38,8 +38,8 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // Lists: position, saved. As the CPU's perturb (save: read 1, write 2; otherwise read 1, write 1). The scale is the
 // state's noise scale times the tensor's.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(const TSAM_GRID_CONSTANT TablePair table, Stream stream,
-                                                            const double* state, bool negate, bool save) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    perturb_chunks(TSAM_PARAMETER(TablePair) table, Stream stream, const double* state, bool negate, bool save) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
@@ -64,8 +64,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(const TSAM_GRID_CONS
 
 // Lists: grads, origin. partial[b] = scale^2 sum of (D g)^2 over the chunk. Words: read 1 (2 adaptive).
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    grad_sum_squares(const TSAM_GRID_CONSTANT TablePair table, double* partial) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) grad_sum_squares(TSAM_PARAMETER(TablePair) table, double* partial) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
@@ -91,7 +90,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // rho over the state's norm.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    ascend_chunks(const TSAM_GRID_CONSTANT TableTriple table, const double* state, bool save) {
+    ascend_chunks(TSAM_PARAMETER(TableTriple) table, const double* state, bool save) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
@@ -123,7 +122,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // nothing to blend with it, and the device cannot refuse, so that such a mistake comes out as NaN.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    accumulate_chunks(const TSAM_GRID_CONSTANT TablePair table, const double* state, bool adopted) {
+    accumulate_chunks(TSAM_PARAMETER(TablePair) table, const double* state, bool adopted) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const int asked = static_cast<int>(state[kAction]);
@@ -151,7 +150,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 
 // Lists: to, from. Bit for bit. Words: read 1, write 1.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) copy_chunks(const TSAM_GRID_CONSTANT TablePair table) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) copy_chunks(TSAM_PARAMETER(TablePair) table) {
   constexpr int W = 16 / sizeof(T);
   const Chunk chunk = chunk_of(table);
   T* const to = table.template at<T>(0, chunk);

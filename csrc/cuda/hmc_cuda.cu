@@ -1,0 +1,162 @@
+// Hamiltonian Monte Carlo over lists of CUDA tensors: theta = theta_0 + T x, density ~ prior(x) e^(delta L(theta)).
+//
+// Layout: ops/hmc_arguments.h has checked every argument; hmc_kernels.cuh has the passes and hmc_scalars.cuh what is
+// decided between them. Invariant: the host learns no decision, so what an op launches depends on its arguments alone
+// and it can be captured in a CUDA graph.
+#include "../ops/hmc_arguments.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "hmc_scalars.cuh"
+#include "launch.h"
+#include "list_kernels.cuh"
+
+namespace tsam {
+namespace cuda {
+namespace {
+
+using namespace ops;
+
+// Launches: with a draw the sum over z (ball) and the scale; the move; the count.
+void place(const HmcPlaceArguments& a) {
+  const OnDevice device(a.home);
+  const Stream stream = a.counter.stream(kPerturbation);
+  const bool normed = a.draw && a.scaled.prior == Prior::kBall;
+  const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
+  const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, 1);
+  const Runs* const lists[kPlaceLists] = {&a.position, &a.scaled.origin, &a.x[0], &a.x[1], &a.x[2]};
+  const auto entry = [&](PlaceTable& table, size_t k, size_t i) {
+    table.element[k] = static_cast<uint64_t>(a.base[i]);
+    table.scale[k] = a.scaled.scale(i);
+    table.adaptive[k] = a.scaled.adaptive[i];
+  };
+  if (normed)
+    for_shares<kPlaceLists>(lists, 0, entry, [&](const Share<kPlaceLists>& share) {
+      device.run(noise_sum_squares<PlaceTable>, share.blocks, kThreads, share.table, stream,
+                 numbers(partial) + share.before);
+    });
+  if (a.draw)
+    device.finish<1>(FinishPlace{numbers(scale), a.scaled.prior, a.scaled.dimension, a.counter.stream(kBallRadius)},
+                     numbers(partial), blocks);
+  for_shares<kPlaceLists>(lists, 0, entry, [&](const Share<kPlaceLists>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(hmc_place_chunks<T>, share.blocks, kThreads, share.table, stream, a.chain,
+                 a.draw ? numbers(scale) : nullptr);
+    });
+  });
+  device.finish<0>(CountSave{a.state});
+}
+
+void begin(const HmcBeginArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = a.automatic ? device_plan(a.grads).num_chunks() : 0;
+  const Tensor partial = device.workspace(1, blocks);
+  const auto entry = [&](TablePair& table, size_t k, size_t i) {
+    table.scale[k] = a.scaled.rho[i];
+    table.adaptive[k] = a.scaled.adaptive[i];
+  };
+  if (a.automatic)
+    for_shares<2>({&a.grads, &a.scaled.origin}, 0, entry, [&](const Share<2>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run(grad_sum_squares<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before);
+      });
+    });
+  device.finish<1>(StepBegin{a.chain, a.state, a.loss, a.tilt, a.delta, a.automatic, a.scaled.dimension},
+                   numbers(partial), blocks);
+}
+
+// Launches: the scalars, the pass and what follows from its sums; for the ball a second pass, and its sum.
+void leapfrog(const HmcLeapfrogArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = device_plan(a.position).num_chunks();
+  const Tensor partial = device.workspace(kPassSums<HmcPassKind::kKick>, blocks),
+               memory = device.workspace(1, kPassNumbers);
+  PassScalars* const scalars = reinterpret_cast<PassScalars*>(numbers(memory));
+  const Runs* const lists[kLeapfrogLists] = {&a.position, &a.scaled.origin, &a.momentum, &a.grads,
+                                             &a.x[0],     &a.x[1],          &a.x[2]};
+  const auto entry = [&](LeapfrogTable& table, size_t k, size_t i) {
+    table.element[k] = static_cast<uint64_t>(a.base[i]);
+    table.scale[k] = a.scaled.scale(i);
+    table.adaptive[k] = a.scaled.adaptive[i];
+  };
+  const SubstepScalars at{a.chain, scalars, a.scaled.prior, a.scaled.dimension, a.substep, a.first, a.measure};
+  const auto pass = [&](auto kind, auto first) {
+    for_shares<kLeapfrogLists>(lists, 0, entry, [&](const Share<kLeapfrogLists>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run(hmc_pass<T, decltype(kind)::value, decltype(first)::value>, share.blocks, kThreads, share.table,
+                   a.counter.stream(kMomentum), a.measure, a.chain, scalars, numbers(partial) + share.before, blocks);
+      });
+    });
+  };
+  const auto pass_of = [&](auto kind) {
+    if (a.first) {
+      pass(kind, std::true_type{});
+    } else {
+      pass(kind, std::false_type{});
+    }
+  };
+  device.finish<0>(SubstepBegin{at});
+  if (a.scaled.prior != Prior::kBall) {
+    pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kWhole>{});
+    device.finish<kPassSums<HmcPassKind::kWhole>>(WholeEnd{at}, numbers(partial), blocks);
+    return;
+  }
+  pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kKick>{});
+  device.finish<kPassSums<HmcPassKind::kKick>>(BallDrift{at}, numbers(partial), blocks);
+  pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kDrift>{});
+  if (a.measure) device.finish<kPassSums<HmcPassKind::kDrift>>(BallMoved{at}, numbers(partial), blocks);
+}
+
+void end(const HmcEndArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = device_plan(a.momentum).num_chunks();
+  const Tensor partial = device.workspace(2, blocks);
+  const auto entry = [&](TensorTable<3>& table, size_t k, size_t i) {
+    table.scale[k] = a.scaled.scale(i);
+    table.adaptive[k] = a.scaled.adaptive[i];
+  };
+  for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const Share<3>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(hmc_last_kick<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+    });
+  });
+  device.finish<2>(StepEnd{a.chain, a.state, a.loss, a.counter.stream(kAccept), a.scaled.prior, a.scaled.dimension,
+                           a.kick, a.row, a.metropolis, a.skip_nonfinite, a.last},
+                   numbers(partial), blocks);
+}
+
+void recycle(const HmcRecycleArguments& a) {
+  OnDevice(a.home).finish<0>(
+      Recycle{a.chain, a.state, a.loss, a.share, a.row, a.part, a.metropolis, a.skip_nonfinite, a.last});
+}
+
+void carry(const HmcCarryArguments& a) {
+  const OnDevice device(a.home);
+  const auto entry = [](TensorTable<3>&, size_t, size_t) {};
+  for_shares<3>({&a.accumulator, &a.carried, &a.grads}, 1, entry, [&](const Share<3>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run(hmc_carry_chunks<T>, share.blocks, kThreads, share.table, a.chain, a.state, a.count);
+    });
+  });
+}
+
+void adapt(const HmcAdaptArguments& a) { OnDevice(a.home).finish<0>(Adapt{a.chain, a.highest}); }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace tsam
+
+STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
+  m.impl("hmc_place_", TORCH_BOX(&tsam::ops::hmc_place_<tsam::cuda::place>));
+  m.impl("hmc_begin_", TORCH_BOX(&tsam::ops::hmc_begin_<tsam::cuda::begin>));
+  m.impl("hmc_leapfrog_", TORCH_BOX(&tsam::ops::hmc_leapfrog_<tsam::cuda::leapfrog>));
+  m.impl("hmc_end_", TORCH_BOX(&tsam::ops::hmc_end_<tsam::cuda::end>));
+  m.impl("hmc_recycle_", TORCH_BOX(&tsam::ops::hmc_recycle_<tsam::cuda::recycle>));
+  m.impl("hmc_carry_", TORCH_BOX(&tsam::ops::hmc_carry_<tsam::cuda::carry>));
+  m.impl("hmc_adapt_", TORCH_BOX(&tsam::ops::hmc_adapt_<tsam::cuda::adapt>));
+}

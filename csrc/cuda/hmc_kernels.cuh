@@ -1,0 +1,237 @@
+// The kernels of Hamiltonian Monte Carlo: core/hmc.h's functors over the chunks of a TensorTable. Words moved per
+// float32 element stand beside each kernel.
+//
+// Layout: x0, x1 and x2 are lists of the table side by side, and each block asks `chain` which of them it reads and
+// writes. What a substep needs of the chain (its kick, its drift) is worked out once, into PassScalars. Lanes are
+// 16 bytes of the compute type: sums take the other registers. Invariant: as list_kernels.cuh; sums in float64
+// throughout.
+#pragma once
+
+#include "../core/trajectory.h"
+#include "apply.cuh"
+#include "reduce.cuh"
+
+namespace tsam {
+namespace cuda {
+
+// Lists of the tables below, from the first x on as many as there are buffers.
+enum PlaceList : int { kPlacePosition = 0, kPlaceSaved = 1, kPlaceX = 2, kPlaceLists = 5 };
+enum LeapfrogList : int { kPosition = 0, kSaved = 1, kMomentumList = 2, kGrads = 3, kX = 4, kLeapfrogLists = 7 };
+using PlaceTable = TensorTable<kPlaceLists>;
+using LeapfrogTable = TensorTable<kLeapfrogLists>;
+static_assert(sizeof(PlaceTable) + kOtherParameters <= kParameterBytes && kTensorsPerLaunch<kPlaceLists> >= 400);
+
+// In a workspace of the op.
+struct PassScalars {
+  double kick;
+  Drift map;
+};
+constexpr int64_t kPassNumbers = sizeof(PassScalars) / sizeof(double);
+
+// Sixteen bytes of a compute type.
+template <typename T>
+constexpr int kPassLanes = 16 / sizeof(compute_t<T>);
+
+// Momentum or position of a draw; lanes beyond the chunk are zero, as those that are loaded. Two lanes are half a quad.
+template <typename C, int W, typename Lanes>
+TSAM_DEVICE void draw_lanes(const Stream& stream, uint64_t element, Lanes lanes, C scale, C (&x)[W]) {
+  float z[4];
+  normals<1>(stream, element / 4, z);
+  const bool second = W == 2 && element % 4 != 0;
+  for (int k = 0; k < W; ++k) x[k] = lanes[k] ? scale * static_cast<C>(second ? z[(k + 2) % 4] : z[k]) : C(0);
+}
+
+template <typename C, int W>
+TSAM_DEVICE void add_dot(const C (&x)[W], const C (&y)[W], double& sum) {
+  for (int k = 0; k < W; ++k) sum = fma(static_cast<double>(x[k]), static_cast<double>(y[k]), sum);
+}
+
+// The kick's two sums, whose lanes the functor keeps apart.
+template <typename C, int W>
+TSAM_DEVICE void kick_lanes(const HmcKick<C>& kick, const C (&t)[W], const C (&grad)[W], C (&p)[W], double& pq,
+                            double& qq) {
+  double pq_lanes[W] = {}, qq_lanes[W] = {};
+  kick(t, grad, p, pq_lanes, qq_lanes);
+  for (int k = 0; k < W; ++k) {
+    pq += pq_lanes[k];
+    qq += qq_lanes[k];
+  }
+}
+
+// Sum k of the block to row k of the partials.
+template <int K>
+TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n) {
+  for (int k = 0; k < K; ++k) {
+    const double sum = block_sum<kThreads>(sums[k]);
+    if (threadIdx.x == 0) partial[k * n + blockIdx.x] = sum;
+  }
+}
+
+// Saves theta_0, and moves to the chain's state or (draw_scale not null) to a draw, which then is that state. Words:
+// read 2, write 2; a draw read 1, write 3.
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, Stream stream, const double* chain, const double* draw_scale) {
+  using C = compute_t<T>;
+  const Chunk chunk = chunk_of(table);
+  const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
+  const HmcScale<C> scale{static_cast<C>(table.scale[chunk.tensor]), table.adaptive[chunk.tensor]};
+  const bool draw = draw_scale != nullptr;
+  const C length = draw ? static_cast<C>(*draw_scale) : C(0);
+  T *const position = table.template at<T>(kPlacePosition, chunk), *const saved =
+                                                                       table.template at<T>(kPlaceSaved, chunk);
+  C* const x = table.template at<C>(kPlaceX + current_slot(chain), chunk);
+  for_lanes<4>(chunk.length, draw ? static_cast<int>(element % 4) : 0, aligned(position, saved, x),
+               [&](int i, auto lanes) {
+                 T raw[4];
+                 C o[4], t[4], at[4], theta[4];
+                 load_raw(position + i, lanes, raw);
+                 store_raw(raw, lanes, saved + i);
+                 widen(raw, o);
+                 if (draw) {
+                   draw_lanes(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), lanes, length, at);
+                   store(at, lanes, x + i);
+                 } else {
+                   load(x + i, lanes, at);
+                 }
+                 scale(o, t);
+                 HmcMove<C>{}(o, t, at, theta);
+                 store(theta, lanes, position + i);
+               });
+}
+
+// One pass for each way through a substep. kWhole: kick and drift; sums p.q, q.q, |x' - start|^2. The ball's drift
+// needs sums over the kicked momentum first: kKick, with u.u, u.v, v.v, then kDrift, with |x' - start|^2.
+enum class HmcPassKind : int { kWhole, kKick, kDrift };
+template <HmcPassKind kind>
+constexpr int kPassSums = kind == HmcPassKind::kWhole  ? 3
+                          : kind == HmcPassKind::kKick ? 5
+                                                       : 1;
+
+// Words: kWhole first read 3, write 3, else read 4, write 3; kKick first read 2 (3 adaptive), write 1, else read 3 (4),
+// write 1; kDrift read 3, write 3; `measure` read 1 more.
+template <typename T, HmcPassKind kind, bool first>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, Stream stream, bool measure, const double* chain,
+             const PassScalars* scalars, double* partial, int64_t n) {
+  using C = compute_t<T>;
+  constexpr int W = kPassLanes<T>;
+  constexpr bool kicks = kind != HmcPassKind::kDrift, moves = kind != HmcPassKind::kKick, draw = kicks && first;
+  const Chunk chunk = chunk_of(table);
+  const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
+  const bool adaptive = table.adaptive[chunk.tensor];
+  const HmcScale<C> scale{static_cast<C>(table.scale[chunk.tensor]), adaptive};
+  T* const position = table.template at<T>(kPosition, chunk);
+  const T *const origin = table.template at<T>(kSaved, chunk), *const grad = table.template at<T>(kGrads, chunk);
+  C* const momentum = table.template at<C>(kMomentumList, chunk);
+  const C* const start = table.template at<C>(kX + current_slot(chain), chunk);
+  C* const proposal = table.template at<C>(kX + proposal_slot(chain), chunk);
+  const C* const from = first ? start : proposal;
+  double sums[kPassSums<kind>] = {};
+  const bool whole = aligned(position, origin, grad, momentum, start, proposal);
+  const int skip = draw ? static_cast<int>(element % W) : 0;
+  // The registers of a draw and of a drift together are too many for one loop: a thread leaves its momenta here.
+  TSAM_SHARED(uint4, drawn, draw ? kDeviceChunk / W + 1 : 1);
+  if constexpr (draw)
+    for_lanes<W>(chunk.length, skip, false, [&](int i, auto lanes) {
+      C p[W];
+      draw_lanes(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), lanes, C(1), p);
+      memcpy(drawn + (i + skip) / W, p, sizeof p);
+    });
+  for_lanes<W>(chunk.length, skip, whole, [&](int i, auto lanes) {
+    C p[W], o[W] = {}, t[W], x[W];
+    if constexpr (draw) {
+      memcpy(p, drawn + (i + skip) / W, sizeof p);
+    } else {
+      load(momentum + i, lanes, p);
+    }
+    if (moves || adaptive) load(origin + i, lanes, o);
+    scale(o, t);
+    if constexpr (kicks) {
+      C g[W];
+      load(grad + i, lanes, g);
+      kick_lanes(HmcKick<C>{static_cast<C>(scalars->kick)}, t, g, p, sums[0], sums[1]);
+    }
+    load(from + i, lanes, x);
+    if constexpr (kind == HmcPassKind::kKick) {
+      add_dot(x, x, sums[2]);
+      add_dot(x, p, sums[3]);
+      add_dot(p, p, sums[4]);
+    }
+    if constexpr (moves) {
+      // Read again by each group: held in registers they would be spilled.
+      const Drift& map = scalars->map;
+      DriftMap<C>{map.a, map.b, map.c, map.d}(x, p);
+      if (measure) {
+        C change[W];
+        load(start + i, lanes, change);
+        for (int k = 0; k < W; ++k) change[k] = x[k] - change[k];
+        add_dot(change, change, sums[kPassSums<kind> - 1]);
+      }
+      C theta[W];
+      HmcMove<C>{}(o, t, x, theta);
+      store(x, lanes, proposal + i);
+      store(theta, lanes, position + i);
+    }
+    store(p, lanes, momentum + i);
+  });
+  store_sums(sums, partial, n);
+}
+
+// Lists: saved, momentum, grads; sums p.q, q.q of the last kick, which nobody needs to see made. Words: read 2 (3
+// adaptive).
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_last_kick(TSAM_PARAMETER(TensorTable<3>) table, double* partial, int64_t n) {
+  using C = compute_t<T>;
+  const Chunk chunk = chunk_of(table);
+  const bool adaptive = table.adaptive[chunk.tensor];
+  const HmcScale<C> scale{static_cast<C>(table.scale[chunk.tensor]), adaptive};
+  const T *const origin = table.template at<T>(0, chunk), *const grad = table.template at<T>(2, chunk);
+  const C* const momentum = table.template at<C>(1, chunk);
+  double sums[2] = {};
+  for_lanes<4>(chunk.length, 0, aligned(origin, momentum, grad), [&](int i, auto lanes) {
+    C p[4], o[4] = {}, t[4], g[4];
+    load(momentum + i, lanes, p);
+    if (adaptive) load(origin + i, lanes, o);
+    load(grad + i, lanes, g);
+    scale(o, t);
+    kick_lanes(HmcKick<C>{C(0)}, t, g, p, sums[0], sums[1]);
+  });
+  store_sums(sums, partial, n);
+}
+
+// Lists: accumulator (of the compute type), carried, grads. Words: as the CPU's hmc_carry_, decided here.
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count) {
+  using C = compute_t<T>;
+  const bool taken = chain[kTaken] != 0.0;
+  const int action = count ? static_cast<int>(state[kAction]) : static_cast<int>(kSkip);
+  if (!taken && action == kSkip) return;
+  const Chunk chunk = chunk_of(table);
+  const Accumulate<C> functor{static_cast<C>(state[kKeep]), static_cast<C>(state[kAdd])};
+  C* const accumulator = table.template at<C>(0, chunk);
+  T* const carried = table.template at<T>(1, chunk);
+  const T* const source = taken ? table.template at<T>(2, chunk) : carried;
+  for_lanes<4>(chunk.length, 0, aligned(accumulator, carried, source), [&](int i, auto lanes) {
+    T raw[4];
+    C x[4], g[4];
+    load_raw(source + i, lanes, raw);
+    if (taken) store_raw(raw, lanes, carried + i);
+    if (action == kSkip) return;
+    widen(raw, g);
+    if (action == kPoison) {
+      for (int k = 0; k < 4; ++k) x[k] = static_cast<C>(kNaN);
+    } else if (action == kAssign) {
+      for (int k = 0; k < 4; ++k) x[k] = g[k];
+    } else {
+      load(accumulator + i, lanes, x);
+      functor(g, x);
+    }
+    store(x, lanes, accumulator + i);
+  });
+}
+
+}  // namespace cuda
+}  // namespace tsam
