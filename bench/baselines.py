@@ -265,7 +265,9 @@ def disagreement(make: Callable[[Tensors], Estimator], *, rho: float, radius: fl
         return loss.detach()
 
     tensors: Tensors = list(params)
-    make(tensors).estimate_gradient(closure)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        make(tensors).estimate_gradient(closure)
     if len(seen) != 2 * s:
         return f"{len(seen)} gradients, expected {2 * s}"
     if not all(torch.equal(p, b) for p, b in zip(params, before, strict=True)):

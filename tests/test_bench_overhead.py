@@ -67,7 +67,7 @@ class Repeating(baselines.ForeachTSAM):
     ("kind", "change", "message"),
     [
         (baselines.LoopTSAM, {"num_samples": 2}, "4 gradients, expected 6"),
-        (baselines.LoopTSAM, {"radius": 0.8}, "noise of length 0.8"),
+        (baselines.LoopTSAM, {"radius": 0.8}, "noise of length "),
         (baselines.ForeachTSAM, {"rho": 0.2}, "the ascent of sample 0 is not rho g / |g|"),
         (Forgetful, {}, "the parameters have not come back"),
         (Uniform, {}, "the estimate is not the tilted mean"),
