@@ -7,43 +7,21 @@ Noise and elementwise results have the same bits; what depends on a sum agrees t
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from back_ends import Results, agree, results
 
 from tsam_ext import _C
 from tsam_ext.metrics import new_state
 
 pytestmark = pytest.mark.emulated
-PROGRAM = Path(__file__).parent / "simt" / "lists.py"
-# Two units in the last place: a sum's rounding may move a coefficient, which may move a result by one.
-TOLERANCE = {torch.float32: 3e-7, torch.float64: 1e-12, torch.bfloat16: 2**-7, torch.float16: 2**-9}
-
-
 # Each order runs the fourth lists, of a few large and small tensors, for the comparison of orders.
 JOBS = {
     "forward": ("ops:0", "ops:4", "train:noise", "train:ascent", "train:hmc"),
     "reversed": ("ops:2", "ops:4"),
     "random": ("ops:1", "ops:3", "ops:4"),
 }
-Results = dict[str, dict[str, list[Tensor]]]
-
-
-def results(folder: Path, jobs: Iterable[str], **environment: str) -> tuple[str, Results]:
-    file = folder / "results.pt"
-    done = subprocess.run(
-        [sys.executable, PROGRAM, file, *jobs],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(file)
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +45,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
 CASES = [(order, job) for order, jobs in JOBS.items() for job in jobs]
 
 
-@pytest.mark.parametrize(("order", "job"), [case for case in CASES if case[1].startswith("ops")])
-def test_random_lists_agree(emulated: dict[str, Results], cpu: Results, order: str, job: str) -> None:
-    assert emulated[order][job].keys() == cpu[job].keys()
-    for name, expected_list in cpu[job].items():
-        for i, (got, expected) in enumerate(zip(emulated[order][job][name], expected_list, strict=True)):
-            assert got.dtype == expected.dtype
-            rtol = 0.0 if name.endswith("bits") else TOLERANCE[got.dtype]
-            torch.testing.assert_close(
-                got, expected, rtol=rtol, atol=rtol, equal_nan=True, msg=lambda m, n=name, i=i: f"{n}[{i}]: {m}"
-            )
-
-
-@pytest.mark.parametrize("job", ["train:noise", "train:ascent", "train:hmc"])
-def test_training_gives_the_same_parameters(emulated: dict[str, Results], cpu: Results, job: str) -> None:
-    for name, expected_list in cpu[job].items():
-        tolerance = {"torch.float32": 1e-5, "torch.float64": 1e-10}[name]
-        for got, expected in zip(emulated["forward"][job][name], expected_list, strict=True):
-            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(("order", "job"), CASES)
+def test_random_lists_and_training_agree(emulated: dict[str, Results], cpu: Results, order: str, job: str) -> None:
+    agree(emulated[order][job], cpu[job], training=job.startswith("train"))
 
 
 def test_every_order_gives_the_same_bits(emulated: dict[str, Results]) -> None:

@@ -1,11 +1,13 @@
 """Runs every op on random lists, trains with samplers, and saves what came out: one process a library.
 
-``python lists.py FILE ops:SEED ... train:SAMPLER ...`` on the tsam_ext that PYTHONPATH gives. Layout of FILE: the
-module's path, and for each job a dict name -> tensors. Names that end in ``bits`` are to be the same bit for bit.
+``python lists.py FILE ops:SEED ... train:SAMPLER ...`` on the tsam_ext that PYTHONPATH gives and the device that
+TSAM_LISTS_DEVICE names (cpu). Layout of FILE: the module's path, and for each job a dict name -> CPU tensors. Names
+that end in ``bits`` are to be the same bit for bit.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
@@ -17,7 +19,7 @@ from tsam_ext import _C
 from tsam_ext.metrics import new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("TSAM_LISTS_DEVICE", "cpu"))
 Lists = dict[str, list[Tensor]]
 
 
@@ -57,7 +59,7 @@ class Make:
             whole = torch.full((n + off,), 7.0, dtype=kind)
             if filled:
                 whole.copy_(torch.randn(n + off, generator=self.generator))
-            tensors.append(whole[off:])
+            tensors.append(whole.to(DEVICE)[off:])
         return tensors
 
 
@@ -65,12 +67,16 @@ def copies(*lists: list[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensors in lists for tensor in tensors]
 
 
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
 def run_ops(seed: int) -> Lists:
     lists, out = Make(seed), {}
     x, saved, grads = lists.fresh(), lists.fresh(filled=False), lists.fresh()
-    total, state = lists.fresh(in_wide=True), new_state(4, CPU)
+    total, state = lists.fresh(in_wide=True), new_state(4, DEVICE)
     flags, base, d, step = lists.adaptive, lists.base, lists.dimension, 11 + seed
-    _C.tilt_begin_(state, torch.tensor(3.0))
+    _C.tilt_begin_(state, scalar(3.0))
     _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 0, 0, d, False, True)
     out["gaussian bits"] = copies(x, saved)
     _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 1, 0, d, True, False)
@@ -87,7 +93,7 @@ def run_ops(seed: int) -> Lists:
     _C.ascend_(x, saved, grads, state, lists.radius, flags, True)
     out["ascended from the start"] = copies(x, saved)
     for row, loss in enumerate((0.3, 0.9, float("nan"), -0.2)):
-        _C.tilt_update_(state, torch.tensor(loss), 0.5 * row, row, True, row == 3)
+        _C.tilt_update_(state, scalar(loss), 0.5 * row, row, True, row == 3)
         if x:
             _C.accumulate_(total, grads if row % 2 else lists.fresh(), state)
     out["mean"] = copies(total, [state, _C.tilt_summary(state, 4)])
@@ -100,12 +106,12 @@ def run_single(lists: Make) -> Lists:
     out: Lists = {"perturb bits": [], "perturb": [], "leapfrog bits": [], "tilted": []}
     position, momentum, grad = lists.fresh(), lists.fresh(), lists.fresh()
     for i, (x, p, g) in enumerate(zip(position[:7], momentum, grad, strict=False)):
-        radius = torch.tensor(0.3, dtype=x.dtype)
+        radius = scalar(0.3, x.dtype)
         for kind in range(3):
             out["perturb" if kind else "perturb bits"].append(_C.perturb(x, radius, 3, 4 << 28, lists.base[i], kind))
         out["leapfrog bits"] += [*_C.leapfrog(x, p, g, radius, g if i % 2 else radius), _C.kick(p, g, radius)]
-        losses = torch.randn(5, generator=lists.generator)
-        values = torch.randn(5, min(x.numel(), 5000), generator=lists.generator).to(x.dtype)
+        losses = torch.randn(5, generator=lists.generator).to(DEVICE)
+        values = torch.randn(5, min(x.numel(), 5000), generator=lists.generator).to(x)
         for t in (0.0, 2.0, -3.0, float("inf"), float("-inf")):
             out["tilted"] += [_C.tilted_loss(losses, t), _C.tilted_weights(losses, t)]
             out["tilted"].append(_C.tilted_reduce(losses, values, t))
@@ -118,7 +124,8 @@ def train(sampler: str) -> Lists:
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(3)
         net = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
-        x, y = torch.randn(48, 20, dtype=dtype), torch.randint(0, 3, (48,))
+        net.to(DEVICE)
+        x, y = torch.randn(48, 20, dtype=dtype).to(DEVICE), torch.randint(0, 3, (48,)).to(DEVICE)
         options = {"num_leapfrog_steps": 3} if sampler == "hmc" else {}
         opt = tsam_ext.TSAM(
             net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1, tilt=2.0, num_samples=4,
@@ -138,7 +145,8 @@ def train(sampler: str) -> Lists:
 
 def run(job: str) -> Lists:
     kind, what = job.split(":")
-    return run_ops(int(what)) if kind == "ops" else train(what)
+    found = run_ops(int(what)) if kind == "ops" else train(what)
+    return {name: [tensor.cpu() for tensor in tensors] for name, tensors in found.items()}
 
 
 if __name__ == "__main__":
