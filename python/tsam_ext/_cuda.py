@@ -56,11 +56,13 @@ def refuse(cause: str) -> None:
 
 
 _library = torch.library.Library("tsam", "IMPL")  # type: ignore[no-untyped-call]
+# Why CUDA tensors are refused, or None.
+CAUSE: str | None = "this torch is built without CUDA"
 if torch.version.cuda is not None:
     _folder = Path(_C.__file__).parent
-    _cause = load(_folder)
-    if _cause is not None:
-        refuse(_cause)
+    CAUSE = load(_folder)
+    if CAUSE is not None:
+        refuse(CAUSE)
         # Not where nobody built it: most of those machines have no GPU.
         if (_folder / LIBRARY).is_file():
-            warnings.warn(f"tsam_ext runs on the CPU only: {_cause}.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"tsam_ext runs on the CPU only: {CAUSE}.", RuntimeWarning, stacklevel=2)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import _cuda
 from .functional.checks import DTYPES, NOISES, is_dense
 
 Tilt = float | torch.Tensor | Callable[[int], float]
@@ -231,18 +232,19 @@ class Settings:
 def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
     spans: list[tuple[int, int, str]] = []
+    first: torch.device | None = None
     for name, parameter in named:
         if parameter.layout is not torch.strided:
             raise reject(name, f"a {parameter.layout} tensor", "a dense tensor")
         if parameter.dtype not in DTYPES:
             expected = "a float32, float64, bfloat16 or float16 tensor"
             raise reject(name, f"a {parameter.dtype} tensor", expected)
-        if parameter.device.type != "cpu":
-            raise reject(
-                name,
-                f"a tensor on {parameter.device}",
-                "a cpu tensor (this build has no kernels for it)",
-            )
+        if parameter.device.type != "cpu" and (parameter.device.type != "cuda" or _cuda.CAUSE is not None):
+            cause = _cuda.CAUSE if parameter.device.type == "cuda" else "this build has no kernels for it"
+            raise reject(name, f"a tensor on {parameter.device}", f"a cpu tensor ({cause})")
+        first = parameter.device if first is None else first
+        if parameter.device != first:
+            raise reject(name, f"a tensor on {parameter.device}", f"one on {first}, as the parameters before it")
         if not is_dense(parameter):
             raise reject(
                 name,
