@@ -1,4 +1,4 @@
-"""Loading libtsam_cuda.so: what is said where it is missing, broken or too new for the driver, and that the rest goes on.
+"""Loading libtsam_cuda.so: what is said where it is missing or broken, or the driver too old; the rest goes on.
 
 The library itself, where this build has one, loads only into a torch that is a CUDA build; no GPU is needed for that.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tsam_ext import TSAM, _C, _cuda, _ops
+from tsam_ext import _C, TSAM, _cuda, _ops
 
 BUILT = (Path(_C.__file__).parent / _cuda.LIBRARY).is_file()
 

@@ -232,7 +232,7 @@ class Settings:
 def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
     spans: list[tuple[int, int, str]] = []
-    first: torch.device | None = None
+    home: torch.device | None = None
     for name, parameter in named:
         if parameter.layout is not torch.strided:
             raise reject(name, f"a {parameter.layout} tensor", "a dense tensor")
@@ -242,9 +242,9 @@ def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
         if parameter.device.type != "cpu" and (parameter.device.type != "cuda" or _cuda.CAUSE is not None):
             cause = _cuda.CAUSE if parameter.device.type == "cuda" else "this build has no kernels for it"
             raise reject(name, f"a tensor on {parameter.device}", f"a cpu tensor ({cause})")
-        first = parameter.device if first is None else first
-        if parameter.device != first:
-            raise reject(name, f"a tensor on {parameter.device}", f"one on {first}, as the parameters before it")
+        home = parameter.device if home is None else home
+        if parameter.device != home:
+            raise reject(name, f"a tensor on {parameter.device}", f"one on {home}, as the parameters before it")
         if not is_dense(parameter):
             raise reject(
                 name,
