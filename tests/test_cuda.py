@@ -6,7 +6,6 @@ emulation (test_emulated.py), which sees neither memory ordering nor the driver.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,19 +163,3 @@ def test_parameters_lie_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_positions_lie_on_one_device() -> None:
     with pytest.raises(ValueError, match=r"position\[1\]: got a tensor on meta"):
         hmc.sample(lambda x: x[0].sum(), [torch.zeros(2), torch.zeros(2, device="meta")])
-
-
-@pytest.mark.parametrize(
-    ("runtime", "driver", "wrong"),
-    [(13000, 13000, False), (13000, 13020, False), (13000, 12080, True), (13020, 13000, False), (13000, 0, False)],
-)
-def test_a_driver_of_an_older_major_version_is_too_old(runtime: int, driver: int, wrong: bool) -> None:
-    message = _cuda.too_old(runtime, driver)
-    assert (message is not None) is wrong
-    assert message is None or "NVIDIA driver for CUDA 13.0 or newer, and this machine's is for CUDA 12.8" in message
-
-
-def test_a_library_that_cannot_be_loaded_is_a_cause_not_an_error(tmp_path: Path) -> None:
-    assert "built without CUDA" in str(_cuda.load(tmp_path))
-    (tmp_path / _cuda.LIBRARY).write_bytes(b"no library")
-    assert str(_cuda.load(tmp_path)).startswith(f"{_cuda.LIBRARY} cannot be loaded:")

@@ -93,6 +93,22 @@ def test_kernels_are_free_of_torch_and_module_of_kernels() -> None:
                 raise AssertionError(f"{path.name} includes {name}: only the stable headers may be seen")
 
 
+def test_cuda_kernels_are_free_of_torch_and_every_launch_is_checked() -> None:
+    cuda = ROOT / "csrc" / "cuda"
+    for path in cuda.iterdir():
+        text = re.sub(r"//.*", "", path.read_text())
+        if path.suffix == ".cuh":
+            assert not any("torch" in i or "ops/" in i for i in includes(path)), path.name
+        assert not any(i.startswith("../cpu/") for i in includes(path)), f"{path.name} includes the CPU back end"
+        assert "<<<" not in text, f"{path.name}: launch() is the way, whose error may not be ignored"
+        if path.name != "device.cuh":
+            assert "__shared__" not in text and "__grid_constant__" not in text, path.name
+        if path.name not in ("device.cuh", "launch.h"):
+            assert "TSAM_SIMT" not in text, path.name
+    for path in (ROOT / "csrc" / "cpu").iterdir():
+        assert not any("cuda/" in i for i in includes(path)), path.name
+
+
 def test_torch_ops_is_named_in_one_file() -> None:
     package = ROOT / "python" / "tsam_ext"
     uses = [path.name for path in package.rglob("*.py") if "torch.ops." in path.read_text()]
