@@ -1,7 +1,8 @@
 """What the machine can do at best: its memory's bandwidth and the kernels' own draw rate; floors of passes from both.
 
 bench/floor.cpp is built when it is needed and run with as many threads as torch has, on arrays of at least eight
-times the last-level cache. Bandwidth = real bytes over the best time: copy 2 words an element, triad 3, in-place add 3.
+times the last-level cache. Bandwidth = real bytes over the best time: copy 2 words an element, triad 3, in-place add 3;
+read 1, which is no part of the floor but the roofline of passes that write nothing.
 Floor of a pass = the larger of its bytes over bandwidth and its draws over draw rate.
 """
 
@@ -22,7 +23,8 @@ from tsam_ext import _ops
 from tsam_ext.metrics import new_state
 
 SOURCE = Path(__file__).with_name("floor.cpp")
-WORDS = {"copy": 2, "triad": 3, "add": 3}  # in the order of floor.cpp
+WORDS = {"copy": 2, "triad": 3, "add": 3, "read": 1}  # in the order of floor.cpp
+READ = "read"
 WORD = 4  # bytes
 CACHES = 8  # an array is at least so many last-level caches long
 FALLBACK_CACHE = 32 << 20
@@ -35,9 +37,13 @@ class FloorError(RuntimeError):
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes a second and normals a second; what they were taken from is in ``runs``, GB/s by kernel, one dict a run."""
+    """Bytes a second (``read_bandwidth``: with nothing written) and normals a second.
+
+    What they were taken from is in ``runs``: GB/s by kernel, one dict a run.
+    """
 
     bandwidth: float
+    read_bandwidth: float
     draw_rate: float
     stores: str
     array_bytes: int
@@ -46,6 +52,10 @@ class Floor:
     def seconds(self, moved_bytes: float, draws: float) -> float:
         """The floor of a pass that moves so many bytes and draws so many normals."""
         return max(moved_bytes / self.bandwidth, draws / self.draw_rate)
+
+    def read_seconds(self, moved_bytes: float) -> float:
+        """The roofline of a pass that only reads so many bytes: no kernel of floor.cpp that only reads was faster."""
+        return moved_bytes / self.read_bandwidth
 
 
 def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
@@ -142,4 +152,5 @@ def physical_memory() -> int:
 def combined(program: Program, size: int, runs: list[dict[str, float]], rates: list[float]) -> Floor:
     """The floor from all runs: the highest of everything seen, before, between and after the ops."""
     shown = tuple({kernel: value / 1e9 for kernel, value in run.items()} for run in runs)
-    return Floor(max(v for run in runs for v in run.values()), max(rates), program.stores, size, shown)
+    floor = max(value for run in runs for kernel, value in run.items() if kernel != READ)
+    return Floor(floor, max(run[READ] for run in runs), max(rates), program.stores, size, shown)

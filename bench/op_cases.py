@@ -184,7 +184,9 @@ def _grad_norm(at: Lists, adaptive: bool) -> Case:
     # Tolerance: torch adds in float32 and was seen 2e-5 off at 10M elements.
     name, judged = ("grad_norm_ adaptive", "") if adaptive else ("grad_norm_", "memory")
     words = 2 if adaptive else 1
-    return Case(name, words, 0, ours, plain, foreach, compiled, at.refill, _returned, tolerance=1e-4, judged=judged)
+    return Case(
+        name, words, 0, ours, plain, foreach, compiled, at.refill, _returned, tolerance=1e-4, reads=True, judged=judged
+    )
 
 
 def _returned(value: object) -> list[Tensor]:

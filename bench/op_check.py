@@ -38,6 +38,7 @@ class Case:
     calls: int = 1
     scale: float | None = None
     tolerance: float = 1e-5  # relative and absolute, float32
+    reads: bool = False  # writes nothing but a few numbers
     judged: str = ""  # what the verdict asks of it: "noise" or "memory"
 
     def ways(self) -> dict[str, Way]:

@@ -39,7 +39,7 @@ BUSY = 0.5  # a load average above this is somebody else's, and times are not th
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one op; ``seconds`` of a call by way, one a round."""
+    """What was measured of one op; ``seconds`` of a call by way, one a round; ``roof``: the read roofline's, if any."""
 
     name: str
     words: float
@@ -48,6 +48,7 @@ class Row:
     floor: float
     seconds: dict[str, list[float]]
     judged: str = ""
+    roof: float = 0.0
 
     def best(self, way: str = "ours") -> float:
         """The shortest time."""
@@ -62,6 +63,10 @@ class Row:
     def over_floor(self, way: str = "ours") -> float:
         """The shortest time over the floor; NaN for ops on a few numbers."""
         return self.best(way) / self.floor if self.floor else float("nan")
+
+    def over_read(self, way: str = "ours") -> float:
+        """The shortest time over the read roofline; NaN for ops that write."""
+        return self.best(way) / self.roof if self.roof else float("nan")
 
 
 def _positive(text: str) -> int:
@@ -200,9 +205,8 @@ def measure(case: Case, ways: dict[str, Way], rounds: int, scratch: torch.Tensor
 def row_of(case: Case, seconds: dict[str, list[float]], limits: floor.Floor, elements: int, dtype: torch.dtype) -> Row:
     """A case's times with its floor."""
     moved = case.moved_bytes(elements, dtype)
-    return Row(
-        case.name, case.words, case.draws, moved, limits.seconds(moved, case.draws * elements), seconds, case.judged
-    )
+    bound, roof = limits.seconds(moved, case.draws * elements), limits.read_seconds(moved) if case.reads else 0.0
+    return Row(case.name, case.words, case.draws, moved, bound, seconds, case.judged, roof)
 
 
 def verdict(rows: list[Row]) -> list[str]:
@@ -237,16 +241,19 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
         "",
         f"Floor: {limits['bandwidth'] / 1e9:.1f} GB/s ({limits['stores']}; {limits['array_bytes'] >> 20} MiB arrays; "
         + "; ".join(f"{when}: " + ", ".join(f"{k} {v:.1f}" for k, v in run.items()) for when, run in shown_runs)
-        + f"), {limits['draw_rate'] / 1e9:.2f} G normals/s.",
+        + f"), {limits['draw_rate'] / 1e9:.2f} G normals/s. Roofline of passes that only read (ours/read): "
+        f"{limits['read_bandwidth'] / 1e9:.1f} GB/s.",
         "",
         "Best time of a call; then its time over ours, median and quartiles of the rounds.",
         "",
     ]
     large, small = [r for r in rows if r.floor], [r for r in rows if not r.floor]
     if large:
-        lines += [f"| op | words | floor ms | ours ms | ours/floor | GB/s | {titles} |", "|---" * (6 + len(ways)) + "|"]
+        head = "op | words | floor ms | ours ms | ours/floor | ours/read | GB/s"
+        lines += [f"| {head} | {titles} |", "|---" * (7 + len(ways)) + "|"]
     for r in large:
         numbers = f"{r.words:g} | {r.floor * 1e3:.2f} | {r.best() * 1e3:.2f} | {r.over_floor():.2f}"
+        numbers += f" | {r.over_read():.2f}" if r.roof else " | "
         cells = " | ".join(_cell(r, way, 1e3) for way in ways)
         lines.append(f"| {r.name} | {numbers} | {r.moved_bytes / r.best() / 1e9:.1f} | {cells} |")
     shown = [way for way in ways if any(way in row.seconds for row in small)]

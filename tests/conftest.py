@@ -7,6 +7,7 @@ features; ``digits``: 96 real 8x8 digits; both with cross-entropy and in float64
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from tsam_ext import _cuda
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests make sense on the package at hand: the CPU's ops, or CUDA's on the CPU (tests/simt/run.py)."""
+    emulated = "TSAM_EMULATED" in os.environ
+    no_gpu = "no CUDA device here" if not torch.cuda.is_available() else _cuda.cause
+    for item in items:
+        host_only = item.get_closest_marker("host_only")
+        if emulated and host_only:
+            item.add_marker(pytest.mark.skip(reason=f"on emulated CUDA: {host_only.args[0]}"))
+        if no_gpu and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=f"not run: {no_gpu}"))
+        if not emulated and item.get_closest_marker("emulated"):
+            item.add_marker(pytest.mark.skip(reason="python tests/simt/run.py builds what it needs"))
 
 
 class Problem:

@@ -35,10 +35,34 @@ def find(name: str, dtype: torch.dtype = torch.float32) -> Case:
 
 
 def test_floor_counts_real_bytes() -> None:
-    assert {k: floor.bytes_moved(k, 1000) for k in floor.WORDS} == {"copy": 8000, "triad": 12_000, "add": 12_000}
-    limits = floor.Floor(bandwidth=8e9, draw_rate=1e9, stores="", array_bytes=0, runs=())
+    assert {k: floor.bytes_moved(k, 1000) for k in floor.WORDS} == {
+        "copy": 8000,
+        "triad": 12_000,
+        "add": 12_000,
+        "read": 4000,
+    }
+    limits = floor.Floor(bandwidth=8e9, read_bandwidth=4e9, draw_rate=1e9, stores="", array_bytes=0, runs=())
     assert limits.seconds(8e9, 0.5e9) == 1.0  # the memory is slower
     assert limits.seconds(8e9, 2e9) == 2.0  # drawing is
+    assert limits.read_seconds(8e9) == 2.0
+
+
+def test_reading_is_a_roofline_of_its_own_and_no_part_of_the_floor() -> None:
+    class Program:
+        stores = ""
+
+    runs = [{"copy": 3e9, "triad": 5e9, "add": 4e9, "read": 7e9}, {"copy": 2e9, "triad": 1e9, "add": 6e9, "read": 8e9}]
+    limits = floor.combined(Program(), 0, runs, [1e9, 2e9])  # type: ignore[arg-type]
+    assert (limits.bandwidth, limits.read_bandwidth, limits.draw_rate) == (6e9, 8e9, 2e9)
+    with torch.no_grad():
+        found = {case.name: case.reads for case in cases([8], torch.float32) if case.words}
+        assert [name for name, reads in found.items() if reads] == ["grad_norm_", "grad_norm_ adaptive"]
+        norm, moving = (
+            ops.row_of(find(name), {"ours": [1.0]}, limits, 1, torch.float32) for name in ("grad_norm_", "kick")
+        )
+    assert norm.over_read() == pytest.approx(1.0 / (4 / 8e9))
+    assert norm.over_floor() == pytest.approx(1.0 / (4 / 6e9))
+    assert moving.over_read() != moving.over_read()  # NaN: it writes
 
 
 def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None:
@@ -94,7 +118,11 @@ def test_the_program_does_its_work_with_any_number_of_threads() -> None:
         ("stream(a + i, load(b + i))", "stream(a + i, load(c + i))"),
         ("mul(s, load(c + i))", "load(c + i)"),
         ("add(load(a + i), load(b + i))", "load(b + i)"),
-        ("c.data, begin, end)", "c.data, begin, end - 16)"),
+        ("run(kernel, a.data, b.data, c.data, begin, end)", "run(kernel, a.data, b.data, c.data, begin, end - 16)"),
+        ("read(shape, c.data, begin, end)", "read(shape, c.data, begin, end - 16)"),
+        ("read(shape, c.data, begin, end)", "read(shape, b.data, begin, end)"),
+        ("p + (s * part + k) * kLanes", "p + k * kLanes"),
+        ("k = Streams * part; k", "k = Streams * part + 1; k"),
     ],
 )
 def test_the_program_notices_wrong_results(
@@ -106,7 +134,7 @@ def test_the_program_notices_wrong_results(
     source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(floor, "SOURCE", source)
     with pytest.raises(floor.FloorError, match="wrong"):
-        floor.Program().seconds(4096, 2, 2)
+        floor.Program().seconds(4096, 3, 2)  # parts that no number of streams divides
 
 
 @pytest.mark.parametrize("sizes", [[1], [5, 4096, 3, 70_001]])
@@ -182,13 +210,22 @@ def test_ways_take_turns() -> None:
 
 @pytest.mark.parametrize(("load", "warned"), [(0.1, False), (3.0, True)])
 def test_the_table_says_when_the_machine_was_busy(load: float, warned: bool) -> None:
-    limits = {"bandwidth": 1e9, "stores": "", "array_bytes": 0, "draw_rate": 1e9, "runs": [{"copy": 1.0}] * 3}
+    limits = {
+        "bandwidth": 1e9,
+        "read_bandwidth": 1e9,
+        "stores": "",
+        "array_bytes": 0,
+        "draw_rate": 1e9,
+        "runs": [{"copy": 1.0}] * 3,
+    }
     where = dict.fromkeys(("date", "processor", "threads", "isa", "torch", "command", "dtype", "tensors", "rounds"), "")
+    reading = replace(row("norm", "", [1.0], [2.0]), roof=0.8)
     text = ops.markdown(
-        [row("op", "", [1.0], [2.0])], {**where, "elements": 1, "load": load, "floor": limits, "notes": []}
+        [row("op", "", [1.0], [2.0]), reading], {**where, "elements": 1, "load": load, "floor": limits, "notes": []}
     )
     assert ("do not quote" in text) is warned
-    assert "| op | 3 | 1000.00 | 1000.00 | 1.00 | 1.0 | 2000.00, ×2.00 [2.00, 2.00] |" in text
+    assert "| norm | 3 | 1000.00 | 1000.00 | 1.00 | 1.25 | 1.0 | 2000.00" in text
+    assert "| op | 3 | 1000.00 | 1000.00 | 1.00 |  | 1.0 | 2000.00, ×2.00 [2.00, 2.00] |" in text
 
 
 def test_sizes_add_up() -> None:
@@ -219,7 +256,10 @@ def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
     assert where["elements"] == 1_000_000
     runs = where["floor"]["runs"]
     assert [list(run) for run in runs] == [list(floor.WORDS)] * 2  # before and after
-    assert where["floor"]["bandwidth"] / 1e9 == pytest.approx(max(v for run in runs for v in run.values()))
+    assert where["floor"]["bandwidth"] / 1e9 == pytest.approx(
+        max(v for run in runs for kernel, v in run.items() if kernel != floor.READ)
+    )
+    assert where["floor"]["read_bandwidth"] / 1e9 == pytest.approx(max(run[floor.READ] for run in runs))
     assert [r["name"] for r in kept["results"]] == [c.name for c in cases([8], torch.float32)]
     for result in kept["results"]:
         assert {"ours", "plain"} <= result["seconds"].keys()
@@ -229,6 +269,8 @@ def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
             result["moved_bytes"] / where["floor"]["bandwidth"], result["draws"] * 1e6 / where["floor"]["draw_rate"]
         )
         assert result["floor"] == pytest.approx(want)
+        reads = result["name"].startswith("grad_norm_")
+        assert result["roof"] == pytest.approx(reads * result["moved_bytes"] / where["floor"]["read_bandwidth"])
 
 
 def test_without_a_compiler_it_says_so_and_exits_with_2(

@@ -28,7 +28,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"position": [X[0], X[0].int()]}, ValueError, r"position\[1\]: got a torch.strided tensor of torch.int32"),
     ({"position": [X[0].cfloat()]}, ValueError, r"position\[0\]: got a torch.strided tensor of torch.complex64"),
     ({"position": [X[0].to_sparse()]}, ValueError, r"position\[0\]: got a torch.sparse_coo tensor"),
-    ({"position": [X[0].to("meta")]}, ValueError, r"position\[0\]: got a tensor on meta, expected a cpu tensor"),
+    (
+        {"position": [X[0].to("meta")]},
+        ValueError,
+        r"position\[0\]: got a tensor on meta, expected one that kernels run on",
+    ),
     ({"position": [X[0], X[0]]}, ValueError, r"log_density: got a value that does not depend on position\[1\]"),
     ({"position": [torch.tensor([math.nan])]}, ValueError, "log_density: got nan at the start, expected a finite"),
     ({"log_density": 3}, TypeError, "log_density: got int, expected a function of a list of tensors"),
@@ -48,7 +52,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_samples": 1.5}, TypeError, "num_samples: got 1.5, expected an integer"),
     ({"burn_in": -1}, ValueError, "burn_in: got -1, expected an integer from 0"),
     ({"thin": 0}, ValueError, "thin: got 0, expected an integer from 1"),
-    ({"thin": 1 << 30, "num_samples": 4}, ValueError, r"burn_in \+ thin num_samples: got 4294967296, expected an int"),
+    (
+        {"thin": 1 << 30, "num_samples": 4, "burn_in": 7},
+        ValueError,
+        r"burn_in \+ thin \* num_samples: got 4294967303, expected an integer from 1 to 4294967295",
+    ),
     ({"num_leapfrog_steps": 0}, ValueError, "num_leapfrog_steps: got 0, expected an integer from 1 to 65536"),
     ({"num_leapfrog_steps": True}, TypeError, "num_leapfrog_steps: got True"),
     ({"step_size": 0.0}, ValueError, "step_size: got 0.0, expected a finite number above 0$"),
@@ -58,6 +66,17 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"inverse_mass": 0}, ValueError, "inverse_mass: got 0, expected a finite number above 0"),
     ({"inverse_mass": [1.0, 1.0]}, ValueError, r"inverse_mass: got 2 entries, expected 1 \(as many as position\)"),
     ({"inverse_mass": [-1.0]}, ValueError, r"inverse_mass\[0\]: got -1.0, expected a finite number above 0"),
+    (
+        {"inverse_mass": 1e300},
+        ValueError,
+        r"inverse_mass\[0\]: got 1e\+300, expected a number whose root is a normal torch.float32, as pos",
+    ),
+    ({"inverse_mass": [1e-80]}, ValueError, r"inverse_mass\[0\]: got 1e-80, expected a number whose root is a normal"),
+    (
+        {"inverse_mass": 10**400},
+        ValueError,
+        "inverse_mass: got an integer of 1329 bits, expected a finite number",
+    ),
     ({"adapt_step_size": 1}, TypeError, "adapt_step_size: got 1, expected True or False"),
     ({"metropolis": None}, TypeError, "metropolis: got None, expected True or False"),
     ({"progress": "yes"}, TypeError, "progress: got 'yes', expected True or False"),
@@ -91,3 +110,30 @@ def test_a_log_density_that_changes_its_mind_is_refused_when_it_does() -> None:
     with pytest.raises(ValueError, match=r"log_density: got a torch.float32 tensor of shape \(2,\)"):
         hmc.sample(late, X)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (5, TypeError, "names: got int, expected a list of 1 different names"),
+        ("x", TypeError, "names: got str, expected a list of 1 different names"),
+        ([None], TypeError, r"names\[0\]: got NoneType, expected a string"),
+        (["a", "b"], ValueError, r"names: got \['a', 'b'\], expected 1 different names"),
+    ],
+)
+def test_names_of_a_trace_are_checked(names: Any, error: type[Exception], message: str) -> None:
+    trace = hmc.sample(density, X, num_samples=2, burn_in=0)
+    with pytest.raises(error, match=rf"^tsam\.hmc\.Trace\.to_dict: {message}"):
+        trace.to_dict(names)
+
+
+def test_the_default_device_is_nobody_s_business() -> None:
+    want = hmc.sample(density, X, num_samples=5, burn_in=2, seed=3)
+    torch.set_default_device("meta")
+    try:
+        got = hmc.sample(density, X, num_samples=5, burn_in=2, seed=3)
+        hmc.sample(density, X, num_samples=1, burn_in=0)  # draws its seed
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(got.draws[0], want.draws[0])
+    assert torch.equal(got.log_density, want.log_density)

@@ -111,6 +111,7 @@ print(_C.__isa__, digest.hexdigest())
 """
 
 
+@pytest.mark.host_only("instruction sets are the CPU's")
 def test_every_op_has_the_same_bits_on_every_instruction_set() -> None:
     flags = Path("/proc/cpuinfo").read_text()
     sets = ["baseline", *(["avx2"] if "avx2" in flags else []), *(["avx512"] if "avx512bw" in flags else [])]

@@ -34,7 +34,7 @@ LAYERS = {
     "functional": {"_ops"},
     "settings": {"_cuda", "functional"},
     "chain": {"_ops", "estimate", "integrators", "settings", "table"},
-    "hmc": {"_ops", "chain", "functional", "integrators"},
+    "hmc": {"_cuda", "_ops", "chain", "functional", "integrators"},
     "metrics": {"_ops", "chain", "functional"},
     "base": {"settings"},
     "checkpoint": {"chain", "settings"},

@@ -4,8 +4,11 @@
 // Invariant: no function here has external linkage but the table, and none is a template of another library.
 #include "apply.h"
 
+#include <cstring>
+
 #include "../core/leapfrog.h"
 #include "../core/weights.h"
+#include "copy.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
@@ -29,28 +32,33 @@ double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
   return sum.total();
 }
 
+void copy(void* to, const void* from, int64_t bytes, bool past_caches) {
+  if (past_caches) {
+    copy_past_caches(to, from, bytes);
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+}
+
 template <typename T>
-void perturb_run(T* position, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale, bool adaptive,
-                 bool save) {
+void perturb_run(T* position, const T* from, int64_t n, uint64_t element, const Stream& stream, double scale,
+                 bool adaptive) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   const Perturb<C> functor{static_cast<C>(scale), adaptive};
-  const T* from = save ? position : saved;
   for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
     C origin[W], moved[W];
     load(from + i, count, origin);
-    if (save)
-      for (int k = 0; k < count; ++k) saved[i + k] = from[i + k];
     functor(origin, z, moved);
     store(moved, count, position + i);
   });
 }
 
-void perturb(DType dtype, void* position, void* saved, int64_t n, uint64_t element, Stream stream, double scale,
-             bool adaptive, bool save) {
+void perturb(DType dtype, void* position, const void* origin, int64_t n, uint64_t element, Stream stream, double scale,
+             bool adaptive) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    perturb_run(static_cast<T*>(position), static_cast<T*>(saved), n, element, stream, scale, adaptive, save);
+    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), n, element, stream, scale, adaptive);
   });
 }
 
@@ -74,22 +82,18 @@ double sum_squares(DType dtype, const void* grad, const void* origin, int64_t n)
   });
 }
 
-void ascend(DType dtype, void* position, void* saved, const void* grad, int64_t n, double scale, bool adaptive,
-            bool save) {
+void ascend(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using C = compute_t<T>;
-    T *p = static_cast<T*>(position), *o = static_cast<T*>(saved);
-    const T* g = static_cast<const T*>(grad);
-    const Ascend<C> functor{static_cast<C>(scale), adaptive};
+    T* const p = static_cast<T*>(position);
+    const T *const g = static_cast<const T*>(grad), *const o = static_cast<const T*>(origin);
+    const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
     for_blocks<kLanes>(n, [&](int64_t i, auto count) {
       C x[kLanes], d[kLanes], gradient[kLanes];
       load(p + i, count, x);
       load(g + i, count, gradient);
-      if (save) {
-        for (int k = 0; k < count; ++k) o[i + k] = p[i + k];
-        for (int k = 0; k < kLanes; ++k) d[k] = x[k];
-      } else if (adaptive) {
+      if (o != nullptr) {
         load(o + i, count, d);
       } else {
         for (int k = 0; k < kLanes; ++k) d[k] = C(0);
@@ -349,14 +353,14 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
 #define TSAM_STRING_(x) #x
 #define TSAM_STRING(x) TSAM_STRING_(x)
 extern const cpu::Kernels kernel_table;
-const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),   cpu_apply::noise_sum_squares,
-                                   cpu_apply::perturb,      cpu_apply::sum_squares,
-                                   cpu_apply::ascend,       cpu_apply::assign,
-                                   cpu_apply::blend,        cpu_apply::poison,
-                                   cpu_apply::weighted_sum, cpu_apply::to_float64,
-                                   cpu_apply::round_sum,    cpu_apply::leapfrog,
-                                   cpu_apply::hmc,          cpu_apply::hmc_place,
-                                   cpu_apply::kick};
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),  cpu_apply::noise_sum_squares,
+                                   cpu_apply::copy,        cpu_apply::perturb,
+                                   cpu_apply::sum_squares, cpu_apply::ascend,
+                                   cpu_apply::assign,      cpu_apply::blend,
+                                   cpu_apply::poison,      cpu_apply::weighted_sum,
+                                   cpu_apply::to_float64,  cpu_apply::round_sum,
+                                   cpu_apply::leapfrog,    cpu_apply::hmc,
+                                   cpu_apply::hmc_place,   cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

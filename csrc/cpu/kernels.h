@@ -22,7 +22,7 @@ struct Factor {
 struct HmcRun {
   void* position;      // theta, written from the moved x
   const void* origin;  // theta_0
-  void* momentum;      // read, or drawn from `stream`; written unless `energy_only`
+  void* momentum;      // read, or drawn from `stream`; written with `keep_momentum`
   const void* from;    // x before the drift
   void* to;            // x after it; may be `from`
   const void* start;   // x at the trajectory's start: sum |x' - start|^2
@@ -47,18 +47,19 @@ struct Kernels {
   // sum of z^2 over the run. Words: 0.
   double (*noise_sum_squares)(int64_t n, uint64_t element, Stream stream);
 
-  // position = origin + scale D z. `save`: position is the origin and is copied to `saved` first
-  // (words: read 1, write 2); otherwise `saved` is the origin (read 1, write 1).
-  void (*perturb)(DType dtype, void* position, void* saved, int64_t n, uint64_t element, Stream stream, double scale,
-                  bool adaptive, bool save);
+  // A copy, bit for bit, past the caches or not. Words: read 1, write 1; through the caches the target is read too.
+  void (*copy)(void* to, const void* from, int64_t bytes, bool past_caches);
+
+  // position = origin + scale D z; the origin may be position itself. Words: read 1, write 1.
+  void (*perturb)(DType dtype, void* position, const void* origin, int64_t n, uint64_t element, Stream stream,
+                  double scale, bool adaptive);
 
   // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
 
-  // position += scale D^2 g. `save`: position is theta_0 and is copied to `saved` first (read 2, write 2);
-  // otherwise read 2 (3 adaptive), write 1.
-  void (*ascend)(DType dtype, void* position, void* saved, const void* grad, int64_t n, double scale, bool adaptive,
-                 bool save);
+  // position += scale D^2 g, D = |origin|, which may be position itself, if origin is given. Words: read 2 (3
+  // adaptive), write 1.
+  void (*ascend)(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n);
@@ -84,7 +85,7 @@ struct Kernels {
   // One pass of HMC. Words: what is not null, once each; the momentum of a draw is not read.
   HmcSums (*hmc)(DType dtype, const HmcRun& run, const HmcPass& pass, int64_t n);
 
-  // x = scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
+  // x = draw_scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
   void (*hmc_place)(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
                     double draw_scale, Stream stream, uint64_t element, int64_t n);
 

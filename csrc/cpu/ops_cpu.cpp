@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -22,8 +21,14 @@ namespace {
 
 using namespace ops;
 
-// Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
-// no buffer for z: their norm has to be known before the first element is written.
+// One chunk of a list, copied from another list.
+void copy_chunk(const Kernels& k, const Run& to, const Run& from, const Chunk& chunk, bool past_caches) {
+  k.copy(at(to, chunk), at(from, chunk), chunk.length * item_bytes(to.dtype), past_caches);
+}
+
+// Words a float32 element: read 1, write 2 with save, else read 1, write 1. A chunk that is saved stays in the nearest
+// cache until it is moved. sphere and ball draw twice and so need no buffer for z: their norm has to be known before
+// the first element is written.
 void perturb(const PerturbArguments& a) {
   const Stream stream = a.counter.stream(kPerturbation);
   const Kernels& k = kernels();
@@ -37,10 +42,13 @@ void perturb(const PerturbArguments& a) {
         sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
   const double scale = noise_scale(a.noise, a.dimension, sum_squares, a.counter.stream(kBallRadius));
   a.state[kNoiseScale] = scale;
+  const bool past_caches = a.save && goes_past_caches(a.saved);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    k.perturb(a.position[t].dtype, at(a.position[t], chunk), at(a.saved[t], chunk), chunk.length, element(chunk),
-              stream, (a.negate ? -scale : scale) * a.radius[t], a.adaptive[t], a.save);
+    const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
+    if (a.save) copy_chunk(k, a.saved[t], position, chunk, past_caches);
+    k.perturb(position.dtype, at(position, chunk), at(origin, chunk), chunk.length, element(chunk), stream,
+              (a.negate ? -scale : scale) * a.radius[t], a.adaptive[t]);
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
@@ -59,10 +67,13 @@ void grad_norm(const GradNormArguments& a) {
 // Words: read 2 (adaptive 3), write 1; with save read 2, write 2. Takes |D g| from state.
 void ascend(const AscendArguments& a) {
   const Kernels& k = kernels();
+  const bool past_caches = a.save && goes_past_caches(a.saved);
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    k.ascend(a.position[t].dtype, at(a.position[t], chunk), at(a.saved[t], chunk), at(a.grads[t], chunk), chunk.length,
-             ascent_scale(a.rho[t], a.state[kGradNorm]), a.adaptive[t], a.save);
+    const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
+    if (a.save) copy_chunk(k, a.saved[t], position, chunk, past_caches);
+    k.ascend(position.dtype, at(position, chunk), a.adaptive[t] ? at(origin, chunk) : nullptr, at(a.grads[t], chunk),
+             chunk.length, ascent_scale(a.rho[t], a.state[kGradNorm]));
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
@@ -74,9 +85,17 @@ void tilt_update(const TiltUpdateArguments& a) {
   count_sample(a.state, scalar_value(a.loss), a.log_size, kNaN, a.row, a.skip_nonfinite, a.last);
 }
 
+// What the elements of an accumulator have to do; a state in which no step has begun does not say.
+int action_of(const Op& op, const double* state) {
+  const double action = state[kAction];
+  if (!(action >= kSkip && action <= kPoison))
+    fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
+  return static_cast<int>(action);
+}
+
 // Words: read 2, write 1; the first counted sample read 1, write 1. Adopted: words 0, unless the result has become NaN.
 void accumulate(const AccumulateArguments& a) {
-  const int action = static_cast<int>(a.state[kAction]);
+  const int action = action_of(a.op, a.state);
   if (action == kSkip || (a.adopted && action == kAssign)) return;
   if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
   const Kernels& k = kernels();
@@ -95,10 +114,11 @@ void accumulate(const AccumulateArguments& a) {
 
 // Words: read 1, write 1. Bit for bit, whatever the dtype.
 void restore(const RestoreArguments& a) {
+  const Kernels& k = kernels();
+  const bool past_caches = goes_past_caches(a.position);
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    const DType dtype = a.position[t].dtype;
-    std::memcpy(at(a.position[t], chunk), at(a.saved[t], chunk), static_cast<size_t>(chunk.length * item_bytes(dtype)));
+    copy_chunk(k, a.position[t], a.saved[t], chunk, past_caches);
   });
 }
 

@@ -52,6 +52,16 @@ double sum_chunks(const ChunkPlan& plan, const Body& body) {
   return std::accumulate(partial.begin(), partial.end(), 0.0);
 }
 
+// Lists of more bytes than this are copied past the caches: what is written is not read again before others have used
+// them up. Smaller ones are better kept there.
+constexpr int64_t kPastCaches = int64_t{16} << 20;
+
+inline bool goes_past_caches(const checks::Runs& runs) {
+  int64_t bytes = 0;
+  for (const checks::Run& run : runs) bytes += run.size * checks::item_bytes(run.dtype);
+  return bytes > kPastCaches;
+}
+
 inline char* at(const checks::Run& run, const Chunk& chunk) {
   return run.data + chunk.offset * checks::item_bytes(run.dtype);
 }

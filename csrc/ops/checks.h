@@ -98,6 +98,7 @@ inline const char* dtype_name(DType dtype) {
 }
 
 inline DType dtype_of(const Where& where, const Tensor& tensor) {
+  if (!tensor.defined()) fail(where, "None", "a tensor");
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,28 +28,50 @@ def _register() -> None:
         substitute_in_graph(getattr(_C, name), skip_signature_check=True)(stand_in)
 
 
-class _OnceDynamoIsThere(importlib.abc.MetaPathFinder):
-    """Finds torch._dynamo as everybody else would, and registers as soon as it has run."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds torch._dynamo as everybody else would, with a loader that registers as soon as it has run.
+
+    It stays until then: to be found is not to be imported, and an import may fail and be tried again.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != "torch._dynamo":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
 
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                _register()
 
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+class _Loader(importlib.abc.Loader):
+    """The loader that it is given, but for what follows the module's execution."""
+
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+            _register()
 
 
 if "torch._dynamo" in sys.modules:
     _register()
 else:
-    sys.meta_path.insert(0, _OnceDynamoIsThere())
+    sys.meta_path.insert(0, _Finder())

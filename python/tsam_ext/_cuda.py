@@ -15,6 +15,8 @@ import torch
 
 from . import _C, _ops
 
+__all__ = ["why_not"]
+
 LIBRARY = "libtsam_cuda.so"
 
 
@@ -45,6 +47,13 @@ def load(folder: Path) -> str | None:
     return too_old(*_versions(library))
 
 
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on tensors of a device, or None: those of the CPU always do."""
+    if device.type == "cpu":
+        return None
+    return cause if device.type == "cuda" else "there are kernels for cpu and cuda tensors"
+
+
 def refuse(cause: str) -> None:
     """Makes every op refuse CUDA tensors with the cause."""
     for name in _ops.NAMES:
@@ -56,13 +65,12 @@ def refuse(cause: str) -> None:
 
 
 _library = torch.library.Library("tsam", "IMPL")  # type: ignore[no-untyped-call]
-# Why CUDA tensors are refused, or None.
-CAUSE: str | None = "this torch is built without CUDA"
+cause: str | None = "torch is a CPU build"  # why CUDA tensors have no kernels here, or None
 if torch.version.cuda is not None:
     _folder = Path(_C.__file__).parent
-    CAUSE = load(_folder)
-    if CAUSE is not None:
-        refuse(CAUSE)
+    cause = load(_folder)
+    if cause is not None:
+        refuse(cause)
         # Not where nobody built it: most of those machines have no GPU.
         if (_folder / LIBRARY).is_file():
-            warnings.warn(f"tsam_ext runs on the CPU only: {CAUSE}.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"tsam_ext runs on the CPU only: {cause}.", RuntimeWarning, stacklevel=2)

@@ -6,7 +6,7 @@ are checked by the kernels themselves (csrc/ops/checks.h); tsam_ext.functional i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,20 +58,33 @@ LIST_OPS = (
 NAMES = (*LIST_OPS, "tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb", "tilt_summary")
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    for arg in args:
-        yield from ((arg,) if isinstance(arg, Tensor) else arg if isinstance(arg, (list, tuple)) else ())
+def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+    """Refuses tensors of two devices: a meta one among others brings an op to its fake instead of to a kernel.
+
+    Doing nothing, or handing out a tensor without values, would be silent and wrong.
+    """
+    first: tuple[str, torch.device] | None = None
+    for argument, value in zip(getattr(_library, name).default._schema.arguments, args, strict=False):
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor):
+                place = f"{argument.name}[{i}]" if tensors is value else argument.name
+                first = first or (place, tensor.device)
+                if tensor.device != first[1]:
+                    expected = f"one on {first[1]}, as {first[0]} is"
+                    raise ValueError(f"tsam.{name}: {place}: got a tensor on {tensor.device}, expected {expected}")
 
 
-def _fake_in_place(name: str) -> Callable[..., None]:
-    def fake(*args: Any) -> None:
-        # A list with a meta tensor in it comes here instead of to a kernel: doing nothing would be silent and wrong.
-        devices = sorted({str(t.device) for t in _tensors(args) if isinstance(t, Tensor)})
-        if len(devices) > 1:
-            got = f"tensors on {' and '.join(devices)}"
-            raise ValueError(f"tsam.{name}: got {got}, expected all arguments on one device")
+def _register_fake(name: str, result: Callable[..., Any]) -> None:
+    def fake(*args: Any) -> Any:
+        _check_devices(name, args)
+        return result(*args)
 
-    return fake
+    torch.library.register_fake(f"tsam::{name}", fake)
+
+
+def _fake_in_place(*args: Any) -> None:
+    return None
 
 
 def _fake_loss(losses: Tensor, tilt: float) -> Tensor:
@@ -98,11 +111,16 @@ def _fake_summary(state: Tensor, num_samples: int) -> Tensor:
     return state.new_empty((num_samples + 2,))
 
 
+def loss_backward(weights: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the tilted mean. Not 0-dim times vector: of no rows torch's vmap refuses such a product."""
+    return grad.reshape(1) * weights
+
+
 def weights_backward(weights: Tensor, grad: Tensor, tilt: float) -> Tensor:
     """d/dL of Σ grad · softmax(tL): t w ⊙ (grad − Σ w grad); zero where the weights are constant (t = 0, ±inf)."""
     if tilt == 0.0 or tilt in (float("inf"), float("-inf")):
         return torch.zeros_like(weights)
-    return tilt * weights * (grad - (weights * grad).sum())
+    return tilt * weights * (grad - (weights * grad).sum(0, keepdim=True))
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,7 +130,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (losses,) = ctx.saved_tensors
-    return grad * tilted_weights(losses, ctx.tilt), None
+    return loss_backward(tilted_weights(losses, ctx.tilt), grad), None
 
 
 def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -122,9 +140,10 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 def reduce_backward(weights: Tensor, values: Tensor, grad: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """Gradients of Σ w_j values_j to the losses and to the values."""
-    rows = values.reshape(values.shape[0], -1)
-    products = (rows @ grad.reshape(-1, 1)).squeeze(1).to(weights.dtype)
-    shape = (-1,) + (1,) * grad.dim()
+    rows = values.reshape(values.shape[0], grad.numel())
+    with torch.autocast(values.device.type, enabled=False):  # it would round both factors to half precision
+        products = (rows @ grad.reshape(grad.numel(), 1)).squeeze(1).to(weights.dtype)
+    shape = (weights.shape[0],) + (1,) * grad.dim()
     return weights_backward(weights, products, tilt), weights.to(values.dtype).reshape(shape) * grad
 
 
@@ -192,14 +211,14 @@ def perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name in LIST_OPS:
-    torch.library.register_fake(f"tsam::{_name}", _fake_in_place(_name))
-torch.library.register_fake("tsam::tilted_loss", _fake_loss)
-torch.library.register_fake("tsam::tilted_weights", _fake_weights)
-torch.library.register_fake("tsam::tilted_reduce", _fake_reduce)
-torch.library.register_fake("tsam::leapfrog", _fake_leapfrog)
-torch.library.register_fake("tsam::kick", _fake_first)
-torch.library.register_fake("tsam::perturb", _fake_first)
-torch.library.register_fake("tsam::tilt_summary", _fake_summary)
+    _register_fake(_name, _fake_in_place)
+_register_fake("tilted_loss", _fake_loss)
+_register_fake("tilted_weights", _fake_weights)
+_register_fake("tilted_reduce", _fake_reduce)
+_register_fake("leapfrog", _fake_leapfrog)
+_register_fake("kick", _fake_first)
+_register_fake("perturb", _fake_first)
+_register_fake("tilt_summary", _fake_summary)
 torch.library.register_autograd("tsam::tilted_loss", _loss_backward, setup_context=_keep_inputs)
 torch.library.register_autograd("tsam::tilted_weights", _weights_backward, setup_context=_keep_inputs)
 torch.library.register_autograd("tsam::tilted_reduce", _reduce_backward, setup_context=_keep_inputs)

@@ -206,6 +206,7 @@ class HmcEstimate(Estimate):
     def place(self) -> None:
         """theta = theta_0 + the chain's position, or a draw from the prior where there is no chain to go on with."""
         chain = self.chain
+        chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
         self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
         self._before = (chain.scalars.clone(), chain.started)
         draw = self._hmc.chain == "fresh" or not chain.started

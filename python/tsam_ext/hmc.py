@@ -18,8 +18,18 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._cuda import why_not
 from .chain import SLOTS, ChainSlot
-from .functional.checks import check_int, check_list, check_number, check_seed, refuse
+from .functional.checks import (
+    check_each,
+    check_flag,
+    check_int,
+    check_list,
+    check_number,
+    check_positive,
+    check_seed,
+    refuse,
+)
 from .functional.state import new_state
 from .integrators import LEAPFROG, MCLACHLAN, substeps
 
@@ -64,11 +74,17 @@ class Trace:
             statistics are lp, acceptance_rate, diverging and energy_error. NumPy has no bfloat16: float32 instead.
 
         Raises:
-            ValueError: not one name a tensor, or a name twice.
+            TypeError, ValueError: not one name a tensor, or a name twice.
         """
+        op, expected = "hmc.Trace.to_dict", f"{len(self.draws)} different names"
+        if not isinstance(names, (list, tuple, type(None))):
+            raise refuse(op, "names", type(names).__name__, f"a list of {expected}", TypeError)
         chosen = [f"x{i}" for i in range(len(self.draws))] if names is None else list(names)
+        for i, name in enumerate(chosen):
+            if not isinstance(name, str):
+                raise refuse(op, f"names[{i}]", type(name).__name__, "a string", TypeError)
         if len(chosen) != len(self.draws) or len(set(chosen)) != len(chosen):
-            raise refuse("hmc.Trace.to_dict", "names", names, f"{len(self.draws)} different names")
+            raise refuse(op, "names", names, expected)
         statistics = {
             "lp": self.log_density,
             "acceptance_rate": self.acceptance_rate,
@@ -146,22 +162,21 @@ def sample(
     num_samples = check_int(OP, "num_samples", num_samples, 1, 1 << 31)
     burn_in = check_int(OP, "burn_in", burn_in, 0, 1 << 31)
     thin = check_int(OP, "thin", thin, 1, 1 << 31)
-    total = burn_in + check_int(OP, "burn_in + thin num_samples", thin * num_samples, 1, (1 << 32) - 1 - burn_in)
+    total = check_int(OP, "burn_in + thin * num_samples", burn_in + thin * num_samples, 1, (1 << 32) - 1)
     for name, flag in (("adapt_step_size", adapt_step_size), ("metropolis", metropolis), ("progress", progress)):
-        if not isinstance(flag, bool):
-            raise refuse(OP, name, repr(flag), "True or False", TypeError)
-    scales = [math.sqrt(value) for value in _check_inverse_mass(inverse_mass, len(tensors))]
+        check_flag(OP, name, flag)
+    scales = [math.sqrt(value) for value in _check_inverse_mass(inverse_mass, tensors)]
     plan = substeps(_check_integrator(integrator), check_int(OP, "num_leapfrog_steps", num_leapfrog_steps, 1, 1 << 16))
-    log_step = math.log(_check_positive("step_size", step_size))
+    log_step = math.log(check_positive(OP, "step_size", step_size))
     if not callable(log_density):
         raise refuse(OP, "log_density", type(log_density).__name__, "a function of a list of tensors", TypeError)
-    key = check_seed(OP, int(torch.randint(0, (1 << 63) - 1, ())) if seed is None else seed)
+    key = check_seed(OP, int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed)
     transitions = _with_bar(range(total)) if progress else range(total)
     # Inside inference_mode the log density would have no gradient.
     with torch.inference_mode(False), torch.no_grad():
         walk = _Walk(log_density, tensors, scales, plan, log_step, key, metropolis)
-        draws = [torch.empty((num_samples, *tensor.shape), dtype=tensor.dtype) for tensor in tensors]
-        scalars = torch.empty(num_samples, SLOTS, dtype=torch.float64)
+        draws = [tensor.new_empty((num_samples, *tensor.shape)) for tensor in tensors]
+        scalars = walk.chain.new_empty((num_samples, SLOTS))
         for transition in transitions:
             walk.transition(transition)
             if transition < burn_in and adapt_step_size:
@@ -210,9 +225,10 @@ class _Walk:
         sizes = [-(-tensor.numel() // 4) * 4 for tensor in self.kept]
         self._base = [sum(sizes[:i]) for i in range(len(sizes))]
         self._dimension = sum(tensor.numel() for tensor in self.kept)
-        self.chain = torch.zeros(SLOTS, dtype=torch.float64)
+        device = self.kept[0].device  # torch's default device may be another
+        self.chain = torch.zeros(SLOTS, dtype=torch.float64, device=device)
         self.chain[ChainSlot.LOG_STEP] = log_step
-        self._state, self._one = new_state(0), torch.ones((), dtype=torch.float64)
+        self._state, self._one = new_state(0, device), self.chain.new_ones(())
         self._place()
 
     def transition(self, step: int) -> None:
@@ -355,25 +371,19 @@ def _check_position(position: object) -> list[Tensor]:
     if not any(tensor.numel() for tensor in tensors):
         raise refuse(OP, "position", "no elements", "a list of tensors with at least one element")
     for i, tensor in enumerate(tensors):
-        if tensor.device.type != "cpu":
-            expected = "a cpu tensor (this build has no kernels for it)"
-            raise refuse(OP, f"position[{i}]", f"a tensor on {tensor.device}", expected)
+        if (cause := why_not(tensor.device)) is not None:
+            raise refuse(OP, f"position[{i}]", f"a tensor on {tensor.device}", f"one that kernels run on ({cause})")
     return tensors
 
 
-def _check_positive(argument: str, value: object) -> float:
-    number = check_number(OP, argument, value, "a finite number above 0", 0.0, or_tensor=False)
-    if number == 0.0:
-        raise refuse(OP, argument, repr(value), "a finite number above 0")
-    return number
-
-
-def _check_inverse_mass(value: object, length: int) -> list[float]:
-    if not isinstance(value, (list, tuple)):
-        return [_check_positive("inverse_mass", value)] * length
-    if len(value) != length:
-        raise refuse(OP, "inverse_mass", f"{len(value)} entries", f"{length} (as many as position)")
-    return [_check_positive(f"inverse_mass[{i}]", entry) for i, entry in enumerate(value)]
+def _check_inverse_mass(value: object, position: list[Tensor]) -> list[float]:
+    values = check_each(OP, "inverse_mass", value, len(position), "position", check_positive)
+    for i, (number, tensor) in enumerate(zip(values, position, strict=True)):
+        limits = torch.finfo(tensor.dtype)
+        if not limits.tiny <= math.sqrt(number) <= limits.max:
+            expected = f"a number whose root is a normal {tensor.dtype}, as position[{i}] is scaled by it"
+            raise refuse(OP, f"inverse_mass[{i}]", repr(number), expected)
+    return values
 
 
 def _check_integrator(integrator: object) -> list[float]:

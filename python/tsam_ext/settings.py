@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _cuda
+from ._cuda import why_not
 from .functional.checks import DTYPES, NOISES, is_dense
 
 Tilt = float | torch.Tensor | Callable[[int], float]
@@ -232,19 +232,18 @@ class Settings:
 def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
     spans: list[tuple[int, int, str]] = []
-    home: torch.device | None = None
+    first: tuple[str, torch.device] | None = None
     for name, parameter in named:
         if parameter.layout is not torch.strided:
             raise reject(name, f"a {parameter.layout} tensor", "a dense tensor")
         if parameter.dtype not in DTYPES:
             expected = "a float32, float64, bfloat16 or float16 tensor"
             raise reject(name, f"a {parameter.dtype} tensor", expected)
-        if parameter.device.type != "cpu" and (parameter.device.type != "cuda" or _cuda.CAUSE is not None):
-            cause = _cuda.CAUSE if parameter.device.type == "cuda" else "this build has no kernels for it"
-            raise reject(name, f"a tensor on {parameter.device}", f"a cpu tensor ({cause})")
-        home = parameter.device if home is None else home
-        if parameter.device != home:
-            raise reject(name, f"a tensor on {parameter.device}", f"one on {home}, as the parameters before it")
+        if (cause := why_not(parameter.device)) is not None:
+            raise reject(name, f"a tensor on {parameter.device}", f"one that kernels run on ({cause})")
+        first = first or (name, parameter.device)
+        if parameter.device != first[1]:
+            raise reject(name, f"a tensor on {parameter.device}", f"one on {first[1]}, as {first[0]} is")
         if not is_dense(parameter):
             raise reject(
                 name,
@@ -255,6 +254,6 @@ def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
             begin = parameter.data_ptr()
             spans.append((begin, begin + parameter.numel() * parameter.element_size(), name))
     spans.sort()
-    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+    for (_, end, before), (begin, _, after) in itertools.pairwise(spans):
         if begin < end:
-            raise reject(second, f"memory shared with {first}", "parameters that do not overlap")
+            raise reject(after, f"memory shared with {before}", "parameters that do not overlap")

@@ -34,8 +34,6 @@ SECONDS = 900  # for one build or one test
 # No bit depends on these flags: fused multiply-adds are spelled out, and nothing is contracted (cmake/flags.cmake).
 QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DTSAM_CUDA=OFF")
 QUICK_BUILD += ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -march=native")
-
-
 # A process that has imported these, and nothing of ours, is forked for each test: several times cheaper than a new one.
 WARM = ["hypothesis", "numpy", "pytest", "scipy.stats", "torch", "torch._dynamo", "torch.func"]
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -64,6 +62,11 @@ class Mutant:
     def compiled(self) -> bool:
         """Whether the extension module has to be built again."""
         return any(file.startswith(("csrc/", "cmake/")) or file == "CMakeLists.txt" for file in self.files)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it breaks CUDA code, which only a package with emulated CUDA ops runs (tests/simt)."""
+        return any(file.startswith("csrc/cuda/") for file in self.files)
 
     @classmethod
     def read(cls, path: Path) -> Mutant:
@@ -134,7 +137,7 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def run_pytest(tree: Path, log: Path, arguments: list[str]) -> None:
+def run_pytest(tree: Path, log: Path, emulated: bool, arguments: list[str]) -> None:
     """The body of a test process: pytest in a copy of the project, on the package of that copy."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -143,8 +146,9 @@ def run_pytest(tree: Path, log: Path, arguments: list[str]) -> None:
     sys.path.insert(0, str(tree / "python"))
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(tree / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
-    for name in ("TSAM_ISA", "PYTEST_ADDOPTS"):
+    for name in ("TSAM_ISA", "TSAM_EMULATED", "PYTEST_ADDOPTS"):
         os.environ.pop(name, None)
+    os.environ |= {"TSAM_EMULATED": "1"} if emulated else {}
     import pytest
 
     sys.exit(int(pytest.main(arguments)))
@@ -173,6 +177,7 @@ class Scratch:
 
     folder: Path
     build_jobs: int
+    emulated: bool = False
     tree: Path = field(init=False)
     digest: str = ""
 
@@ -201,6 +206,7 @@ class Scratch:
                     "cmake", "-S", self.tree, "-B", self.tree / "build", "-G", "Ninja",
                     f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}",
                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}", *QUICK_BUILD,
+                    *(["-DTSAM_EMULATE_CUDA=ON"] if self.emulated else []),
                 ],
                 self.folder,
             )  # fmt: skip
@@ -223,9 +229,9 @@ class Scratch:
         """Runs tests on the copy: exit code, failures, errors, output."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
-        arguments = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        arguments = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "--hypothesis-seed=0", f"--junit-xml={report}"]
         log = self.folder / "log.txt"
-        code = exit_code(run_pytest, (self.tree, log, [*arguments, f"--junit-xml={report}", *nodes]), SECONDS)
+        code = exit_code(run_pytest, (self.tree, log, self.emulated, [*arguments, *nodes]), SECONDS)
         output = log.read_text(errors="replace") if log.is_file() else ""
         failures = errors = 0
         if report.is_file():
@@ -370,13 +376,17 @@ def main(arguments: list[str] | None = None) -> int:
             found = must([sys.executable, "-c", "import tsam_ext._C as c; print(c.__file__)"], ROOT / "tests")
             prebuilt = Path(found.strip().splitlines()[-1])
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            jobs = min(options.jobs, len(mutants))
-            build_jobs = max(1, (os.cpu_count() or 1) // jobs)
             PROCESSES.set_forkserver_preload(WARM)
-            scratches = [Scratch(Path(folder, str(i)), build_jobs) for i in range(jobs)]
-            in_parallel(scratches, lambda _, scratch: scratch.prepare(prebuilt))
-            unbroken(scratches, mutants)
-            verdicts = judge_all(scratches, mutants)
+            verdicts = []
+            for emulated in (False, True):
+                group = [m for m in mutants if m.emulated == emulated]
+                jobs = min(options.jobs, len(group))
+                build_jobs = max(1, (os.cpu_count() or 1) // max(1, jobs))
+                scratches = [Scratch(Path(folder, f"{emulated}-{i}"), build_jobs, emulated) for i in range(jobs)]
+                if group:
+                    in_parallel(scratches, lambda _, scratch: scratch.prepare(prebuilt))
+                    unbroken(scratches, group)
+                    verdicts += judge_all(scratches, group)
         return report(verdicts, time.monotonic() - start, options.slowest)
     except CannotRunError as error:
         print(f"mutants: {error}", file=sys.stderr)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+LARGEST = sys.float_info.max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NOISES = ("gaussian", "sphere", "ball")
 
@@ -22,14 +26,39 @@ def refuse(op: str, argument: str, got: object, expected: str, error: type[Excep
     return error(f"tsam.{op}: {argument}: got {got}, expected {expected}")
 
 
+def shown(value: object) -> str:
+    """A bad value in the words of a message: a number or a string itself if it is short, else what it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print very long ones
+    if value is None or isinstance(value, (str, numbers.Number)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:60]}..."
+    return type(value).__name__
+
+
+def order_of(tensor: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    order: list[int] = []
+    for dim, stride in enumerate(tensor.stride()):
+        place = len(order)
+        # By hand, since Dynamo cannot sort symbolic strides; it can compare them.
+        while place > 0 and tensor.stride(order[place - 1]) < stride:
+            place -= 1
+        order.insert(place, dim)
+    return order
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements are one stretch of memory without overlap, in any order of the dimensions."""
-    dims = sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1)
     step = 1
-    for stride, size in dims:
-        if stride != step:
-            return tensor.numel() < 2
-        step *= size
+    for dim in reversed(order_of(tensor)):
+        size = tensor.shape[dim]
+        if size != 1:
+            if tensor.stride(dim) != step:
+                return tensor.numel() < 2
+            step *= size
     return True
 
 
@@ -57,44 +86,77 @@ def check_alike(op: str, argument: str, tensor: object, like: Tensor, reference:
     return tensor
 
 
+def _real(op: str, argument: str, value: object, expected: str, also: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise refuse(op, argument, shown(value), expected + also, TypeError)
+    try:
+        return float(value)
+    except OverflowError:
+        raise refuse(op, argument, shown(value), f"{expected} that float64 can hold") from None
+
+
 def check_number(
     op: str, argument: str, value: object, expected: str, low: float = -math.inf, *, or_tensor: bool = True
 ) -> float:
     """``value`` as a finite float not below ``low``; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise refuse(op, argument, repr(value), expected + (" or a tensor" if or_tensor else ""), TypeError)
-    if not math.isfinite(value) or value < low:
-        raise refuse(op, argument, repr(value), expected)
-    return float(value)
+    number = _real(op, argument, value, expected, " or a tensor" if or_tensor else "")
+    # Comparisons, since math's functions break the graph where Dynamo makes a number symbolic.
+    if not max(low, -LARGEST) <= number <= LARGEST:
+        raise refuse(op, argument, shown(value), expected)
+    return number
+
+
+def check_any_number(op: str, argument: str, value: object) -> float:
+    """``value`` as a float; NaN and the infinities pass."""
+    return _real(op, argument, value, "a number or a tensor of one element")
 
 
 def check_tilt(op: str, tilt: object) -> float:
     """``tilt`` as a float; infinities pass, NaN does not."""
     expected = "a number (inf and -inf too)"
-    if isinstance(tilt, bool) or not isinstance(tilt, (int, float, numbers.Real)):
-        raise refuse(op, "tilt", repr(tilt), expected, TypeError)
-    if math.isnan(tilt):
+    number = _real(op, "tilt", tilt, expected)
+    if number != number:
         raise refuse(op, "tilt", "nan", expected)
-    return float(tilt)
+    return number
 
 
 def check_int(op: str, argument: str, value: object, low: int, high: int) -> int:
     """``value`` as an int from ``low`` to ``high``; TypeError or ValueError otherwise."""
     expected = f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise refuse(op, argument, repr(value), expected, TypeError)
+        raise refuse(op, argument, shown(value), expected, TypeError)
     if not low <= int(value) <= high:
-        raise refuse(op, argument, value, expected)
+        raise refuse(op, argument, shown(value), expected)
     return int(value)
+
+
+def check_flag(op: str, argument: str, value: object) -> bool:
+    """``value`` if it is True or False; TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise refuse(op, argument, shown(value), "True or False", TypeError)
+    return value
+
+
+def check_positive(op: str, argument: str, value: object) -> float:
+    """``value`` as a finite float above 0."""
+    number = check_number(op, argument, value, "a finite number above 0", 0.0, or_tensor=False)
+    if number == 0.0:
+        raise refuse(op, argument, shown(value), "a finite number above 0")
+    return number
+
+
+def check_length(op: str, argument: str, value: object) -> float:
+    """``value`` as a finite float not below 0."""
+    return check_number(op, argument, value, "a finite number not below 0", 0.0, or_tensor=False)
 
 
 def check_noise(op: str, argument: str, kind: object) -> int:
     """The number that the kernels give to a kind of noise (csrc/core/perturb.h)."""
     expected = " or ".join(repr(noise) for noise in NOISES)
     if not isinstance(kind, str):
-        raise refuse(op, argument, repr(kind), expected, TypeError)
+        raise refuse(op, argument, shown(kind), expected, TypeError)
     if kind not in NOISES:
-        raise refuse(op, argument, repr(kind), expected)
+        raise refuse(op, argument, shown(kind), expected)
     return NOISES.index(kind)
 
 
@@ -111,6 +173,14 @@ def check_list(op: str, argument: str, tensors: object) -> list[Tensor]:
     return [check_tensor(op, f"{argument}[{i}]", tensor) for i, tensor in enumerate(tensors)]
 
 
+def check_material(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses tensors whose values do not lie in their memory: torch brings none of these to an op that may write."""
+    for i, tensor in enumerate(tensors):
+        if tensor.is_neg() or tensor._is_zerotensor():
+            got = f"a lazily {'negated' if tensor.is_neg() else 'zero'} tensor"
+            raise refuse(op, f"{argument}[{i}]", got, "one whose values lie in its memory (clone() makes one)")
+
+
 def check_writable(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
     """Refuses what autograd or inference mode forbids to change in place."""
     grad_mode = torch.is_grad_enabled()
@@ -123,14 +193,13 @@ def check_writable(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
             raise refuse(op, place, got, "torch.no_grad() around the call: the op has no gradient")
 
 
-def check_numbers(op: str, argument: str, values: object, length: int, reference: str, kind: type) -> list[float]:
-    """One number (or flag) an entry of another list; the kernels check the ranges."""
-    if not isinstance(values, (list, tuple)):
-        raise refuse(op, argument, type(values).__name__, f"a list of {kind.__name__}", TypeError)
-    for i, value in enumerate(values):
-        fits = isinstance(value, numbers.Real if kind is float else numbers.Integral)
-        if not fits or isinstance(value, bool) is not (kind is bool):
-            raise refuse(op, f"{argument}[{i}]", repr(value), f"a value of type {kind.__name__}", TypeError)
-    if len(values) != length:
-        raise refuse(op, argument, f"{len(values)} entries", f"{length} (as many as {reference})")
-    return list(values)
+def check_each(
+    op: str, argument: str, value: object, length: int, reference: str, check: Callable[[str, str, object], T]
+) -> list[T]:
+    """One checked value an entry of another list: from a list of as many, or from one value for all."""
+    if not isinstance(value, (list, tuple)):
+        return [check(op, argument, value)] * length
+    checked = [check(op, f"{argument}[{i}]", entry) for i, entry in enumerate(value)]
+    if len(checked) != length:
+        raise refuse(op, argument, f"{len(checked)} entries", f"{length} (as many as {reference})")
+    return checked

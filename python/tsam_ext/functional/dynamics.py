@@ -14,8 +14,19 @@ from torch import Tensor
 
 from tsam_ext import _ops
 
-from .checks import check_alike, check_int, check_noise, check_number, check_seed, check_tensor, is_dense, refuse
-from .transforms import apply, rows_of_vmap
+from .checks import (
+    check_alike,
+    check_int,
+    check_noise,
+    check_number,
+    check_seed,
+    check_tensor,
+    is_dense,
+    order_of,
+    refuse,
+    shown,
+)
+from .transforms import apply, loop_of_vmap
 
 __all__ = ["kick", "leapfrog", "perturb"]
 
@@ -147,8 +158,7 @@ def perturb(
     draw = check_int(op, "draw", draw, 0, (1 << 60) - 1)
     base = check_int(op, "base", base, 0, (1 << 62) - 1)
     noise = check_noise(op, "kind", kind)
-    if not torch.compiler.is_compiling() and not is_dense(x):
-        x = x.contiguous()
+    x = x if is_dense(x) else x.contiguous()
     result: Tensor = apply(_Perturb, _PerturbReverse, x, radius, key, draw, base, noise)
     return result
 
@@ -162,42 +172,59 @@ def _factor(op: str, argument: str, value: object, like: Tensor, reference: str,
     if not isinstance(value, Tensor):
         number = check_number(op, argument, value, "a finite positive number" if positive else "a finite number")
         if positive and number <= 0.0:
-            raise refuse(op, argument, repr(value), "a finite positive number")
+            raise refuse(op, argument, shown(value), "a finite positive number")
         return _number(number, like)
     factor = check_alike(op, argument, value, like, reference, shape=False)
-    if factor.numel() == 1:
-        return factor.reshape(())
     missing = like.dim() - factor.dim()
     pairs = zip(factor.shape, like.shape[max(missing, 0) :], strict=False)
     if missing < 0 or any(have not in (1, want) for have, want in pairs):
         expected = f"one that broadcasts to {tuple(like.shape)}, the shape of {reference}"
         raise refuse(op, argument, f"shape {tuple(factor.shape)}", expected)
+    if factor.numel() == 1:
+        return factor.reshape(())
     return factor.to(like.dtype).expand(like.shape)
 
 
 def _aligned(first: Tensor, *rest: Tensor) -> list[Tensor]:
-    """The tensors in one dense layout: as they are if they share one already; 0-dim factors stay."""
-    # Dynamo cannot sort symbolic strides.
-    if not torch.compiler.is_compiling() and is_dense(first):
-        full = [tensor for tensor in rest if tensor.dim() == first.dim()]
-        if all(tensor.stride() == first.stride() for tensor in full):
-            return [first, *rest]
-    return [tensor.contiguous() for tensor in (first, *rest)]
+    """The tensors in the layout of the first, or contiguous where that one has gaps; 0-dim factors stay."""
+    if not is_dense(first):
+        return [tensor.contiguous() for tensor in (first, *rest)]
+    order = order_of(first)
+    back = [order.index(dim) for dim in range(len(order))]
+    # contiguous() makes no copy of what is in that layout already.
+    return [first, *(t.permute(order).contiguous().permute(back) if t.dim() else t for t in rest)]
 
 
-def _in_front(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The arguments of a vmapped elementwise op as one call's: the mapped axis in front, all of one layout."""
+def _in_front(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...], full: int) -> list[Tensor]:
+    """The arguments of a vmapped elementwise op as one call's: the mapped axis in front, all of one layout.
+
+    The first ``full`` have one value an element; the others are factors, and numbers for all rows stay numbers.
+    """
     first, dim = tensors[0], in_dims[0]
     shape = (info.batch_size, *(first.movedim(dim, 0).shape[1:] if dim is not None else first.shape))
     rows: list[Tensor] = []
     for tensor, dim in zip(tensors, in_dims, strict=True):
-        if dim is None and tensor.dim() == 0 and len(shape) > 1 and rows:
-            rows.append(tensor)  # a number for all rows
+        if dim is None and tensor.dim() == 0 and len(rows) >= full:
+            rows.append(tensor)
             continue
         row = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
         row = row.reshape(row.shape[0], *(1,) * (len(shape) - row.dim()), *row.shape[1:])
-        rows.append(row.to(first.dtype).expand(shape))
-    return [rows[0].contiguous(), *(row if row.dim() == 0 else row.contiguous() for row in rows[1:])]
+        rows.append(row.to(first.dtype).expand(shape).contiguous())
+    return rows
+
+
+def _rounds(in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...], full: int) -> bool:
+    """Whether one call for all rows would round a row's number, as factors that differ have the dtype of the rest."""
+    narrow = tensors[0].dtype in (torch.bfloat16, torch.float16)
+    factors = zip(tensors[full:], in_dims[full:], strict=True)
+    return narrow and any(f.dim() == 1 and d is not None and f.dtype != tensors[0].dtype for f, d in factors)
+
+
+def _vmap(function: Any, reverse: Any, info: Any, in_dims: tuple[int | None, ...], args: Any, full: int) -> Any:
+    if _rounds(in_dims, args, full):
+        return loop_of_vmap(function, reverse, info, in_dims, args)
+    results = apply(function, reverse, *_in_front(info, in_dims, args, full))
+    return results, (0,) * len(results) if isinstance(results, tuple) else 0
 
 
 class _LeapfrogReverse(torch.autograd.Function):
@@ -217,8 +244,8 @@ class _LeapfrogReverse(torch.autograd.Function):
         return _ops.leapfrog_backward(ctx, grad_position, grad_momentum)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Any, tuple[int, int]]:
-        return apply(_Leapfrog, _LeapfrogReverse, *_in_front(info, in_dims, args)), (0, 0)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> Any:
+        return _vmap(_Leapfrog, _LeapfrogReverse, info, in_dims, args, 3)
 
 
 class _Leapfrog(_LeapfrogReverse):
@@ -256,8 +283,8 @@ class _KickReverse(torch.autograd.Function):
         return _ops.kick_backward(ctx, grad_momentum)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        return apply(_Kick, _KickReverse, *_in_front(info, in_dims, args)), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> Any:
+        return _vmap(_Kick, _KickReverse, info, in_dims, args, 2)
 
 
 class _Kick(_KickReverse):
@@ -287,9 +314,8 @@ class _PerturbReverse(torch.autograd.Function):
         return _ops.perturb_backward(ctx, grad)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        rows = rows_of_vmap(info, in_dims, args)
-        return torch.stack([apply(_Perturb, _PerturbReverse, *row) for row in rows]), 0
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return loop_of_vmap(_Perturb, _PerturbReverse, info, in_dims, args)
 
 
 class _Perturb(_PerturbReverse):

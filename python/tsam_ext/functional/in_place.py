@@ -10,7 +10,6 @@ notices. Under torch.compile the kernels' own checks are the only ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,21 +18,29 @@ from torch.autograd.graph import increment_version
 from tsam_ext import _ops
 
 from .checks import (
+    check_alike,
+    check_any_number,
+    check_each,
+    check_flag,
     check_int,
+    check_length,
     check_list,
+    check_material,
     check_noise,
-    check_numbers,
+    check_number,
     check_seed,
     check_tensor,
     check_tilt,
     check_writable,
     refuse,
 )
-from .state import Slot
+from .state import HEADER, ROW, Slot
 
 __all__ = ["accumulate_", "ascend_", "grad_norm_", "perturb_", "restore_", "tilt_begin_", "tilt_update_"]
 
-T = TypeVar("T", float, bool)
+NO_STATE = object()
+MATERIAL = {"position", "saved", "accumulator"}  # lists that some op writes
+ROWS = 1 << 28  # samples of a step that the noise can tell apart
 
 
 def perturb_(
@@ -73,29 +80,32 @@ def perturb_(
             was wanted. A leaf that requires grad is refused outside ``torch.no_grad()``.
     """
     op = "perturb_"
+    save = check_flag(op, "save", save)
+    lists = {"position": position, "saved": saved}
+    _check(op, lists, state, written=("position", "saved", "state") if save else ("position", "state"))
     n = len(position)
+    radii = check_each(op, "radius", radius, n, "position", check_length)
+    flags = check_each(op, "adaptive", adaptive, n, "position", check_flag)
     if base is None:
-        base, element = [], 0
+        places, element = [], 0
         for tensor in position:
-            base.append(element)
+            places.append(element)
             element += (tensor.numel() + 3) // 4 * 4
+    elif isinstance(base, (list, tuple)):
+        places = check_each(op, "base", base, n, "position", _check_element)
+    else:
+        raise refuse(op, "base", type(base).__name__, "a list of integers or None", TypeError)
     if dimension is None:
         dimension = sum(tensor.numel() for tensor in position)
-    radii, flags = _each(radius, n), _each(adaptive, n)
-    if not torch.compiler.is_compiling():
-        lists = {"position": position, "saved": saved}
-        _check(op, lists, state, written=("position", "saved", "state") if save else ("position", "state"))
-        radii = check_numbers(op, "radius", radii, n, "position", float)
-        check_numbers(op, "adaptive", flags, n, "position", bool)
-        check_numbers(op, "base", base, n, "position", int)
-        check_int(op, "step", step, 0, (1 << 32) - 1)
-        check_int(op, "sample", sample, 0, (1 << 28) - 1)
+    dimension = check_int(op, "dimension", dimension, 0, (1 << 62) - 1)
     key, noise = check_seed(op, seed), check_noise(op, "kind", kind)
+    step = check_int(op, "step", step, 0, (1 << 32) - 1)
+    sample = check_int(op, "sample", sample, 0, ROWS - 1)
+    negate = check_flag(op, "negate", negate)
     if position:
         _ops.perturb_(
-            list(position), list(saved), state, radii, flags, list(base), key, step, sample, noise, dimension, negate,
-            save,
-        )  # fmt: skip
+            list(position), list(saved), state, radii, flags, places, key, step, sample, noise, dimension, negate, save
+        )
         _changed(position, saved if save else (), [state])
 
 
@@ -120,11 +130,9 @@ def grad_norm_(
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "grad_norm_"
-    flags = _each(adaptive, len(grads))
-    if not torch.compiler.is_compiling():
-        _check(op, {"grads": grads, "origin": origin}, state, written=("state",))
-        check_numbers(op, "adaptive", flags, len(grads), "grads", bool)
-        check_int(op, "row", row, 0, (1 << 28) - 1)
+    row = check_int(op, "row", row, 0, ROWS - 1)
+    _check(op, {"grads": grads, "origin": origin}, state, written=("state",), rows=row + 1)
+    flags = check_each(op, "adaptive", adaptive, len(grads), "grads", check_flag)
     if grads:
         _ops.grad_norm_(list(grads), list(origin), state, flags, row)
         _changed((state,))
@@ -159,13 +167,11 @@ def ascend_(
     Source: Foret et al., ICLR 2021 (SAM); Kwon et al., ICML 2021 (ASAM: the adaptive form with η = 0).
     """
     op = "ascend_"
-    n = len(position)
-    lengths, flags = _each(rho, n), _each(adaptive, n)
-    if not torch.compiler.is_compiling():
-        lists = {"position": position, "saved": saved, "grads": grads}
-        _check(op, lists, state, written=("position", "saved", "state") if save else ("position",))
-        lengths = check_numbers(op, "rho", lengths, n, "position", float)
-        check_numbers(op, "adaptive", flags, n, "position", bool)
+    save = check_flag(op, "save", save)
+    lists = {"position": position, "saved": saved, "grads": grads}
+    _check(op, lists, state, written=("position", "saved", "state") if save else ("position",))
+    lengths = check_each(op, "rho", rho, len(position), "position", check_length)
+    flags = check_each(op, "adaptive", adaptive, len(position), "position", check_flag)
     if position:
         _ops.ascend_(list(position), list(saved), list(grads), state, lengths, flags, save)
         _changed(position, (*saved, state) if save else ())
@@ -178,10 +184,9 @@ def tilt_begin_(state: Tensor, tilt: Tensor | float) -> None:
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "tilt_begin_"
+    _check(op, {}, state, written=("state",))
     tilt = _scalar(op, "tilt", tilt if isinstance(tilt, Tensor) else check_tilt(op, tilt), state)
-    if not torch.compiler.is_compiling():
-        _check(op, {}, state, written=("state",))
-    _ops.tilt_begin_(state, tilt.detach())
+    _ops.tilt_begin_(state, tilt)
     _changed((state,))
 
 
@@ -208,12 +213,13 @@ def tilt_update_(
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "tilt_update_"
-    loss = _scalar(op, "loss", loss, state)
-    if not torch.compiler.is_compiling():
-        _check(op, {}, state, written=("state",))
-        check_int(op, "row", row, 0, (1 << 28) - 1)
-        check_numbers(op, "log_size", [log_size], 1, "loss", float)
-    _ops.tilt_update_(state, loss.detach(), log_size, row, skip_nonfinite, last)
+    row = check_int(op, "row", row, 0, ROWS - 1)
+    _check(op, {}, state, written=("state",), rows=row + 1)
+    loss = _scalar(op, "loss", loss if isinstance(loss, Tensor) else check_any_number(op, "loss", loss), state)
+    log_size = check_number(op, "log_size", log_size, "a finite number", or_tensor=False)
+    skip_nonfinite = check_flag(op, "skip_nonfinite", skip_nonfinite)
+    last = check_flag(op, "last", last)
+    _ops.tilt_update_(state, loss, log_size, row, skip_nonfinite, last)
     _changed((state,))
 
 
@@ -230,15 +236,10 @@ def accumulate_(accumulator: Sequence[Tensor], grads: Sequence[Tensor] | None, s
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "accumulate_"
-    gradients = [] if grads is None else list(grads)
-    if not torch.compiler.is_compiling():
-        lists = {"accumulator": accumulator} if grads is None else {"accumulator": accumulator, "grads": grads}
-        _check(op, lists, state, written=("accumulator",))
-        if grads is not None and len(gradients) != len(accumulator):
-            expected = f"{len(accumulator)} (as many as accumulator)"
-            raise refuse(op, "grads", f"{len(gradients)} entries", expected)
+    lists = {"accumulator": accumulator} if grads is None else {"accumulator": accumulator, "grads": grads}
+    _check(op, lists, state, written=("accumulator",))
     if accumulator:
-        _ops.accumulate_(list(accumulator), gradients, state)
+        _ops.accumulate_(list(accumulator), [] if grads is None else list(grads), state)
         _changed(accumulator)
 
 
@@ -249,30 +250,33 @@ def restore_(position: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
         TypeError, ValueError: as :func:`perturb_`.
     """
     op = "restore_"
-    if not torch.compiler.is_compiling():
-        _check(op, {"position": position, "saved": saved}, None, written=("position",))
+    _check(op, {"position": position, "saved": saved}, NO_STATE, written=("position",))
     if position:
         _ops.restore_(list(position), list(saved))
         _changed(position)
 
 
-def _each(value: T | Sequence[T], n: int) -> list[T]:
-    return list(value) if isinstance(value, (list, tuple)) else [value] * n  # type: ignore[list-item]
+def _check_element(op: str, argument: str, value: object) -> int:
+    return check_int(op, argument, value, 0, (1 << 62) - 1)
 
 
-def _scalar(op: str, argument: str, value: object, state: Tensor) -> Tensor:
-    if isinstance(value, bool) or not isinstance(value, (Tensor, int, float)):
-        raise refuse(op, argument, repr(value), "a number or a tensor of one element", TypeError)
+def _scalar(op: str, argument: str, value: Tensor | float, state: Tensor) -> Tensor:
+    """A number beside a checked state, as the ops take it; the value of a tensor is not looked at."""
     if not isinstance(value, Tensor):
-        return torch.full((), float(value), dtype=torch.float64, device=check_tensor(op, "state", state).device)
-    return check_tensor(op, argument, value)
+        return torch.full((), value, dtype=torch.float64, device=state.device)
+    tensor = check_alike(op, argument, value, state, "state", shape=False)
+    if tensor.numel() != 1:
+        raise refuse(op, argument, f"shape {tuple(tensor.shape)}", "a number or a tensor of one element")
+    return tensor.detach()
 
 
-def _check(op: str, lists: dict[str, Sequence[Tensor]], state: Tensor | None, written: tuple[str, ...]) -> None:
-    """What the kernels cannot see: kinds of tensors, autograd, devices of empty and mixed lists."""
+def _check(op: str, lists: dict[str, Sequence[Tensor]], state: object, written: tuple[str, ...], rows: int = 0) -> None:
+    """What the kernels cannot see: kinds of tensors, autograd, devices, and what comes with an empty list."""
+    if torch.compiler.is_compiling():
+        return
     checked = {name: check_list(op, name, tensors) for name, tensors in lists.items()}
-    if state is not None:
-        checked["state"] = [check_tensor(op, "state", state)]
+    if state is not NO_STATE:
+        checked["state"] = [_check_state(op, state, rows)]
     first: Tensor | None = None
     first_name = ""
     for name, tensors in checked.items():
@@ -287,8 +291,19 @@ def _check(op: str, lists: dict[str, Sequence[Tensor]], state: Tensor | None, wr
         if len(checked[name]) != len(checked[names[0]]):
             expected = f"{len(checked[names[0]])} (as many as {names[0]})"
             raise refuse(op, name, f"{len(checked[name])} entries", expected)
+    for name in MATERIAL & lists.keys():
+        check_material(op, name, checked[name])
     for name in written:
         check_writable(op, name, checked[name])
+
+
+def _check_state(op: str, state: object, rows: int) -> Tensor:
+    tensor = check_tensor(op, "state", state)
+    size = HEADER + ROW * rows
+    if tensor.dtype != torch.float64 or tensor.numel() < size or not tensor.is_contiguous():
+        got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()} and dtype {tensor.dtype}"
+        raise refuse(op, "state", got, f"a contiguous float64 tensor of at least {size} elements")
+    return tensor
 
 
 def _changed(*lists: Sequence[Tensor]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_int, refuse, shown
+
 HEADER = 16
 ROW = 4
 
@@ -33,6 +35,14 @@ class Slot:
 
 def new_state(num_samples: int, device: torch.device | str = "cpu") -> Tensor:
     """A state tensor with room for ``num_samples`` samples: float64, shape ``[16 + 4 num_samples]``."""
-    state = torch.full((HEADER + ROW * num_samples,), float("nan"), dtype=torch.float64, device=device)
+    op = "new_state"
+    num_samples = check_int(op, "num_samples", num_samples, 0, 1 << 28)
+    if not isinstance(device, (str, torch.device)):
+        raise refuse(op, "device", shown(device), "a torch.device or its name", TypeError)
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise refuse(op, "device", shown(device), "the name of a device, as cpu") from None
+    state = torch.full((HEADER + ROW * num_samples,), float("nan"), dtype=torch.float64, device=place)
     state[Slot.SAVES] = 0.0
     return state

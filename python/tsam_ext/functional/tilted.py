@@ -14,7 +14,7 @@ from torch import Tensor
 from tsam_ext import _ops
 
 from .checks import check_alike, check_tensor, check_tilt, refuse
-from .transforms import apply, rows_of_vmap
+from .transforms import apply, loop_of_vmap
 
 __all__ = ["tilted_loss", "tilted_reduce", "tilted_weights"]
 
@@ -107,17 +107,13 @@ def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
 
 
 class _Tilted(torch.autograd.Function):
-    """What the three share: inputs kept for both modes, and vmap as one call a row, stacked."""
+    """What the three share: inputs kept for both modes."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *tensors, ctx.tilt = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-
-    @classmethod
-    def _vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return torch.stack([apply(cls, cls, *row).clone() for row in rows_of_vmap(info, in_dims, args)]), 0
 
 
 class _TiltedLossReverse(_Tilted):
@@ -128,11 +124,11 @@ class _TiltedLossReverse(_Tilted):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (losses,) = ctx.saved_tensors
-        return grad * tilted_weights(losses, ctx.tilt), None
+        return _ops.loss_backward(tilted_weights(losses, ctx.tilt), grad), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _TiltedLoss._vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return loop_of_vmap(_TiltedLoss, _TiltedLossReverse, info, in_dims, args)
 
 
 class _TiltedLoss(_TiltedLossReverse):
@@ -153,8 +149,8 @@ class _TiltedWeightsReverse(_Tilted):
         return _ops.weights_backward(tilted_weights(losses, ctx.tilt), grad, ctx.tilt), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _TiltedWeights._vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return loop_of_vmap(_TiltedWeights, _TiltedWeightsReverse, info, in_dims, args)
 
 
 class _TiltedWeights(_TiltedWeightsReverse):
@@ -177,8 +173,8 @@ class _TiltedReduceReverse(_Tilted):
         return *_ops.reduce_backward(weights, values, grad, ctx.tilt), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _TiltedReduce._vmap(info, in_dims, *args)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return loop_of_vmap(_TiltedReduce, _TiltedReduceReverse, info, in_dims, args)
 
 
 class _TiltedReduce(_TiltedReduceReverse):
@@ -186,7 +182,7 @@ class _TiltedReduce(_TiltedReduceReverse):
     def jvp(ctx: Any, losses_dot: Tensor | None, values_dot: Tensor | None, _: None) -> Tensor:
         losses, values = ctx.saved_tensors
         weights = tilted_weights(losses, ctx.tilt)
-        shape = (-1,) + (1,) * (values.dim() - 1)
+        shape = (weights.shape[0],) + (1,) * (values.dim() - 1)
         change = torch.zeros_like(values[0])
         if values_dot is not None:
             change = change + (weights.to(values.dtype).reshape(shape) * values_dot).sum(0)

@@ -1,0 +1,153 @@
+"""Runs every op on random lists, trains with samplers, and saves what came out: one process a library.
+
+``python lists.py FILE ops:SEED ... train:SAMPLER ...`` on the tsam_ext that PYTHONPATH gives and the device that
+TSAM_LISTS_DEVICE names (cpu). Layout of FILE: the module's path, and for each job a dict name -> CPU tensors. Names
+that end in ``bits`` are to be the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import torch
+from torch import Tensor, nn
+
+import tsam_ext
+from tsam_ext import _C
+from tsam_ext.metrics import new_state
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICE = torch.device(os.environ.get("TSAM_LISTS_DEVICE", "cpu"))
+Lists = dict[str, list[Tensor]]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Make:
+    """Lists of a common random make: sizes, storage types, and how far each tensor lies off an aligned address."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        count = (600, 0, 1, 60, 7)[seed % 5]
+        small = [0, 1, 2, 3, 4, 5, 31, 33, 255, 257, 1023, 4095, 4096, 4097]
+        self.sizes = [self.random.choice(small) for _ in range(count)]
+        for large in (70_001, 65_536, 3_000_000)[: 3 if count in (1, 7) else 1]:
+            if count:
+                self.sizes[self.random.randrange(count)] = large
+        self.dtypes = [self.random.choice(DTYPES) for _ in self.sizes]
+        self.adaptive = [self.random.random() < 0.5 for _ in self.sizes]
+        self.radius = [self.random.choice([0.0, 0.05, 1.5]) for _ in self.sizes]
+        self.base, at = [], 0
+        for n in self.sizes:
+            self.base.append(at)
+            at += (n + 3) // 4 * 4
+        if seed % 2:  # any base is allowed
+            self.base = [b + self.random.randrange(4) for b in self.base]
+        self.dimension = sum(self.sizes)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def fresh(self, *, in_wide: bool = False, filled: bool = True) -> list[Tensor]:
+        """A list; a third of its tensors do not start at a multiple of 16 bytes."""
+        tensors = []
+        for n, dtype in zip(self.sizes, self.dtypes, strict=True):
+            kind = wide(dtype) if in_wide else dtype
+            off = self.random.choice([0, 0, self.random.randrange(1, 8)])
+            whole = torch.full((n + off,), 7.0, dtype=kind)
+            if filled:
+                whole.copy_(torch.randn(n + off, generator=self.generator))
+            tensors.append(whole.to(DEVICE)[off:])
+        return tensors
+
+
+def copies(*lists: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensors in lists for tensor in tensors]
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
+def run_ops(seed: int) -> Lists:
+    lists, out = Make(seed), {}
+    x, saved, grads = lists.fresh(), lists.fresh(filled=False), lists.fresh()
+    total, state = lists.fresh(in_wide=True), new_state(4, DEVICE)
+    flags, base, d, step = lists.adaptive, lists.base, lists.dimension, 11 + seed
+    _C.tilt_begin_(state, scalar(3.0))
+    _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 0, 0, d, False, True)
+    out["gaussian bits"] = copies(x, saved)
+    _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 1, 0, d, True, False)
+    out["negated bits"] = copies(x)
+    for noise in (1, 2):
+        _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 2, noise, d, False, False)
+        out[f"noise {noise}"] = copies(x, [state])
+    _C.grad_norm_(grads, saved, state, flags, 0)
+    _C.ascend_(x, saved, grads, state, lists.radius, flags, False)
+    out["ascended"] = copies(x, [state])
+    if x:  # torch cannot dispatch without a tensor, nor accumulate_ tell no tensors from an adopted gradient
+        _C.restore_(x, saved)
+    out["restored bits"] = copies(x)
+    _C.ascend_(x, saved, grads, state, lists.radius, flags, True)
+    out["ascended from the start"] = copies(x, saved)
+    for row, loss in enumerate((0.3, 0.9, float("nan"), -0.2)):
+        _C.tilt_update_(state, scalar(loss), 0.5 * row, row, True, row == 3)
+        if x:
+            _C.accumulate_(total, grads if row % 2 else lists.fresh(), state)
+    out["mean"] = copies(total, [state, _C.tilt_summary(state, 4)])
+    out |= run_single(lists)
+    return out
+
+
+def run_single(lists: Make) -> Lists:
+    """The differentiable ops, on the first tensors of a list."""
+    out: Lists = {"perturb bits": [], "perturb": [], "leapfrog bits": [], "tilted": []}
+    position, momentum, grad = lists.fresh(), lists.fresh(), lists.fresh()
+    for i, (x, p, g) in enumerate(zip(position[:7], momentum, grad, strict=False)):
+        radius = scalar(0.3, x.dtype)
+        for kind in range(3):
+            out["perturb" if kind else "perturb bits"].append(_C.perturb(x, radius, 3, 4 << 28, lists.base[i], kind))
+        out["leapfrog bits"] += [*_C.leapfrog(x, p, g, radius, g if i % 2 else radius), _C.kick(p, g, radius)]
+        losses = torch.randn(5, generator=lists.generator).to(DEVICE)
+        values = torch.randn(5, min(x.numel(), 5000), generator=lists.generator).to(x)
+        for t in (0.0, 2.0, -3.0, float("inf"), float("-inf")):
+            out["tilted"] += [_C.tilted_loss(losses, t), _C.tilted_weights(losses, t)]
+            out["tilted"].append(_C.tilted_reduce(losses, values, t))
+        out["tilted"].append(_C.tilted_reduce(losses, values.t().contiguous().t(), 1.0))
+    return out
+
+
+def train(sampler: str) -> Lists:
+    out: Lists = {}
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
+        net.to(DEVICE)
+        x, y = torch.randn(48, 20, dtype=dtype).to(DEVICE), torch.randint(0, 3, (48,)).to(DEVICE)
+        options = {"num_leapfrog_steps": 3} if sampler == "hmc" else {}
+        opt = tsam_ext.TSAM(
+            net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1, tilt=2.0, num_samples=4,
+            sampler=sampler, seed=7, **options,
+        )  # fmt: skip
+
+        def closure(net: nn.Module = net, x: Tensor = x, y: Tensor = y) -> Tensor:
+            loss = nn.functional.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        losses = torch.stack([opt.step(closure) for _ in range(12)])
+        assert losses[-1] < losses[0]
+        out[str(dtype)] = [losses, *(p.detach() for p in net.parameters())]
+    return out
+
+
+def run(job: str) -> Lists:
+    kind, what = job.split(":")
+    found = run_ops(int(what)) if kind == "ops" else train(what)
+    return {name: [tensor.cpu() for tensor in tensors] for name, tensors in found.items()}
+
+
+if __name__ == "__main__":
+    torch.save((_C.__file__, {job: run(job) for job in sys.argv[2:]}), sys.argv[1])
