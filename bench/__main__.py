@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import ops, overhead, step, train
+from . import gpu, ops, overhead, step, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     ops.add_parser(commands)
     overhead.add_parser(commands)
     step.add_parser(commands)
+    gpu.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -122,7 +122,7 @@ class ForeachTSAM:
         self.params, self.rho, self.radius, self.tilt, self.num_samples = params, rho, radius, tilt, num_samples
         sizes = [p.numel() for p in params]
         self.scale = radius / math.sqrt(sum(sizes))
-        self._flat = torch.empty(sum(sizes), dtype=params[0].dtype) if radius else torch.empty(0)
+        self._flat = torch.empty(sum(sizes) if radius else 0, dtype=params[0].dtype, device=params[0].device)
         parts = self._flat.split(sizes) if radius else ()  # type: ignore[no-untyped-call]
         self.noise = [z.view_as(p) for z, p in zip(parts, params, strict=False)]
         self.saved = [torch.empty_like(p) for p in params]
@@ -145,7 +145,7 @@ class ForeachTSAM:
         run, params = self.passes, self.params
         run["save"](self.saved, params)
         mean: Tensors = []
-        first = top = total = torch.zeros((), dtype=torch.float64)
+        first = top = total = one = torch.ones((), dtype=torch.float64, device=params[0].device)
         for j in range(self.num_samples):
             if self.radius:
                 run["draw"]()
@@ -160,7 +160,7 @@ class ForeachTSAM:
             grads = [_gradient(p) for p in params]
             exponent = self.tilt * loss.double()
             if j == 0:
-                mean, first, top, total = grads, loss, exponent, torch.ones((), dtype=torch.float64)
+                mean, first, top, total = grads, loss, exponent, one
             else:
                 higher = torch.maximum(top, exponent)
                 added = (exponent - higher).exp()

@@ -109,11 +109,11 @@ class StandIn:
     """
 
     def __init__(self, params: Tensors, calls: int) -> None:
-        generator = torch.Generator().manual_seed(7)
+        generator, device = torch.Generator().manual_seed(7), params[0].device
         self.params = params
-        self._from = [torch.randn(p.shape, generator=generator) for p in params]
+        self._from = [torch.randn(p.shape, generator=generator).to(device) for p in params]
         self._sets = [[torch.zeros_like(g) for g in self._from] for _ in range(calls)]
-        self._losses = [torch.tensor(1.0 + 0.1 * k) for k in range(calls)]
+        self._losses = [torch.tensor(1.0 + 0.1 * k, device=device) for k in range(calls)]
         self.calls, self.seconds, self.fresh = 0, 0.0, False
 
     def begin(self) -> None:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("matplotlib")
 
-from bench import baselines, overhead, overhead_report, step
+from bench import baselines, gpu, overhead, overhead_report, step
 from bench.__main__ import main
 from bench.meter import Meter
 from bench.models import MODELS
@@ -182,3 +182,29 @@ def test_the_verdict_of_step() -> None:
     small = step.Row("mlp", "tsam", 6, 64, [1.0], [0.5])
     assert step.verdict([good, small]) == []
     assert step.verdict([bad]) == ["wrn16-8: 10.0% of a step is not forward and backward, more than 2%"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu"]) == 2
+    assert "no GPU to run on" in capsys.readouterr().err
+
+
+def test_what_gpu_times_is_rehearsed_on_the_cpu() -> None:
+    """The same loops with another clock: every way runs, and the tables hold a row for each."""
+
+    clock_shows = [0.0]
+
+    def clock(run: Any, device: torch.device) -> float:
+        run()
+        clock_shows[0] += 1.0
+        return 1.0 / clock_shows[0]
+
+    cpu = torch.device("cpu")
+    estimates, steps = gpu.time_list("mlp", cpu, 1, clock), gpu.time_steps("mlp", cpu, 1, clock)
+    assert {row["way"] for row in estimates} == {"ours", "loop", "foreach", "wrapper", "library"}
+    assert {row["way"] for row in steps} == {"erm", "sam", "tsam", "loop", "foreach"}
+    where = {"date": "today", "gpu": "none", "cuda": "13", "torch": "2", "rounds": 1, "failed": ["memcheck"]}
+    text = gpu.markdown(estimates, steps, where)
+    assert "checks that failed: memcheck" in text
+    assert text.count("\n| mlp |") == len(estimates) + len(steps)

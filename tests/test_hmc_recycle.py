@@ -146,26 +146,34 @@ def mean_gradients(density: Quadratic | DoubleWell, steps: int, **options: Any) 
     return torch.stack(found)
 
 
-def mean_and_variance(x: Tensor, batches: int = 50) -> tuple[Tensor, Tensor]:
+BATCHES = 100
+# A mean over so many batches lies so many standard errors off once in 10^8 (Student's t, 99 degrees of freedom).
+FAR = 6.3
+
+
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of a chain and that mean's variance, by batch means."""
-    means = x[: len(x) // batches * batches].view(batches, -1, x.shape[1]).mean(1)
-    return means.mean(0), means.var(0) / batches
+    means = x.view(BATCHES, -1, x.shape[1]).mean(1)
+    return means.mean(0), means.var(0) / BATCHES
 
 
-# Seen for (off / on), each over the same number of gradients: 3.5 on the double well, where a quarter is rejected; on
-# the quadratic, nearly the prior's gaussian, where a quarter turn alone makes the end independent, 0.8 to 0.9.
+# Variance without over variance with, for the same gradients: 2.5 to 3.5 seen on the double well, where a fifth is
+# rejected; 0.7 to 0.9 on the quadratic, nearly the prior's gaussian, where a quarter turn alone makes the end
+# independent. A variance over 100 batches is off by a seventh: the limits are more than five of those away.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("density", "low", "high"), [(DoubleWell(2.0), 1.5, 8.0), (Quadratic(1.2), 0.6, 1.2)], ids=["well", "quadratic"]
+    ("density", "low", "high"), [(DoubleWell(2.0), 1.0, 12.0), (Quadratic(1.2), 0.3, 1.6)], ids=["well", "quadratic"]
 )
 def test_the_same_mean_for_the_same_gradients(density: Any, low: float, high: float) -> None:
-    """Both means lie within two standard errors of the exact one; how the variances compare is as the docs say."""
+    """Both means are the exact one; how the variances compare is as the docs say."""
     varying = slice(0, 1) if isinstance(density, DoubleWell) else slice(None)  # its second component is a constant
     variances = []
     for recycle in (False, True):
-        mean, variance = mean_and_variance(
-            mean_gradients(density, 3000, recycle=recycle, num_leapfrog_steps=3, seed=11)
-        )
-        assert (((mean - density.mean_gradient) / variance.sqrt())[varying].abs() < 2.0).all()
+        gradients = mean_gradients(density, 60 * BATCHES, recycle=recycle, num_leapfrog_steps=3, seed=11)
+        mean, variance = mean_and_variance(gradients)
+        off = ((mean - density.mean_gradient) / variance.sqrt())[varying]
+        print(f"recycle={recycle}: standard errors off the exact mean gradient: {[round(z, 2) for z in off.tolist()]}")
+        assert (off.abs() < FAR).all()
         variances.append(variance[varying])
     ratio = variances[0] / variances[1]
     print(f"variance of the mean gradient, without recycling over with it: {[round(r, 2) for r in ratio.tolist()]}")

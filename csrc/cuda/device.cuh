@@ -24,6 +24,7 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
 }  // namespace tsam
 
 #define TSAM_LAUNCH_BOUNDS(...)
+#define TSAM_FOUR_BLOCKS(threads)
 
 #else
 
@@ -34,12 +35,12 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
 
 #define TSAM_DEVICE __device__ __forceinline__
 #define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
-// Where the compiler would else take more than the 64 registers a thread that let four blocks run on an SM at once. On
-// sm_90 and sm_100 it makes room by spilling, and does as well unasked.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
-#define TSAM_BLOCKS_PER_SM 1
+// Where the compiler would else take more than the 64 registers a thread that let four blocks run on an SM at once.
+// From sm_100 on it would make the room by spilling, and three blocks move memory as fast.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define TSAM_FOUR_BLOCKS(threads) __launch_bounds__(threads)
 #else
-#define TSAM_BLOCKS_PER_SM 4
+#define TSAM_FOUR_BLOCKS(threads) __launch_bounds__(threads, 4)
 #endif
 #define TSAM_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 #define TSAM_SHARED(type, name, count) __shared__ type name[count]

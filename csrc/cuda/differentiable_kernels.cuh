@@ -61,7 +61,7 @@ struct Rows {
 
 // out = sum over rows of weight_j value_j. Words: read rows, write 1.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads, TSAM_BLOCKS_PER_SM)
+__global__ void TSAM_FOUR_BLOCKS(kThreads)
     weighted_sum(TSAM_PARAMETER(Rows) rows, const T* values, const double* weights, T* out) {
   using C = compute_t<T>;
   constexpr int W = 4;

@@ -16,15 +16,7 @@ namespace cuda {
 
 // Lists of the tables below, from the first x on as many as there are buffers.
 enum PlaceList : int { kPlacePosition = 0, kPlaceSaved = 1, kPlaceX = 2, kPlaceLists = 5 };
-enum LeapfrogList : int {
-  kPosition = 0,
-  kSaved = 1,
-  kMomentumList = 2,
-  kGrads = 3,
-  kX = 4,
-  kProposal = 5,
-  kLeapfrogLists = 7
-};
+enum LeapfrogList : int { kPosition = 0, kSaved = 1, kMomentumList = 2, kGrads = 3, kX = 4, kLeapfrogLists = 7 };
 using PlaceTable = TensorTable<kPlaceLists>;
 using LeapfrogTable = TensorTable<kLeapfrogLists>;
 static_assert(sizeof(PlaceTable) + kOtherParameters <= kParameterBytes && kTensorsPerLaunch<kPlaceLists> >= 400);
@@ -119,7 +111,7 @@ constexpr int kPassSums = kind == HmcPassKind::kWhole  ? 3
 // Words: kWhole first read 3, write 3, else read 4, write 3; kKick first read 2 (3 adaptive), write 1, else read 3 (4),
 // write 1; kDrift read 3, write 3; `measure` read 1 more.
 template <typename T, HmcPassKind kind, bool first>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads, TSAM_BLOCKS_PER_SM)
+__global__ void TSAM_FOUR_BLOCKS(kThreads)
     hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, Stream stream, bool measure, const double* chain,
              const PassScalars* scalars, double* partial, int64_t n) {
   using C = compute_t<T>;
@@ -129,22 +121,14 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads, TSAM_BLOCKS_PER_SM)
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
   const bool adaptive = table.adaptive[chunk.tensor];
   const HmcScale<C> scale{static_cast<C>(table.scale[chunk.tensor]), adaptive};
-  // Six pointers would take twelve registers through the whole loop: each group of lanes reads them again.
-  TSAM_SHARED(char* volatile, memory, kLeapfrogLists);
-  if (threadIdx.x == 0) {
-    memory[kPosition] = reinterpret_cast<char*>(table.template at<T>(kPosition, chunk));
-    memory[kSaved] = reinterpret_cast<char*>(table.template at<T>(kSaved, chunk));
-    memory[kMomentumList] = reinterpret_cast<char*>(table.template at<C>(kMomentumList, chunk));
-    memory[kGrads] = reinterpret_cast<char*>(table.template at<T>(kGrads, chunk));
-    memory[kX] = reinterpret_cast<char*>(table.template at<C>(kX + current_slot(chain), chunk));
-    memory[kProposal] = reinterpret_cast<char*>(table.template at<C>(kX + proposal_slot(chain), chunk));
-  }
-  __syncthreads();
-  const auto narrow = [&](int list, int i) { return reinterpret_cast<T*>(memory[list]) + i; };
-  const auto wide = [&](int list, int i) { return reinterpret_cast<C*>(memory[list]) + i; };
+  T* const position = table.template at<T>(kPosition, chunk);
+  const T *const origin = table.template at<T>(kSaved, chunk), *const grad = table.template at<T>(kGrads, chunk);
+  C* const momentum = table.template at<C>(kMomentumList, chunk);
+  const C* const start = table.template at<C>(kX + current_slot(chain), chunk);
+  C* const proposal = table.template at<C>(kX + proposal_slot(chain), chunk);
+  const C* const from = first ? start : proposal;
   double sums[kPassSums<kind>] = {};
-  const bool whole =
-      aligned(memory[kPosition], memory[kSaved], memory[kMomentumList], memory[kGrads], memory[kX], memory[kProposal]);
+  const bool whole = aligned(position, origin, grad, momentum, start, proposal);
   const int skip = draw ? static_cast<int>(element % W) : 0;
   // The registers of a draw and of a drift together are too many for one loop: a thread leaves its momenta here.
   TSAM_SHARED(uint4, drawn, draw ? kDeviceChunk / W + 1 : 1);
@@ -159,16 +143,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads, TSAM_BLOCKS_PER_SM)
     if constexpr (draw) {
       memcpy(p, drawn + (i + skip) / W, sizeof p);
     } else {
-      load(wide(kMomentumList, i), lanes, p);
+      load(momentum + i, lanes, p);
     }
-    if (moves || adaptive) load(narrow(kSaved, i), lanes, o);
+    if (moves || adaptive) load(origin + i, lanes, o);
     scale(o, t);
     if constexpr (kicks) {
       C g[W];
-      load(narrow(kGrads, i), lanes, g);
+      load(grad + i, lanes, g);
       kick_lanes(HmcKick<C>{static_cast<C>(scalars->kick)}, t, g, p, sums[0], sums[1]);
     }
-    load(wide(first ? kX : kProposal, i), lanes, x);
+    load(from + i, lanes, x);
     if constexpr (kind == HmcPassKind::kKick) {
       add_dot(x, x, sums[2]);
       add_dot(x, p, sums[3]);
@@ -180,16 +164,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads, TSAM_BLOCKS_PER_SM)
       DriftMap<C>{map.a, map.b, map.c, map.d}(x, p);
       if (measure) {
         C change[W];
-        load(wide(kX, i), lanes, change);
+        load(start + i, lanes, change);
         for (int k = 0; k < W; ++k) change[k] = x[k] - change[k];
         add_dot(change, change, sums[kPassSums<kind> - 1]);
       }
       C theta[W];
       HmcMove<C>{}(o, t, x, theta);
-      store(x, lanes, wide(kProposal, i));
-      store(theta, lanes, narrow(kPosition, i));
+      store(x, lanes, proposal + i);
+      store(theta, lanes, position + i);
     }
-    store(p, lanes, wide(kMomentumList, i));
+    store(p, lanes, momentum + i);
   });
   store_sums(sums, partial, n);
 }
