@@ -373,6 +373,8 @@ def _check_position(position: object) -> list[Tensor]:
     for i, tensor in enumerate(tensors):
         if (cause := why_not(tensor.device)) is not None:
             raise refuse(OP, f"position[{i}]", f"a tensor on {tensor.device}", f"one that kernels run on ({cause})")
+        if tensor.device != (home := tensors[0].device):
+            raise refuse(OP, f"position[{i}]", f"a tensor on {tensor.device}", f"one on {home}, as position[0] is")
     return tensors
 
 
@@ -390,10 +392,8 @@ def _check_integrator(integrator: object) -> list[float]:
     expected = "coefficients (kick, drift, ..., kick), the same backwards, kicks and drifts adding up to 1 each"
     if not isinstance(integrator, (list, tuple)):
         raise refuse(OP, "integrator", type(integrator).__name__, expected, TypeError)
-    values = [
-        check_number(OP, f"integrator[{i}]", value, "a finite number", or_tensor=False)
-        for i, value in enumerate(integrator)
-    ]
+    number = "a finite number"
+    values = [check_number(OP, f"integrator[{i}]", v, number, or_tensor=False) for i, v in enumerate(integrator)]
     odd = len(values) >= 3 and len(values) % 2 == 1
     if not odd or values != values[::-1] or any(abs(sum(values[k::2]) - 1.0) > 1e-12 for k in (0, 1)):
         raise refuse(OP, "integrator", integrator, expected)
