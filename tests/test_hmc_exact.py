@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from chain_laws import DoubleWell, Quadratic
+from chain_laws import DoubleWell, Quadratic, steps_on
 from torch import Tensor
-
-from tsam_ext import TSAM
 
 DENSITIES: dict[str, type[Quadratic] | type[DoubleWell]] = {"quadratic": Quadratic, "double well": DoubleWell}
 STEPS = 20_000
@@ -21,20 +19,7 @@ STEPS = 20_000
 
 def run(density: Quadratic | DoubleWell, steps: int, **options: Any) -> Tensor:
     """The chain's state after each step, float64, shape [steps, d]."""
-    parameter = torch.nn.Parameter(torch.zeros(density.dimension, dtype=torch.float64))
-    settings = {"num_samples": 1, "delta": density.delta, "tilt": density.delta, "prior": density.prior, **options}
-    optimizer = TSAM([parameter], lr=0.0, rho=density.rho, sampler="hmc", **settings)
-
-    def closure() -> Tensor:
-        loss, gradient = density.at(*parameter.tolist())
-        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
-        return torch.tensor(loss, dtype=torch.float64)
-
-    draws = []
-    for _ in range(steps):
-        optimizer.step(closure)
-        draws.append(optimizer.chain_position()[0])
-    return torch.stack(draws)
+    return torch.stack([optimizer.chain_position()[0] for optimizer, _ in steps_on(density, steps, **options)])
 
 
 @pytest.mark.parametrize(
@@ -58,18 +43,7 @@ def test_a_fresh_chain_of_three_is_biased_towards_the_prior() -> None:
     density = DoubleWell(6.0)
     at_prior = float(DoubleWell(0.0).loss(DoubleWell(0.0).exact).mean())
     exact = float(density.loss(density.exact).mean())
-    losses = []
-    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    options: dict[str, Any] = {"num_samples": 3, "delta": 6.0, "tilt": 6.0, "prior": "ball", "chain": "fresh"}
-    optimizer = TSAM([parameter], lr=0.0, rho=density.rho, sampler="hmc", seed=5, **options)
-
-    def closure() -> Tensor:
-        loss, gradient = density.at(*parameter.tolist())
-        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
-        return torch.tensor(loss, dtype=torch.float64)
-
-    for _ in range(4000):
-        optimizer.step(closure)
-        losses.append(float(optimizer.diagnostics.losses.mean()))
+    steps = steps_on(density, 4000, num_samples=3, chain="fresh", seed=5)
+    losses = [float(optimizer.diagnostics.losses.mean()) for optimizer, _ in steps]
     share = (sum(losses) / len(losses) - at_prior) / (exact - at_prior)
     assert 0.2 < share < 0.4, share

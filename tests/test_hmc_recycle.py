@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain_laws import DoubleWell, Quadratic
+from chain_laws import DoubleWell, Quadratic, steps_on
 from torch import Tensor
 
 from tsam_ext import TSAM
@@ -130,20 +130,7 @@ def test_a_gradient_that_first_comes_inside_a_trajectory_was_zero_before(problem
 
 def mean_gradients(density: Quadratic | DoubleWell, steps: int, **options: Any) -> Tensor:
     """The gradient estimate of each step on a density whose θ stays, float64, shape [steps, d]."""
-    parameter = torch.nn.Parameter(torch.zeros(density.dimension, dtype=torch.float64))
-    settings = {"num_samples": 1, "delta": density.delta, "tilt": density.delta, "prior": density.prior, **options}
-    optimizer = TSAM([parameter], lr=0.0, rho=density.rho, sampler="hmc", **settings)
-
-    def closure() -> Tensor:
-        loss, gradient = density.at(*parameter.tolist())
-        parameter.grad = torch.tensor(gradient, dtype=torch.float64)
-        return torch.tensor(loss, dtype=torch.float64)
-
-    found = []
-    for _ in range(steps):
-        optimizer.step(closure)
-        found.append(parameter.grad.clone())
-    return torch.stack(found)
+    return torch.stack([estimate for _, estimate in steps_on(density, steps, **options)])
 
 
 BATCHES = 100

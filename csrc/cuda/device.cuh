@@ -1,5 +1,5 @@
 // The seam between the kernels and what compiles them: nvcc for a GPU, or g++ with the host emulation of tests/simt.
-// This is the only file that knows which.
+// This file and launch.h, for what torch knows of a device, alone tell them apart.
 //
 // Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
 // TSAM_SHARED alone, a large parameter by TSAM_PARAMETER(type). Invariant: every launch goes through launch(),
@@ -36,7 +36,7 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
 #define TSAM_DEVICE __device__ __forceinline__
 #define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
 // Where the compiler would else take more than the 64 registers a thread that let four blocks run on an SM at once.
-// From sm_100 on it would make the room by spilling, and three blocks move memory as fast.
+// From sm_100 on it would make the room by spilling; three blocks are a reasoned choice, not a timed one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define TSAM_FOUR_BLOCKS(threads) __launch_bounds__(threads)
 #else

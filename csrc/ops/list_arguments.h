@@ -2,7 +2,8 @@
 //
 // Layout: <op>_<run> is the function that a back end registers; it parses the arguments into the op's struct and calls
 // run with it. Tensors have become Runs, the state a pointer, numbers that came as tensors Scalars: the back end alone
-// may read what they point to. Invariant: when run is called, nothing is left to refuse and nothing is written yet.
+// may read what they point to. Invariant: when run is called, nothing is written yet, and nothing is left to refuse but
+// what only the values behind those pointers tell (accumulate_).
 #pragma once
 
 #include <string>
