@@ -34,7 +34,6 @@ SECONDS = 900  # for one build or one test
 # No bit depends on these flags: fused multiply-adds are spelled out, and nothing is contracted (cmake/flags.cmake).
 QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DTSAM_CUDA=OFF")
 QUICK_BUILD += ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -march=native")
-
 # A process that has imported these, and nothing of ours, is forked for each test: several times cheaper than a new one.
 WARM = ["hypothesis", "numpy", "pytest", "scipy.stats", "torch", "torch._dynamo", "torch.func"]
 PROCESSES = multiprocessing.get_context("forkserver")
