@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SIMT = Path(__file__).resolve().parent / "simt"
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{SIMT}"]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-strict-aliasing", "-DTSAM_SIMT"]
+FLAGS += [f"-I{SIMT}"]
 RUNTIME_FLAGS = [*FLAGS, "-O2", "-fPIC", "-Wno-missing-field-initializers"]
 BUILDS = {
     "plain": ["-O1"],

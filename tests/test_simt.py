@@ -114,3 +114,12 @@ def test_the_same_seed_runs_the_same_order(folder: Path) -> None:
         texts.append(run(selftest(folder, "plain"), case, TSAM_SIMT_ORDER="random", TSAM_SIMT_SEED=seed)[1])
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build_name", ["plain", "address"])
+def test_the_list_kernels_run_clean(folder: Path, build_name: str) -> None:
+    """Under TSan too, but that takes minutes: tests/README.md."""
+    program = build(folder, SIMT / "kernels.cpp", build_name)
+    for order in ORDERS:
+        assert run(program, **order) == (0, "ok\n"), order

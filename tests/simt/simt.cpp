@@ -83,16 +83,21 @@ void run_threads() {
         m.threads[m.current].stack = stack;
         fail(m, {kDeadlock});
       }
-      m.stacks.give(stack);
+      if (!m.tsan_host) m.stacks.give(stack);
       switch_context(*stack, m.host, /*ends=*/true);
     }
     Context*& next = m.threads[m.current].stack;
-    if (next == nullptr) {
+    if (next == nullptr && !m.tsan_host) {
       next = stack;
-    } else {
-      m.stacks.give(stack);
-      switch_context(*stack, *next, /*ends=*/true);
+      continue;
     }
+    // Under TSan two threads of a launch never have one stack: their locals would be races.
+    if (!m.tsan_host) m.stacks.give(stack);
+    if (next == nullptr) {
+      next = m.stacks.take();
+      prepare(*next, run_threads);
+    }
+    switch_context(*stack, *next, /*ends=*/true);
   }
 }
 
@@ -259,6 +264,9 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* par
     return refuse(m, "a block of " + std::to_string(threads) + " threads", cudaErrorInvalidConfiguration);
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7FFFFFFFu || blocks > 1u << 24)
     return refuse(m, "a grid of " + std::to_string(blocks) + " blocks", cudaErrorInvalidConfiguration);
+  if (__tsan_create_fiber && threads * blocks > 6000)
+    return refuse(m, "TSan knows 8000 threads at most, and the grid has " + std::to_string(threads * blocks),
+                  cudaErrorInvalidConfiguration);
   if (shared_bytes > kStaticAndDynamic)
     return refuse(m, std::to_string(shared_bytes) + " bytes of shared memory", cudaErrorInvalidConfiguration);
   blockDim = block;
@@ -275,7 +283,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* par
     for (uint64_t i = blocks; i > 1; --i) std::swap(blocks_in_order[i - 1], blocks_in_order[m.next_random() % i]);
   if (__tsan_create_fiber) {
     // All memory is the host's: what a fiber allocates and another frees would be a race of the emulation's own.
-    m.stacks.reserve(threads + 1);
+    m.stacks.reserve(threads * blocks);
     m.ready.reserve(threads);
     m.shared.reserve(64);
     m.tsan_host = __tsan_get_current_fiber();
@@ -294,6 +302,7 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* par
     for (void* const memory : m.garbage) std::free(memory);
     for (void* const fiber : m.tsan_fibers) __tsan_destroy_fiber(fiber);
     m.garbage.clear();
+    m.stacks.give_all();
     m.tsan_fibers.clear();
   }
   if (m.failure.what == nullptr) return cudaSuccess;

@@ -1,0 +1,178 @@
+// The kernels of the list ops on small tables, without torch, so that TSan and ASan see every access: tensors of each
+// storage type, aligned or not, over a chunk, empty; the sums, the moves and HMC's passes, four blocks a launch.
+//
+//   kernels     exit 0: every sum and every element is a number; a sanitizer's report or a launch's error ends it
+//
+// Invariant: no value is compared here but with NaN, which shared memory starts as: tests/test_emulated.py compares.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cuda/hmc_kernels.cuh"
+#include "../../csrc/cuda/list_kernels.cuh"
+
+using namespace tsam;
+using namespace tsam::cuda;
+
+namespace {
+
+int failures = 0;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(error));
+  ++failures;
+}
+
+// Tensors of memory that ends where they end.
+template <typename T>
+struct List {
+  std::vector<std::unique_ptr<char[]>> memory;
+  std::vector<T*> data;
+
+  List(const std::vector<int64_t>& sizes, size_t off) {
+    for (const int64_t n : sizes) {
+      memory.emplace_back(new char[(static_cast<size_t>(n) + off) * sizeof(T)]);
+      data.push_back(reinterpret_cast<T*>(memory.back().get()) + off);
+      for (int64_t i = 0; i < n; ++i)
+        from_compute(static_cast<compute_t<T>>(0.25 * static_cast<double>(i % 7 - 3)), data.back()[i]);
+    }
+  }
+};
+
+template <int L>
+int64_t fill(TensorTable<L>& table, const std::vector<int64_t>& sizes, const std::vector<char*> (&lists)[L]) {
+  table.num_tensors = 0;
+  table.first_chunk[0] = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) continue;
+    const int k = table.num_tensors++;
+    for (int l = 0; l < L; ++l) table.data[l][k] = lists[l][i];
+    table.size[k] = sizes[i];
+    table.element[k] = 4 * i + i % 3;
+    table.scale[k] = 0.5;
+    table.adaptive[k] = i % 2 == 0;
+    table.first_chunk[k + 1] = table.first_chunk[k] + (sizes[i] + kDeviceChunk - 1) / kDeviceChunk;
+  }
+  return table.first_chunk[table.num_tensors];
+}
+
+template <typename T>
+std::vector<char*> pointers(const List<T>& list) {
+  std::vector<char*> out;
+  for (T* const p : list.data) out.push_back(reinterpret_cast<char*>(p));
+  return out;
+}
+
+template <typename Kernel, typename... Args>
+void go(const char* what, Kernel kernel, int64_t blocks, Args... args) {
+  check(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, nullptr, args...), what);
+}
+
+void expect_numbers(const char* what, const std::vector<double>& values) {
+  for (const double value : values)
+    if (!(std::fabs(value) < 1e30)) {
+      std::printf("%s: %g\n", what, value);
+      ++failures;
+    }
+}
+
+template <typename T>
+void run_lists(size_t off) {
+  using C = compute_t<T>;
+  const std::vector<int64_t> sizes = {kDeviceChunk + 37, 0, 5, 130};
+  const List<T> position(sizes, off), saved(sizes, 0), grads(sizes, off ? 1 : 0);
+  const List<C> total(sizes, off);
+  std::vector<double> state(64, 0.5), partial(8, kNaN);
+  TablePair pair;
+  TableTriple triple;
+  const int64_t blocks = fill(pair, sizes, {pointers(position), pointers(saved)});
+  const Stream stream = make_stream(3, 1, kPerturbation, 2);
+  go("noise_sum_squares", noise_sum_squares<TablePair>, blocks, pair, stream, partial.data());
+  check(launch(finish_sums<1, FinishNoise>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
+               FinishNoise{state.data(), Noise::kBall, 200, make_stream(3, 1, kBallRadius, 2)}),
+        "finish");
+  go("perturb_chunks", perturb_chunks<T>, blocks, pair, stream, state.data(), false, true);
+  fill(pair, sizes, {pointers(grads), pointers(saved)});
+  go("grad_sum_squares", grad_sum_squares<T>, blocks, pair, partial.data());
+  check(launch(finish_sums<1, FinishNorm>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
+               FinishNorm{state.data(), 0}),
+        "finish");
+  fill(triple, sizes, {pointers(position), pointers(saved), pointers(grads)});
+  go("ascend_chunks", ascend_chunks<T>, blocks, triple, state.data(), false);
+  fill(pair, sizes, {pointers(total), pointers(grads)});
+  for (const Action action : {kAssign, kBlend}) {
+    state[kAction] = action;
+    go("accumulate_chunks", accumulate_chunks<T>, blocks, pair, state.data(), false);
+  }
+  fill(pair, sizes, {pointers(position), pointers(saved)});
+  go("copy_chunks", copy_chunks<T>, blocks, pair);
+  expect_numbers("partial sums", std::vector<double>(partial.begin(), partial.begin() + blocks));
+  expect_numbers("state", state);
+}
+
+template <typename T, HmcPassKind kind, bool first>
+void run_pass(const LeapfrogTable& table, int64_t blocks, const std::vector<double>& chain,
+              const PassScalars& scalars) {
+  std::vector<double> partial(static_cast<size_t>(blocks) * kPassSums<kind>, kNaN);
+  go("hmc_pass", hmc_pass<T, kind, first>, blocks, table, make_stream(3, 1, kMomentum, 0), true, chain.data(), &scalars,
+     partial.data(), blocks);
+  expect_numbers("sums of a pass", partial);
+}
+
+template <typename T>
+void run_hmc(size_t off) {
+  using C = compute_t<T>;
+  const std::vector<int64_t> sizes = {kDeviceChunk + 37, 0, 5, 130};
+  const List<T> position(sizes, off), saved(sizes, 0), grads(sizes, off ? 1 : 0), carried(sizes, off);
+  const List<C> momentum(sizes, off), x0(sizes, 0), x1(sizes, off), x2(sizes, 1), total(sizes, 0);
+  std::vector<double> chain(kChain, 0.0), state(64, 0.5), partial(8, kNaN);
+  const double length = 0.1;
+  const PassScalars scalars{0.25, rotation_drift(0.3)};
+  PlaceTable places;
+  LeapfrogTable table;
+  TensorTable<3> triple;
+  const int64_t blocks =
+      fill(places, sizes, {pointers(position), pointers(saved), pointers(x0), pointers(x1), pointers(x2)});
+  fill(table, sizes,
+       {pointers(position), pointers(saved), pointers(momentum), pointers(grads), pointers(x0), pointers(x1),
+        pointers(x2)});
+  for (const double* const draw : {&length, static_cast<const double*>(nullptr)})
+    go("hmc_place_chunks", hmc_place_chunks<T>, blocks, places, make_stream(3, 1, kPerturbation, 0), chain.data(),
+       draw);
+  run_pass<T, HmcPassKind::kWhole, true>(table, blocks, chain, scalars);
+  run_pass<T, HmcPassKind::kWhole, false>(table, blocks, chain, scalars);
+  run_pass<T, HmcPassKind::kKick, true>(table, blocks, chain, scalars);
+  run_pass<T, HmcPassKind::kKick, false>(table, blocks, chain, scalars);
+  run_pass<T, HmcPassKind::kDrift, false>(table, blocks, chain, scalars);
+  fill(triple, sizes, {pointers(saved), pointers(momentum), pointers(grads)});
+  go("hmc_last_kick", hmc_last_kick<T>, blocks, triple, partial.data(), blocks);
+  expect_numbers("sums of the last kick", std::vector<double>(partial.begin(), partial.begin() + 2 * blocks));
+  fill(triple, sizes, {pointers(total), pointers(carried), pointers(grads)});
+  for (const double taken : {0.0, 1.0}) {
+    chain[kTaken] = taken;
+    state[kAction] = kBlend;
+    go("hmc_carry_chunks", hmc_carry_chunks<T>, blocks, triple, chain.data(), state.data(), true);
+  }
+}
+
+template <typename T>
+void run(size_t off) {
+  run_lists<T>(off);
+  run_hmc<T>(off);
+}
+
+}  // namespace
+
+int main() {
+  for (const size_t off : {0, 3}) {
+    run<float>(off);
+    run<double>(off);
+    run<BFloat16>(off);
+    run<Float16>(off);
+  }
+  if (failures == 0) std::printf("ok\n");
+  return failures == 0 ? 0 : 1;
+}
