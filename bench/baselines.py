@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
-import pytorch_optimizer
 import torch
 from torch import Tensor
 
@@ -94,6 +93,12 @@ def ascend(params: Tensors, grads: Tensors, scale: Tensor) -> None:
 def blend(mean: Tensors, grads: Tensors, weight: Tensor) -> None:
     """A += weight (g - A). Words: read 2, write 1."""
     torch._foreach_lerp_(mean, grads, [weight] * len(grads))
+
+
+def blend_each(mean: Tensors, grads: Tensors, weight: Tensor) -> None:
+    """As :func:`blend`, for torch.compile: inductor has no lowering of the foreach lerp and would copy."""
+    for of_mean, gradient in zip(mean, grads, strict=True):
+        of_mean.lerp_(gradient, weight)
 
 
 def save(saved: Tensors, params: Tensors) -> None:
@@ -181,6 +186,7 @@ class ForeachTSAM:
 
 def compiled(estimator: ForeachTSAM) -> ForeachTSAM:
     """The passes under torch.compile, shapes fixed; the draw stays outside, where it is faster (bench/README.md)."""
+    estimator.passes["blend"] = blend_each
     for name, run in estimator.passes.items():
         if name != "draw":
             estimator.passes[name] = torch.compile(run, dynamic=False)
@@ -228,6 +234,8 @@ class LibrarySAM:
     """pytorch_optimizer's SAM, its foreach path, around a base optimizer that does nothing."""
 
     def __init__(self, params: Tensors, *, rho: float) -> None:
+        import pytorch_optimizer  # of the extra "bench"; the other ways go without
+
         self.optimizer = pytorch_optimizer.SAM(params, _Still, rho=rho, foreach=True)
 
     def estimate_gradient(self, closure: Closure) -> Tensor:
@@ -258,7 +266,7 @@ def disagreement(make: Callable[[Tensors], Estimator], *, rho: float, radius: fl
     seen: list[tuple[Tensor, Tensor, float]] = []
 
     def closure() -> Tensor:
-        loss: Tensor = sum((a * p).sin().sum() for a, p in zip(scales, params, strict=True)) / 20  # type: ignore[assignment]
+        loss: Tensor = sum((a * p).sin().sum() for a, p in zip(scales, params, strict=True)) * 20  # type: ignore[assignment]
         loss.backward()  # type: ignore[no-untyped-call]
         where, gradient = (torch.cat([x.detach().flatten() for x in xs]).double() for xs in (params, _grads(params)))
         seen.append((where, gradient, float(loss.detach())))

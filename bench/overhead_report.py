@@ -1,6 +1,7 @@
 """From timed estimates to what a person reads: the tables, what was demanded and not met, and the picture.
 
-Times are the best of the rounds; ratios are taken round by round, median and quartiles. A demand is judged on medians.
+Times are the best of the rounds; ratios are taken round by round, median and quartiles. Demands on the floor are judged
+by the best time, those on ratios by the median.
 """
 
 from __future__ import annotations

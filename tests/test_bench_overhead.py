@@ -78,6 +78,14 @@ def test_the_check_sees_what_is_wrong(kind: Any, change: dict[str, Any], message
     assert message in baselines.disagreement(lambda params: kind(params, **{**SETTINGS, **change}), **CHECK)
 
 
+def test_the_check_sees_a_wrong_tilt_at_the_settings_that_are_timed() -> None:
+    def uniform(params: Any) -> Any:
+        return Uniform(params, rho=overhead.RHO, radius=overhead.RHO, tilt=overhead.TILT, num_samples=overhead.SAMPLES)
+
+    settings = {"rho": overhead.RHO, "radius": overhead.RHO, "tilt": overhead.TILT, "s": overhead.SAMPLES}
+    assert baselines.disagreement(uniform, **settings) == "the estimate is not the tilted mean"
+
+
 def test_words_are_those_of_the_mathematics() -> None:
     words = {task.name: task.words for task in overhead.TASKS}
     assert words == {"ascent": 27, "ascent without noise": 25, "ascent, sphere": 27, "SAM": 7, "noise": 15, "hmc": 42}

@@ -26,8 +26,15 @@ def test_a_broken_library_has_a_cause(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("runtime", "driver", "old"),
-    [(13000, 0, False), (13000, 13000, False), (13010, 13000, False), (13000, 12080, True), (12080, 13000, False)],
-)
+    [
+        (13000, 0, False),
+        (13000, 13000, False),
+        (13010, 13000, False),
+        (13000, 12080, True),
+        (12080, 13000, False),
+        (12080, 12040, False),
+    ],
+)  # fmt: skip
 def test_a_driver_serves_every_runtime_of_its_major_version(runtime: int, driver: int, old: bool) -> None:
     cause = _cuda.too_old(runtime, driver)
     assert (cause is not None) is old
@@ -41,3 +48,7 @@ def test_the_ops_are_registered_where_torch_is_a_cuda_build() -> None:
         assert there is (torch.version.cuda is not None), name
     if torch.version.cuda is not None and BUILT:
         assert _cuda.cause is None
+
+
+def test_a_driver_without_large_parameters_is_too_old() -> None:
+    assert "CUDA 12.4 or newer, and this machine's is for CUDA 12.2" in str(_cuda.too_old(12080, 12020))

@@ -58,9 +58,19 @@ BAD: list[tuple[tuple[Any, ...], Any, str]] = [
     (("positions",), None, "chain: got None, expected a list of 4, one a parameter"),
     (("positions",), [], "chain: got '0 positions', expected a list of 4, one a parameter"),
     (("positions", 1), 5, "chain: positions[1]: got 5, expected None or a torch.float64 tensor of shape (7,)"),
-    (("positions", 1), torch.zeros(2), "chain: positions[1]: got 'a torch.float32 tensor of shape (2,)'"),
-    (("positions", 1), torch.zeros(7), "chain: positions[1]: got 'a torch.float32 tensor of shape (7,)'"),
+    (
+        ("positions", 1),
+        torch.zeros(2),
+        "chain: positions[1]: got 'a torch.strided torch.float32 tensor of shape (2,)",
+    ),
+    (
+        ("positions", 1),
+        torch.zeros(7),
+        "chain: positions[1]: got 'a torch.strided torch.float32 tensor of shape (7,)",
+    ),
     (("positions", 1), torch.full((7,), math.inf, dtype=torch.float64), "chain: positions[1]: got 'a position that"),
+    (("positions", 1), torch.zeros(7, dtype=torch.float64).to_sparse(), "chain: positions[1]: got 'a torch.sparse_coo"),
+    (("positions", 1), torch.zeros(7, dtype=torch.float64, device="meta"), "chain: positions[1]: got 'a torch.strided"),
     (("more",), 1, "chain: got {"),
 ]
 
@@ -224,3 +234,82 @@ def test_an_infinite_tilt_from_a_schedule_is_no_delta(problem, value: float) -> 
     with pytest.raises(ValueError, match=re.escape(message)):
         task.train(optimizer, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, task.copies(), strict=True))
+
+
+def test_the_step_size_is_the_saved_one_only_where_it_is_adapted(problem) -> None:
+    source = problem()
+    saved = TSAM(source.parameters, **HMC)
+    source.train(saved, 2)
+    for options, want in (
+        ({"adapt_step_size": False, "step_size": 0.05}, 0.05),
+        ({"num_leapfrog_steps": 10}, math.pi / 20),  # the saved one is above this chain's own bound
+        ({"step_size": 3.0}, float(saved._chain.scalars[ChainSlot.LOG_STEP].exp())),
+    ):
+        optimizer = TSAM(problem().parameters, **HMC, **options)
+        optimizer.load_state_dict(saved.state_dict())
+        assert float(optimizer._chain.scalars[ChainSlot.LOG_STEP].exp()) == pytest.approx(want, rel=1e-12)
+
+
+def test_a_chain_is_loaded_by_the_sampler_that_has_one(problem) -> None:
+    source, task = problem(), problem()
+    saved = TSAM(source.parameters, **HMC)
+    source.train(saved, 2)
+    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer._chain.positions
+
+
+def test_what_is_saved_can_be_loaded_also_after_a_cast() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = TSAM([parameter], **HMC)
+
+    def closure() -> Tensor:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    parameter.data, parameter.grad = parameter.data.double(), None
+    state = optimizer.state_dict()
+    assert state["tsam"]["chain"]["positions"] == [None]
+    optimizer.load_state_dict(state)
+    optimizer.step(closure)
+
+
+def test_perturbed_is_where_a_fresh_chain_stands_and_an_exception_leaves_it_nowhere(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **HMC, chain="fresh")
+    task.train(optimizer, 2)
+    before, origin = optimizer.chain_position(), task.copies()
+    with optimizer.perturbed():
+        moved = [p - o for p, o in zip(task.copies(), origin, strict=True)]
+    for a, b, c in zip(before, optimizer.chain_position(), moved, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-12)
+
+    def failing() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing)
+    with pytest.raises(RuntimeError, match="chain_position"):
+        optimizer.chain_position()
+
+
+def test_numpy_s_numbers_do_not_reach_a_checkpoint(problem, tmp_path) -> None:
+    numpy = pytest.importorskip("numpy")
+    w1, b1, *rest = problem().parameters
+    groups = [{"params": [w1, b1], "rho": numpy.float32(0.25)}, {"params": rest}]
+    optimizer = TSAM(groups, lr=0.1, rho=numpy.float64(0.05), radius=numpy.float64(0.5), seed=numpy.uint64(2**63 + 5))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["tsam"]["seed"] == 2**63 + 5
+    assert [group["rho"] for group in state["param_groups"]] == [0.25, 0.05]
+
+
+def test_equal_weights_that_are_meant_are_not_warned_of(problem, recwarn: pytest.WarningsRecorder) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **{**HMC, "delta": None}, tilt=5.0)
+    task.train(optimizer, 1)
+    assert optimizer.diagnostics.ess == 3.0
+    assert not recwarn

@@ -310,5 +310,28 @@ def test_dynamo_may_be_looked_for_before_it_is_imported_and_processes_spawned(tm
     assert done.returncode == 0, done.stderr
 
 
+RELOADED = """
+import importlib, sys
+import tsam_ext, tsam_ext._compile
+
+class Old:  # as finders were before Python 3.4
+    def find_module(self, name, path=None):
+        return None
+
+importlib.reload(tsam_ext._compile)
+sys.meta_path.insert(0, Old())
+import torch, torch._dynamo
+run = torch.compile(tsam_ext._C.tilted_loss, fullgraph=True, backend="eager")
+assert run(torch.ones(3), 2.0) == 1.0
+"""
+
+
+def test_reloading_and_old_finders_leave_compile_alive(tmp_path: Any) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(RELOADED)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_differentiable_op_is_in_the_tables_here() -> None:
     assert ROWS.keys() == set(_ops.NAMES) - set(_ops.LIST_OPS) - {"tilt_summary"}

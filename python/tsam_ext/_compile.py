@@ -11,7 +11,7 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from . import _C, _ops
 
@@ -31,21 +31,30 @@ def _register() -> None:
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds torch._dynamo as everybody else would, with a loader that registers as soon as it has run.
 
-    It stays until then: to be found is not to be imported, and an import may fail and be tried again.
+    It stays until then: to be found is not to be imported, and an import may fail and be tried again. While it asks
+    the others it finds nothing itself, as one of another import of this module may ask it.
     """
+
+    def __init__(self) -> None:
+        self._asks = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "torch._dynamo":
+        if name != "torch._dynamo" or self._asks:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self)
-                return spec
-        return None
+        self._asks = True
+        try:
+            for finder in sys.meta_path:
+                find = getattr(finder, "find_spec", None)
+                spec = None if find is None or finder is self else find(name, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader, self)
+                    return cast("importlib.machinery.ModuleSpec", spec)
+            return None
+        finally:
+            self._asks = False
 
 
 class _Loader(importlib.abc.Loader):
@@ -71,7 +80,9 @@ class _Loader(importlib.abc.Loader):
             _register()
 
 
-if "torch._dynamo" in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _Finder())
+if "_finder" not in globals():  # a reload keeps the one that is there: Dynamo refuses to be told twice
+    _finder = _Finder()
+    if "torch._dynamo" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _finder)

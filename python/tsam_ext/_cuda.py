@@ -18,6 +18,7 @@ from . import _C, _ops
 __all__ = ["why_not"]
 
 LIBRARY = "libtsam_cuda.so"
+OLDEST_DRIVER = 12040  # kernel parameters of 32 KB need 12.1, fatbins compressed for size 12.4
 
 
 def _versions(library: ctypes.CDLL) -> tuple[int, int]:
@@ -28,10 +29,11 @@ def _versions(library: ctypes.CDLL) -> tuple[int, int]:
 
 
 def too_old(runtime: int, driver: int) -> str | None:
-    """What is wrong with a driver of that version, or None: any of the runtime's major version serves."""
-    if driver == 0 or driver // 1000 >= runtime // 1000:
+    """What is wrong with a driver of that version, or None: any of the runtime's major from OLDEST_DRIVER on."""
+    least = max(runtime // 1000 * 1000, OLDEST_DRIVER)
+    if driver == 0 or driver >= least:
         return None
-    needed, found = (f"{v // 1000}.{v % 1000 // 10}" for v in (runtime // 1000 * 1000, driver))
+    needed, found = (f"{v // 1000}.{v % 1000 // 10}" for v in (least, driver))
     return f"it needs an NVIDIA driver for CUDA {needed} or newer, and this machine's is for CUDA {found}"
 
 
@@ -65,7 +67,7 @@ def refuse(cause: str) -> None:
 
 
 _library = torch.library.Library("tsam", "IMPL")  # type: ignore[no-untyped-call]
-cause: str | None = "torch is a CPU build"  # why CUDA tensors have no kernels here, or None
+cause: str | None = "this torch is not a CUDA build"  # why CUDA tensors have no kernels here, or None
 if torch.version.cuda is not None:
     _folder = Path(_C.__file__).parent
     cause = load(_folder)

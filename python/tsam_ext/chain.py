@@ -63,14 +63,18 @@ class Chain:
 
     def buffers(self, parameter: Tensor) -> list[Tensor]:
         """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if not self._fits(parameter):
+            self.started = False
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            made = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
+            self.positions[parameter] = made
+        return self.positions[parameter]
+
+    def _fits(self, parameter: Tensor) -> bool:
+        wide = torch.promote_types(parameter.dtype, torch.float32)
         layout = (parameter.shape, parameter.stride(), wide, parameter.device)
         held = self.positions.get(parameter)
-        if held is None or (held[0].shape, held[0].stride(), held[0].dtype, held[0].device) != layout:
-            self.started = False
-            held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
-            self.positions[parameter] = held
-        return held
+        return held is not None and (held[0].shape, held[0].stride(), held[0].dtype, held[0].device) == layout
 
     def position(self, parameter: Tensor) -> Tensor:
         """The chain's position at one parameter, chosen on the device."""
@@ -94,17 +98,26 @@ class Chain:
         for slot in KEPT:
             scalars[slot] = self.scalars[slot]
         parameters = [p for group in groups for p in group["params"]]
-        positions = [self.position(p) if self.started and p in self.positions else None for p in parameters]
+        positions = [self.position(p) if self.started and self._fits(p) else None for p in parameters]
         return {"prior": self.settings.prior, "scalars": scalars, "positions": positions}
 
+    @torch.no_grad()
     def unpack(self, groups: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
-        """Takes what :meth:`pack` gave; the chain starts anew if that was nothing, or a chain on another prior."""
+        """Takes what :meth:`pack` gave; the chain starts anew if that was nothing, or a chain on another prior.
+
+        The step size is the saved one only where this chain adapts it, and within its own bound.
+        """
         self.positions, self.started = {}, False
+        first = math.log(self.settings.first_step_size)
         if saved is None or saved["prior"] != self.settings.prior:
             self.scalars.zero_()
-            self.scalars[ChainSlot.LOG_STEP] = math.log(self.settings.first_step_size)
+            self.scalars[ChainSlot.LOG_STEP] = first
             return
         self.scalars.copy_(saved["scalars"])
+        if self.settings.adapt_step_size:
+            self.scalars[ChainSlot.LOG_STEP].clamp_(max=self.settings.highest_log_step)
+        else:
+            self.scalars[ChainSlot.LOG_STEP] = first
         parameters = [p for group in groups for p in group["params"]]
         for parameter, position in zip(parameters, saved["positions"], strict=True):
             if position is not None:
@@ -165,7 +178,7 @@ class HmcEstimate(Estimate):
         total = self._hmc.burn_in + self.num_samples
         try:
             self._begin()
-            self.place()
+            self.place(fresh=self._hmc.chain == "fresh")
             yield from self._pass(0, counted=False)
             self._take_start()
             for trajectory in range(total):
@@ -203,13 +216,16 @@ class HmcEstimate(Estimate):
         self._fresh = self.gradients()
 
     @torch.no_grad()
-    def place(self) -> None:
-        """theta = theta_0 + the chain's position, or a draw from the prior where there is no chain to go on with."""
+    def place(self, *, fresh: bool) -> None:
+        """theta = theta_0 + the chain's position, or a draw from the prior: ``fresh``, or no chain to go on with.
+
+        A draw overwrites where the chain stood, so that after an exception it stands nowhere.
+        """
         chain = self.chain
         chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
         self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
-        self._before = (chain.scalars.clone(), chain.started)
-        draw = self._hmc.chain == "fresh" or not chain.started
+        draw = fresh or not chain.started
+        self._before = (chain.scalars.clone(), not draw)
         self._saving(self.table.moves)
         _ops.hmc_place_(
             self._moved,

@@ -43,6 +43,8 @@ def unpack(base: Optimizer, state: dict[str, Any]) -> tuple[dict[str, Any], tupl
     rest = {key: value for key, value in state.items() if key != KEY}
     if own is None:
         return rest, None
+    if not isinstance(own, dict):
+        raise reject(f"load_state_dict: {KEY}", own, "a dict, as state_dict() writes it")
     for key, value in _identity(base).items():
         if own.get(key) != value:
             raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
@@ -74,12 +76,14 @@ def _check_chain(base: Optimizer, chain: Any) -> None:
         wide = torch.promote_types(parameter.dtype, torch.float32)
         if position is None:
             continue
-        if not isinstance(position, Tensor) or position.dtype != wide or position.shape != parameter.shape:
-            got = (
-                f"a {position.dtype} tensor of shape {tuple(position.shape)}"
-                if isinstance(position, Tensor)
-                else position
-            )
+        got = position
+        if isinstance(position, Tensor):
+            shape, place = tuple(position.shape), position.device.type
+            got = f"a {position.layout} {position.dtype} tensor of shape {shape} on {place}"
+            dense = position.layout is torch.strided and position.device.type != "meta"
+            if dense and position.dtype == wide and position.shape == parameter.shape:
+                got = None
+        if got is not None:
             raise reject(f"{where}: positions[{i}]", got, f"None or a {wide} tensor of shape {tuple(parameter.shape)}")
         if not bool(position.isfinite().all()):
             raise reject(f"{where}: positions[{i}]", "a position that is not finite", "finite numbers")

@@ -142,7 +142,7 @@ class TSAM(WrappingOptimizer):
         if model is not None and not isinstance(model, nn.Module):
             raise reject("model", model, "a torch.nn.Module or None", TypeError)
         if seed is not None:
-            checked_int("seed", seed, 0, (1 << 64) - 1)
+            seed = checked_int("seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs)
         check_groups(base.param_groups)
         if seed is None:
@@ -241,7 +241,8 @@ class TSAM(WrappingOptimizer):
                 watch.close()
             estimate.current = None
         self._pending = True
-        own_tilt = self._tilt_is_own and not estimate.plain
+        inert = estimate.plain or (isinstance(estimate, HmcEstimate) and self._settings.hmc.delta is None)
+        own_tilt = self._tilt_is_own and not inert  # with delta = tilt equal weights are meant
         chain = self._chain.scalars.clone() if isinstance(estimate, HmcEstimate) else None
         rows = (estimate.num_samples, estimate.rows_per_sample)
         self._diagnostics._attach(estimate.state, rows, own_tilt, chain, table.dimension_over_rho)
@@ -297,7 +298,7 @@ class TSAM(WrappingOptimizer):
         self._inside_perturbed = True
         try:
             if isinstance(estimate, HmcEstimate):
-                estimate.place()
+                estimate.place(fresh=False)
             elif estimate.table.draws:
                 estimate.perturb(sample)
             if self._settings.sampler == "ascent":
@@ -385,7 +386,8 @@ class TSAM(WrappingOptimizer):
         self._end_estimate()
         if own is not None:
             self._step, self.seed, chain = own
-            self._chain.unpack(self.param_groups, chain)
+            if self._settings.sampler == "hmc":
+                self._chain.unpack(self.param_groups, chain)
 
     def __getstate__(self) -> dict[str, Any]:
         keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step", "_chain")

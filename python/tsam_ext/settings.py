@@ -69,13 +69,13 @@ def checked_choice(argument: str, value: object, choices: tuple[str, ...]) -> st
     return value
 
 
-def check_group(group: Mapping[str, Any], where: str = "") -> None:
-    """Checks ``rho``, ``radius`` and ``adaptive`` of one parameter group, where present."""
+def check_group(group: dict[str, Any], where: str = "") -> None:
+    """Checks ``rho``, ``radius`` and ``adaptive`` of one parameter group, where present; makes them Python's own."""
     if "rho" in group:
-        checked_number(f"{where}rho", group["rho"], "a finite number not below 0", low=0.0)
+        group["rho"] = checked_number(f"{where}rho", group["rho"], "a finite number not below 0", low=0.0)
     if group.get("radius") is not None:
         expected = "None or a finite number not below 0"
-        checked_number(f"{where}radius", group["radius"], expected, low=0.0)
+        group["radius"] = checked_number(f"{where}radius", group["radius"], expected, low=0.0)
     if "adaptive" in group:
         checked_bool(f"{where}adaptive", group["adaptive"])
     for key in (*Settings.__dataclass_fields__, *HmcSettings.__dataclass_fields__):
