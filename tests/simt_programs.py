@@ -1,4 +1,4 @@
-"""Programs over the host emulation of CUDA (tests/simt), built by g++ once a session: plain, ASan+UBSan, TSan.
+"""Programs over the host emulation of CUDA (tests/simt), built by g++ once a test run: plain, ASan+UBSan, TSan.
 
 The scheduler itself is compiled without sanitizers, once; it tells them of its fibers. ``ORDERS`` are
 the schedules that every plain build runs under.
