@@ -101,8 +101,8 @@ void perturb(const NoiseArguments& a) {
         plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), a.stream); });
   const double scale = noise_scale(a.noise, a.x.size, sum_squares, a.radius_stream) * scalar_value(a.radius);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
-    k.perturb(a.x.dtype, at(a.out, chunk), at(a.x, chunk), chunk.length, element(chunk), a.stream, scale,
-              /*adaptive=*/false);
+    k.perturb(a.x.dtype, at(a.out, chunk), at(a.x, chunk), /*saved=*/nullptr, chunk.length, element(chunk), a.stream,
+              scale, /*adaptive=*/false);
   });
 }
 

@@ -41,7 +41,7 @@ void copy(void* to, const void* from, int64_t bytes, bool past_caches) {
 }
 
 template <typename T>
-void perturb_run(T* position, const T* from, int64_t n, uint64_t element, const Stream& stream, double scale,
+void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale,
                  bool adaptive) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
@@ -49,16 +49,19 @@ void perturb_run(T* position, const T* from, int64_t n, uint64_t element, const 
   for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
     C origin[W], moved[W];
     load(from + i, count, origin);
+    if (saved != nullptr)
+      for (int k = 0; k < count; ++k) saved[i + k] = from[i + k];
     functor(origin, z, moved);
     store(moved, count, position + i);
   });
 }
 
-void perturb(DType dtype, void* position, const void* origin, int64_t n, uint64_t element, Stream stream, double scale,
-             bool adaptive) {
+void perturb(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element, Stream stream,
+             double scale, bool adaptive) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), n, element, stream, scale, adaptive);
+    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved), n, element, stream,
+                scale, adaptive);
   });
 }
 

@@ -50,9 +50,10 @@ struct Kernels {
   // A copy, bit for bit, past the caches or not. Words: read 1, write 1; through the caches the target is read too.
   void (*copy)(void* to, const void* from, int64_t bytes, bool past_caches);
 
-  // position = origin + scale D z; the origin may be position itself. Words: read 1, write 1.
-  void (*perturb)(DType dtype, void* position, const void* origin, int64_t n, uint64_t element, Stream stream,
-                  double scale, bool adaptive);
+  // position = origin + scale D z; the origin may be position itself. Words: read 1, write 1, and 1 if `saved` takes
+  // the origin on the way: drawing is slower than memory, which then costs nothing.
+  void (*perturb)(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element,
+                  Stream stream, double scale, bool adaptive);
 
   // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);

@@ -26,9 +26,8 @@ void copy_chunk(const Kernels& k, const Run& to, const Run& from, const Chunk& c
   k.copy(at(to, chunk), at(from, chunk), chunk.length * item_bytes(to.dtype), past_caches);
 }
 
-// Words a float32 element: read 1, write 2 with save, else read 1, write 1. A chunk that is saved stays in the nearest
-// cache until it is moved. sphere and ball draw twice and so need no buffer for z: their norm has to be known before
-// the first element is written.
+// Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
+// no buffer for z: their norm has to be known before the first element is written.
 void perturb(const PerturbArguments& a) {
   const Stream stream = a.counter.stream(kPerturbation);
   const Kernels& k = kernels();
@@ -42,13 +41,11 @@ void perturb(const PerturbArguments& a) {
         sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
   const double scale = noise_scale(a.noise, a.dimension, sum_squares, a.counter.stream(kBallRadius));
   a.state[kNoiseScale] = scale;
-  const bool past_caches = a.save && goes_past_caches(a.saved);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
-    if (a.save) copy_chunk(k, a.saved[t], position, chunk, past_caches);
-    k.perturb(position.dtype, at(position, chunk), at(origin, chunk), chunk.length, element(chunk), stream,
-              (a.negate ? -scale : scale) * a.radius[t], a.adaptive[t]);
+    k.perturb(position.dtype, at(position, chunk), at(origin, chunk), a.save ? at(a.saved[t], chunk) : nullptr,
+              chunk.length, element(chunk), stream, (a.negate ? -scale : scale) * a.radius[t], a.adaptive[t]);
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
