@@ -209,7 +209,7 @@ def rows() -> Iterator[Any]:
     for op, good in GOOD.items():
         for name, value in good().items():
             kind = kind_of(op, name, value)
-            optional = {("accumulate_", "grads"), ("perturb_", "base"), ("perturb_", "dimension")}
+            optional = {("accumulate_", "grads"), *(("perturb_", name) for name in ("base", "dimension", "step"))}
             for label, bad in BAD[kind].items():
                 if not (label == "None" and (op, name) in optional):
                     yield pytest.param(op, name, None, bad, re.escape(name), id=f"{op}-{name}-{label}")

@@ -93,6 +93,32 @@ def test_the_ops_can_be_captured_and_replayed() -> None:
 
 
 @gpu
+@pytest.mark.parametrize("sampler", ["noise", "ascent", "hmc"])
+def test_each_replay_of_a_captured_step_is_the_next_step(sampler: str) -> None:
+    def run(graphed: bool) -> tuple[list[Tensor], int]:
+        optimizer, closure = training(sampler, same_masks=False, capturable=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # loads kernels, makes the copies, starts the chain
+            for _ in range(3):
+                optimizer.step(closure)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if graphed:
+            with torch.cuda.graph(graph):
+                optimizer.step(closure)
+        for _ in range(3):
+            graph.replay() if graphed else optimizer.step(closure)
+        step = optimizer.state_dict()["tsam"]["step"]
+        return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]], step
+
+    (replayed, steps), (stepped, counted) = run(True), run(False)
+    assert steps == counted == 6
+    for got, want in zip(replayed, stepped, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@gpu
 @pytest.mark.parametrize("num_samples", [2, 8])
 def test_memory_does_not_grow_with_the_samples(num_samples: int) -> None:
     parameter = nn.Parameter(torch.randn(1 << 22, device="cuda"))

@@ -253,7 +253,7 @@ BAD = [
     (set_key("base", [0, 4, 8]), r"base: got 3 entries"),
     (set_key("state", torch.zeros(3, dtype=torch.float64)), r"state: got shape \(3\).*at least 16"),
     (set_key("state", torch.zeros(16)), r"state: got .*float32, expected a contiguous float64"),
-    (set_key("step", -1), r"step: got -1, expected an integer from 0"),
+    (set_key("step", -2), r"step: got -2, expected an integer from -1"),
     (set_key("sample", 2**28), r"sample: got 268435456, expected an integer from 0"),
     (set_key("noise", 3), r"noise: got 3, expected an integer from 0 to 2"),
     (alias, r"position\[1\]: got memory shared with position\[0\], expected tensors that do not overlap"),

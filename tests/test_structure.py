@@ -33,13 +33,14 @@ LAYERS = {
     "_cuda": {"_C", "_ops"},
     "functional": {"_ops"},
     "settings": {"_cuda", "functional"},
-    "chain": {"_ops", "estimate", "integrators", "settings", "table"},
+    "sample": {"estimate", "settings"},  # estimate: for its type alone
+    "chain": {"_ops", "estimate", "functional", "integrators", "sample", "settings", "table"},
     "hmc": {"_cuda", "_ops", "chain", "functional", "integrators"},
     "metrics": {"_ops", "chain", "functional"},
     "base": {"settings"},
     "checkpoint": {"chain", "settings"},
-    "estimate": {"_ops", "functional", "module_state", "settings", "table"},
-    "optim": {"base", "chain", "checkpoint", "estimate", "metrics", "module_state", "settings", "table"},
+    "estimate": {"_cuda", "_ops", "functional", "module_state", "sample", "settings", "table"},
+    "optim": {"base", "chain", "checkpoint", "estimate", "metrics", "module_state", "sample", "settings", "table"},
 }
 
 
@@ -140,7 +141,13 @@ def test_python_imports_go_one_way() -> None:
         assert not imported(path, 0) & LAYERS.keys(), f"reference/{path.name} imports the package it is to check"
 
 
-STEP = ["optim", "estimate", "_ops", *(f"functional/{name}" for name in ("checks", "dynamics", "in_place", "tilted"))]
+STEP = [
+    "optim",
+    "estimate",
+    "sample",
+    "_ops",
+    *(f"functional/{name}" for name in ("checks", "dynamics", "in_place", "tilted")),
+]
 
 
 @pytest.mark.parametrize("name", STEP)

@@ -39,7 +39,8 @@ enum ChainSlot : int {
   kAlpha = 21,      // min(1, e^(H_0 - H_n)) of the last state looked at
   kRejected = 22,   // sum over the trajectory's states of 1 - alpha
   kStartLoss = 23,  // of the running trajectory
-  kChain = 24
+  kChainStep = 24,  // as kStep of core/tilt.h
+  kChain = 25
 };
 
 constexpr double kDivergence = 1000.0, kTargetAcceptance = 0.8, kAdaptationRate = 0.05, kGradScaleSteps = 20.0;
@@ -68,7 +69,9 @@ TSAM_HD int proposal_slot(const double* s) {
 // A new step has a new loss function: the state stays, its loss is another.
 TSAM_HD void chain_begin(double* s, double delta, double loss) {
   const double log_step = s[kLogStep], current = s[kCurrent], norm = s[kGradScale], norms = s[kGradScales];
+  const double step = s[kChainStep];
   chain_create(s, log_step);
+  s[kChainStep] = step;
   s[kDelta] = delta;
   s[kCurrent] = s[kStart] = current;
   s[kLoss] = loss;

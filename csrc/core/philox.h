@@ -25,7 +25,15 @@ struct Stream {
   uint32_t word3;
 };
 
+// The same where the step is counted in memory that kernels read (`held`, a whole number in float64): a launch that a
+// CUDA graph repeats then finds another step each time. Without `held` the stream's own.
+struct CountedStream {
+  Stream stream;
+  const double* held;
+};
+
 constexpr int64_t kMaxSample = (int64_t{1} << 28) - 1;
+constexpr int64_t kStepHeld = -1;  // an op's `step`: the one that its scalars hold
 
 }  // namespace tsam
 
@@ -33,6 +41,16 @@ TSAM_CORE_BEGIN
 
 TSAM_HD Stream make_stream(uint64_t seed, uint32_t step, Purpose purpose, uint32_t sample) {
   return Stream{seed, step, (static_cast<uint32_t>(purpose) << 28) | sample};
+}
+
+// Where the memory is. The step enters the counter modulo 2^32; what is no step at all counts as 0.
+TSAM_HD Stream stream_now(const CountedStream& counted) {
+  Stream stream = counted.stream;
+  if (counted.held != nullptr) {
+    const double step = *counted.held;
+    stream.step = step >= 0.0 && step < 0x1p63 ? static_cast<uint32_t>(static_cast<uint64_t>(step)) : 0u;
+  }
+  return stream;
 }
 
 // Ten rounds in place. x holds the counters on entry and the random words on return.

@@ -26,6 +26,7 @@ enum Slot : int {
   kSaves = 11,   // saving ops that have finished in this step
   kNewest = 12,  // weight of the sample counted last, on the scale of S
   kHeld = 13,    // that of the state which a chain stands at, over all its counts, on the scale of S
+  kStep = 14,    // the step of the noise, for ops that are told to look here (kStepHeld); no op writes it
   kHeader = 16
 };
 enum RowSlot : int { kRowLoss = 0, kRowLogSize = 1, kRowGradNorm = 2, kRowEnergy = 3, kRow = 4 };
@@ -42,7 +43,8 @@ enum Action : int {
 TSAM_CORE_BEGIN
 
 TSAM_HD void tilt_begin(double* s, double tilt, int64_t length) {
-  for (int64_t i = 0; i < length; ++i) s[i] = i < kHeader ? 0.0 : kNaN;
+  for (int64_t i = 0; i < length; ++i)
+    if (i != kStep) s[i] = i < kHeader ? 0.0 : kNaN;
   s[kTilt] = tilt;
   s[kMax] = -kInfinity;
 }

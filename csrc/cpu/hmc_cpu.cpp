@@ -43,7 +43,7 @@ uint64_t element_of(const Integers& base, const Chunk& chunk) {
 // prior, which then is the chain's state.
 void place(const HmcPlaceArguments& a) {
   const Scaled& scaled = a.scaled;
-  const Stream stream = a.counter.stream(kPerturbation);
+  const Stream stream = stream_now(a.counter.stream(kPerturbation));
   const Runs& current = a.x[current_slot(a.chain)];
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(a.position);
@@ -54,7 +54,7 @@ void place(const HmcPlaceArguments& a) {
                                         [&](const Chunk& chunk) {
                                           return k.noise_sum_squares(chunk.length, element_of(a.base, chunk), stream);
                                         }),
-                             a.counter.stream(kBallRadius));
+                             stream_now(a.counter.stream(kBallRadius)));
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run& theta = a.position[t];
@@ -114,7 +114,7 @@ void leapfrog(const HmcLeapfrogArguments& a) {
     pass.scale = scaled.scale(t);
     pass.adaptive = scaled.adaptive[t];
     pass.keep_momentum = true;
-    pass.stream = a.counter.stream(kMomentum);
+    pass.stream = stream_now(a.counter.stream(kMomentum));
     pass.element = element_of(a.base, chunk);
     return pass;
   };
@@ -160,8 +160,8 @@ void end(const HmcEndArguments& a) {
                      nullptr, at(a.grads[t], chunk)};
     return k.hmc(a.grads[t].dtype, run, pass, chunk.length);
   });
-  step_end(a.chain, a.state, length, sums, scalar_value(a.loss), a.counter.stream(kAccept), a.row, a.metropolis,
-           a.skip_nonfinite, a.last);
+  step_end(a.chain, a.state, length, sums, scalar_value(a.loss), stream_now(a.counter.stream(kAccept)), a.row,
+           a.metropolis, a.skip_nonfinite, a.last);
 }
 
 // Recycling counts one more state of the running trajectory; its gradient follows in accumulate_. Words: 0.

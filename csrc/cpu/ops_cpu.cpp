@@ -29,7 +29,7 @@ void copy_chunk(const Kernels& k, const Run& to, const Run& from, const Chunk& c
 // Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
 // no buffer for z: their norm has to be known before the first element is written.
 void perturb(const PerturbArguments& a) {
-  const Stream stream = a.counter.stream(kPerturbation);
+  const Stream stream = stream_now(a.counter.stream(kPerturbation));
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(a.position);
   const auto element = [&](const Chunk& chunk) {
@@ -39,7 +39,7 @@ void perturb(const PerturbArguments& a) {
   if (a.noise != Noise::kGaussian)
     sum_squares =
         sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
-  const double scale = noise_scale(a.noise, a.dimension, sum_squares, a.counter.stream(kBallRadius));
+  const double scale = noise_scale(a.noise, a.dimension, sum_squares, stream_now(a.counter.stream(kBallRadius)));
   a.state[kNoiseScale] = scale;
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);

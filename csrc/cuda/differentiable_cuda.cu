@@ -101,14 +101,14 @@ void perturb(const NoiseArguments& a) {
   const auto entry = [&](TablePair& table, size_t k, size_t) { table.element[k] = static_cast<uint64_t>(a.base); };
   if (normed)
     for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
-      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, a.stream,
+      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
                  numbers(partial) + share.before);
     });
   device.finish<1>(FinishDraw{numbers(scale), a.noise, a.x.size, a.radius_stream, a.radius}, numbers(partial), blocks);
   for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, a.stream, numbers(scale), /*negate=*/false,
+      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr}, numbers(scale), /*negate=*/false,
                  /*save=*/false);
     });
   });

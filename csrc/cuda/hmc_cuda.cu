@@ -20,7 +20,7 @@ using namespace ops;
 // Launches: with a draw the sum over z (ball) and the scale; the move; the count.
 void place(const HmcPlaceArguments& a) {
   const OnDevice device(a.home);
-  const Stream stream = a.counter.stream(kPerturbation);
+  const CountedStream stream = a.counter.stream(kPerturbation);
   const bool normed = a.draw && a.scaled.prior == Prior::kBall;
   const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, 1);

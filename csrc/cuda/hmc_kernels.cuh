@@ -70,8 +70,9 @@ TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n)
 // Saves theta_0, and moves to the chain's state or (draw_scale not null) to a draw, which then is that state. Words:
 // read 2, write 2; a draw read 1, write 3.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, Stream stream, const double* chain, const double* draw_scale) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, CountedStream counted,
+                                                              const double* chain, const double* draw_scale) {
+  const Stream stream = stream_now(counted);
   using C = compute_t<T>;
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
@@ -112,7 +113,7 @@ constexpr int kPassSums = kind == HmcPassKind::kWhole  ? 3
 // write 1; kDrift read 3, write 3; `measure` read 1 more.
 template <typename T, HmcPassKind kind, bool first>
 __global__ void TSAM_FOUR_BLOCKS(kThreads)
-    hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, Stream stream, bool measure, const double* chain,
+    hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, CountedStream counted, bool measure, const double* chain,
              const PassScalars* scalars, double* partial, int64_t n) {
   using C = compute_t<T>;
   constexpr int W = kPassLanes<T>;
@@ -132,12 +133,14 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
   const int skip = draw ? static_cast<int>(element % W) : 0;
   // The registers of a draw and of a drift together are too many for one loop: a thread leaves its momenta here.
   TSAM_SHARED(uint4, drawn, draw ? kDeviceChunk / W + 1 : 1);
-  if constexpr (draw)
+  if constexpr (draw) {
+    const Stream stream = stream_now(counted);
     for_lanes<W>(chunk.length, skip, false, [&](int i, auto lanes) {
       C p[W];
       draw_lanes(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), lanes, C(1), p);
       memcpy(drawn + (i + skip) / W, p, sizeof p);
     });
+  }
   for_lanes<W>(chunk.length, skip, whole, [&](int i, auto lanes) {
     C p[W], o[W] = {}, t[W], x[W];
     if constexpr (draw) {

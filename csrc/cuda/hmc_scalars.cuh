@@ -14,10 +14,10 @@ struct FinishPlace {
   double* scale;
   Prior prior;
   int64_t dimension;
-  Stream radius_stream;
+  CountedStream radius_stream;
 
   TSAM_DEVICE void operator()(const double* sums) const {
-    *scale = prior == Prior::kBall ? noise_scale(Noise::kBall, dimension, sums[0], radius_stream) : 1.0;
+    *scale = prior == Prior::kBall ? noise_scale(Noise::kBall, dimension, sums[0], stream_now(radius_stream)) : 1.0;
   }
 };
 
@@ -91,7 +91,7 @@ struct BallMoved {
 struct StepEnd {
   double *chain, *state;
   Scalar loss;
-  Stream accept;
+  CountedStream accept;
   Prior prior;
   int64_t dimension;
   double kick;
@@ -102,8 +102,8 @@ struct StepEnd {
     HmcSums all;
     all.pq = sums[0];
     all.qq = sums[1];
-    step_end(chain, state, kick_length(chain, prior, dimension, kick), all, scalar_value(loss), accept, row, metropolis,
-             skip_nonfinite, last);
+    step_end(chain, state, kick_length(chain, prior, dimension, kick), all, scalar_value(loss), stream_now(accept), row,
+             metropolis, skip_nonfinite, last);
   }
 };
 

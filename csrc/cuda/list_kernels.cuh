@@ -20,7 +20,8 @@ using TableTriple = TensorTable<3>;
 // partial[b] = sum of z^2 over the chunk. Words: 0.
 template <typename Table>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    noise_sum_squares(TSAM_PARAMETER(Table) table, Stream stream, double* partial) {
+    noise_sum_squares(TSAM_PARAMETER(Table) table, CountedStream counted, double* partial) {
+  const Stream stream = stream_now(counted);
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
   double sum = 0.0;
@@ -38,12 +39,13 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // Lists: position, saved. As the CPU's perturb (save: read 1, write 2; otherwise read 1, write 1). The scale is the
 // state's noise scale times the tensor's.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    perturb_chunks(TSAM_PARAMETER(TablePair) table, Stream stream, const double* state, bool negate, bool save) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted,
+                                                            const double* state, bool negate, bool save) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
+  const Stream stream = stream_now(counted);
   const double scale = state[kNoiseScale];
   const Perturb<C> functor{static_cast<C>((negate ? -scale : scale) * table.scale[chunk.tensor]),
                            table.adaptive[chunk.tensor]};
@@ -168,10 +170,10 @@ struct FinishNoise {
   double* state;
   Noise noise;
   int64_t dimension;
-  Stream radius_stream;
+  CountedStream radius_stream;
 
   TSAM_DEVICE void operator()(const double* sums) const {
-    state[kNoiseScale] = noise_scale(noise, dimension, sums[0], radius_stream);
+    state[kNoiseScale] = noise_scale(noise, dimension, sums[0], stream_now(radius_stream));
   }
 };
 

@@ -21,7 +21,7 @@ using namespace ops;
 // Launches: a sum over z for sphere and ball, the scale, the move, with save the count.
 void perturb(const PerturbArguments& a) {
   const OnDevice device(a.home);
-  const Stream stream = a.counter.stream(kPerturbation);
+  const CountedStream stream = a.counter.stream(kPerturbation);
   const bool normed = a.noise != Noise::kGaussian;
   const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);

@@ -89,8 +89,8 @@ void hmc_place_(TensorList position, TensorList saved, TensorList x0, TensorList
              second_x = checked_wide(op, "x1", x1, saved, scaled.origin),
              third_x = checked_wide(op, "x2", x2, saved, scaled.origin);
   same_length(op, "base", base.size(), "position", moved.size());
-  const Counter counter(op, seed, step, "trajectory", 0);
   double* const c = checked_chain(op, chain);
+  const Counter counter(op, seed, step, c + kChainStep, "trajectory", 0);
   double* const s = checked_state(op, state, 0);
   disjoint(op, {{"position", moved}, {"saved", scaled.origin}, {"x0", first_x}, {"x1", second_x}, {"x2", third_x}});
   run({chain, moved, scaled, {first_x, second_x, third_x}, c, s, base, counter, draw});
@@ -146,10 +146,10 @@ void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, T
              third_x = checked_wide(op, "x2", x2, saved, scaled.origin),
              gradients = checked_grads(op, grads, saved, scaled.origin);
   same_length(op, "base", base.size(), "position", moved.size());
-  const Counter counter(op, seed, step, "trajectory", trajectory);
+  double* const c = checked_chain(op, chain);
+  const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
   const Substep substep{checked_factor(op, "kick", kick),
                         checked_factor(op, "drift", drift, scaled.prior == Prior::kBall)};
-  double* const c = checked_chain(op, chain);
   disjoint(op, {{"position", moved},
                 {"saved", scaled.origin},
                 {"momentum", p},
@@ -180,10 +180,10 @@ void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor ch
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs p = checked_wide(op, "momentum", momentum, saved, scaled.origin),
              gradients = checked_grads(op, grads, saved, scaled.origin);
-  const Counter counter(op, seed, step, "trajectory", trajectory);
+  double* const c = checked_chain(op, chain);
+  const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
   checked_factor(op, "kick", kick);
   in_range({op, "row"}, row, -1, kMaxSample);
-  double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, row + 1);
   const Scalar proposed = checked_scalar({op, "loss"}, loss);
   run({chain, scaled, p, gradients, c, s, proposed, counter, kick, row, metropolis, skip_nonfinite, last});

@@ -20,17 +20,21 @@ using Numbers = std::vector<double>;
 using Flags = std::vector<bool>;
 using Integers = std::vector<int64_t>;
 
-// The whole of a draw's counter but the purpose and the element.
+// The whole of a draw's counter but the purpose and the element. `held`: the slot for a step that is not an argument.
 struct Counter {
   uint64_t seed;
   uint32_t step, draw;
+  const double* held;
 
-  Counter(const Op& op, int64_t seed, int64_t step, const char* argument, int64_t draw)
-      : seed(static_cast<uint64_t>(seed)), step(static_cast<uint32_t>(step)), draw(static_cast<uint32_t>(draw)) {
-    in_range({op, "step"}, step, 0, UINT32_MAX);
+  Counter(const Op& op, int64_t seed, int64_t step, const double* held, const char* argument, int64_t draw)
+      : seed(static_cast<uint64_t>(seed)),
+        step(static_cast<uint32_t>(step)),
+        draw(static_cast<uint32_t>(draw)),
+        held(step == kStepHeld ? held : nullptr) {
+    in_range({op, "step"}, step, kStepHeld, UINT32_MAX);
     in_range({op, argument}, draw, 0, kMaxSample);
   }
-  Stream stream(Purpose purpose) const { return make_stream(seed, step, purpose, draw); }
+  CountedStream stream(Purpose purpose) const { return {make_stream(seed, step, purpose, draw), held}; }
 };
 
 struct PerturbArguments {
@@ -58,7 +62,7 @@ void perturb_(TensorList position, TensorList saved, Tensor state, Numbers radiu
   same_length(op, "adaptive", adaptive.size(), "position", moved.size());
   same_length(op, "base", base.size(), "position", moved.size());
   not_negative(op, "radius", radius);
-  const Counter counter(op, seed, step, "sample", sample);
+  const Counter counter(op, seed, step, s + kStep, "sample", sample);
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
   in_range({op, "noise"}, noise, 0, 2);
   disjoint(op, {{"position", moved}, {"saved", kept}});

@@ -76,3 +76,8 @@ if torch.version.cuda is not None:
         # Not where nobody built it: most of those machines have no GPU.
         if (_folder / LIBRARY).is_file():
             warnings.warn(f"tsam_ext runs on the CPU only: {cause}.", RuntimeWarning, stacklevel=2)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now goes into a CUDA graph instead of running."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

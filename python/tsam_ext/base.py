@@ -84,6 +84,15 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     )
 
 
+def make_capturable(groups: list[dict[str, Any]], *, own: bool) -> None:
+    """Has a base on a GPU that was made here (``own``) count its steps there too; refuses another that does not."""
+    for g, group in enumerate(groups):
+        if group.get("capturable") is False and any(p.device.type == "cuda" for p in group["params"]):
+            if not own:
+                raise reject(f"param_groups[{g}].capturable", False, "True, as TSAM's capturable is True")
+            group["capturable"] = True
+
+
 class WrappingOptimizer(Optimizer):
     """An optimizer whose groups, state and defaults are those of the one in ``_base``, with some keys of its own."""
 

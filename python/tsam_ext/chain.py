@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .estimate import Estimate, Sample, is_own
+from .estimate import Estimate, is_own
+from .functional.state import Slot
 from .integrators import LEAPFROG, substeps
+from .sample import Sample
 from .settings import PRIORS, HmcSettings
 from .table import Table
 
-SLOTS = 24
+SLOTS = 25
 
 
 class ChainSlot:
@@ -46,6 +48,7 @@ class ChainSlot:
     TAKEN = 16
     ALPHA = 21
     REJECTED = 22
+    CHAIN_STEP = 24
 
 
 KEPT = (ChainSlot.LOG_STEP, ChainSlot.GRAD_SCALE, ChainSlot.GRAD_SCALES)  # of one step for the next, beside positions
@@ -225,6 +228,9 @@ class HmcEstimate(Estimate):
         chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
         self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
         draw = fresh or not chain.started
+        chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
+        if draw and not fresh and self.capturing:
+            raise RuntimeError("TSAM: hmc under CUDA graph capture needs a step before the capture, to go on from.")
         self._before = (chain.scalars.clone(), not draw)
         self._saving(self.table.moves)
         _ops.hmc_place_(
@@ -237,7 +243,7 @@ class HmcEstimate(Estimate):
             self._adaptive,
             self._base,
             self.seed,
-            self.step % (1 << 32),
+            self.noise_step,
             self.table.dimension,
             self._prior,
             draw,
@@ -282,7 +288,7 @@ class HmcEstimate(Estimate):
             self._adaptive,
             self._base,
             self.seed,
-            self.step % (1 << 32),
+            self.noise_step,
             trajectory,
             self.table.dimension,
             self._prior,
@@ -306,7 +312,7 @@ class HmcEstimate(Estimate):
             self._rho,
             self._adaptive,
             self.seed,
-            self.step % (1 << 32),
+            self.noise_step,
             trajectory,
             self.table.dimension,
             self._prior,
@@ -367,7 +373,8 @@ class HmcEstimate(Estimate):
     def _go_back(self) -> None:
         if self._before is not None:
             scalars, self.chain.started = self._before
-            self.chain.scalars.copy_(scalars)
+            if not self.capturing:
+                self.chain.scalars.copy_(scalars)
             self._before = None
 
     def _forget(self) -> None:

@@ -9,63 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from . import _ops
+from . import _cuda, _ops
 from .functional.checks import NOISES, is_dense
-from .functional.state import Slot, new_state
+from .functional.state import STEP_HELD, Slot, new_state
 from .module_state import NormStatistics, RandomMasks
+from .sample import Sample
 from .settings import Settings, reject
 from .table import Table
-
-
-class Sample:
-    """One gradient of a step: a context manager around the forward and backward passes that compute it."""
-
-    def __init__(self, estimate: Estimate, index: int, probe: bool) -> None:
-        self._estimate = estimate
-        self.index = index
-        self.probe = probe
-        self.loss: Tensor | None = None
-        self.done = False
-
-    def record(self, loss: Tensor | float) -> None:
-        """Records the loss (one element, any float dtype) of this pass; once, inside ``with``. Nothing is read."""
-        device = self._estimate.state.device
-        if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss), dtype=torch.float64, device=device)
-        if loss.numel() != 1 or not loss.dtype.is_floating_point:
-            raise reject("loss", f"a {loss.dtype} tensor of shape {tuple(loss.shape)}", "a float scalar")
-        if loss.device != device:
-            raise reject("loss", f"a tensor on {loss.device}", f"one on {device}, as the parameters are")
-        self.loss = loss.detach()
-
-    def __enter__(self) -> Sample:
-        if self.done or self._estimate.closed:
-            raise RuntimeError("TSAM: this item of samples() is over; enter each item once, as the loop yields it.")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._estimate.abort()
-            return
-        try:
-            if self.loss is None:
-                raise RuntimeError("TSAM: sample.record(loss) was not called inside 'with sample:'.")
-            self._estimate.end_pass(self)
-        except BaseException:
-            self._estimate.abort()
-            raise
-        self.done = True
 
 
 def is_own(gradient: Tensor) -> bool:
@@ -87,15 +42,23 @@ class Estimate:
         saved: dict[Tensor, Tensor],
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         plain: bool = False,
         model: nn.Module | None = None,
     ) -> None:
         self.table, self.settings, self.plain = table, settings, plain
-        self.seed, self.step = seed, step
+        self.seed = seed
         self.num_samples = 1 if plain else settings.num_samples
         device = table.parameters[0].device if table.parameters else torch.device("cpu")
         self.state = new_state(self.num_samples * self.rows_per_sample, device)
+        self.capturing = _cuda.capturing(device)
+        if isinstance(step, Tensor):  # counted on the device, where a captured step finds it at each replay
+            self.state[Slot.STEP] = step
+            self.step, self.noise_step = 0, STEP_HELD
+        elif self.capturing:
+            raise RuntimeError("TSAM: a step in a CUDA graph needs capturable=True: replays would draw no new noise.")
+        else:
+            self.step, self.noise_step = step, step % (1 << 32)
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
         self.closed = False
@@ -158,7 +121,7 @@ class Estimate:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._masks = RandomMasks({p.device for p in self.table.parameters})
+        self._masks = RandomMasks(() if self.capturing else {p.device for p in self.table.parameters})
         self._statistics = NormStatistics(self._model)
         self._buffers = [parameter.grad for parameter in self.table.parameters]
         self._tilt = self.scalar(0.0 if self.plain else self.settings.tilt_at(self.step))
@@ -245,7 +208,7 @@ class Estimate:
             [table.adaptive[i] for i in moves],
             [table.base[i] for i in moves],
             self.seed,
-            self.step % (1 << 32),
+            self.noise_step,
             index & ~1 if antithetic else index,
             NOISES.index(self.settings.noise),
             table.dimension,
@@ -376,9 +339,10 @@ class Estimate:
         if self._masks is None or self._statistics is None:
             return
         for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
-            parameter.grad = buffer if buffer is None else buffer.zero_()
+            parameter.grad = buffer if buffer is None or self.capturing else buffer.zero_()
         self._masks.rewind()
-        self._statistics.rewind()
+        if not self.capturing:
+            self._statistics.rewind()
         self._forget()
 
     def _forget(self) -> None:
@@ -386,7 +350,12 @@ class Estimate:
         self._sums, self._buffers, self._origin = {}, [], {}
 
     def undo(self) -> None:
-        """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once)."""
+        """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once).
+
+        Under capture nothing has run yet, so that nothing has moved.
+        """
+        if self.capturing:
+            return
         finished = int(self.state[Slot.SAVES]) if self._saves else 0
         for indices in self._saves[finished:]:
             for i in indices:

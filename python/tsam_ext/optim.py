@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import WrappingOptimizer, base_of, check_groups
+from .base import WrappingOptimizer, base_of, check_groups, make_capturable
 from .chain import Chain, HmcEstimate
-from .estimate import Estimate, Sample
+from .estimate import Estimate
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
+from .sample import Sample
 from .settings import Settings, Tilt, check_group, checked_int, reject
 from .table import Table
 
@@ -72,6 +73,9 @@ class TSAM(WrappingOptimizer):
         burn_in: trajectories before the first sample of a step. Default 0.
         recycle: for ``hmc``, count all N states of a trajectory and its start, each by its chance of being accepted (of
             not moving on), instead of the one that it ends with: more states for the same gradients. Default False.
+        capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
+            ``same_masks=False`` (a capture rewinds no generator; with hmc: no dropout), ``every=1``, a tilt that is no
+            function, and of a base instance its own ``capturable=True`` if it has that option. Default False.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -120,6 +124,7 @@ class TSAM(WrappingOptimizer):
         chain: str = "persistent",
         burn_in: int = 0,
         recycle: bool = False,
+        capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
@@ -127,24 +132,18 @@ class TSAM(WrappingOptimizer):
         hmc = {"delta": delta, "delta_scale": delta_scale, "num_leapfrog_steps": num_leapfrog_steps}
         hmc |= {"step_size": step_size, "adapt_step_size": adapt_step_size, "prior": prior}
         hmc |= {"metropolis": metropolis, "chain": chain, "burn_in": burn_in, "recycle": recycle}
-        self._settings = Settings.checked(
-            hmc,
-            tilt=tilt,
-            num_samples=num_samples,
-            sampler=sampler,
-            noise=noise,
-            batch=batch,
-            every=every,
-            antithetic=antithetic,
-            skip_nonfinite_loss=skip_nonfinite_loss,
-            same_masks=same_masks,
-        )
+        values = {"tilt": tilt, "num_samples": num_samples, "sampler": sampler, "noise": noise, "batch": batch}
+        values |= {"every": every, "antithetic": antithetic, "skip_nonfinite_loss": skip_nonfinite_loss}
+        values |= {"same_masks": same_masks, "capturable": capturable}
+        self._settings = Settings.checked(hmc, values)
         if model is not None and not isinstance(model, nn.Module):
             raise reject("model", model, "a torch.nn.Module or None", TypeError)
         if seed is not None:
             seed = checked_int("seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs)
         check_groups(base.param_groups)
+        if capturable:
+            make_capturable(base.param_groups, own=isinstance(base_optimizer, type))
         if seed is None:
             seed = int(torch.randint(0, (1 << 63) - 1, ()))
 
@@ -156,9 +155,9 @@ class TSAM(WrappingOptimizer):
         self.model = model
         self.seed = seed
         self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
-        self._step = 0
-        devices = [p.device for group in self.param_groups for p in group["params"]]
-        self._chain = Chain(self._settings.hmc, devices[0] if devices else torch.device("cpu"))
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        self._step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0
+        self._chain = Chain(self._settings.hmc, device)
         self._forget()
 
     def _forget(self) -> None:
@@ -231,7 +230,7 @@ class TSAM(WrappingOptimizer):
         self._refuse_inside_perturbed("a step")
         table = Table.of(self.param_groups)
         self._end_estimate()
-        estimate = self._estimate = self._new_estimate(table, plain=self._step % self._settings.every != 0)
+        estimate = self._estimate = self._new_estimate(table, plain=self._settings.is_plain(self._step))
         watch = TrainingNormWatch() if self.model is None and not self._watched and estimate.repeats else None
         try:
             yield from estimate.passes()
@@ -249,6 +248,8 @@ class TSAM(WrappingOptimizer):
 
     def _new_estimate(self, table: Table, plain: bool) -> Estimate:
         seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
+        if isinstance(self._step, Tensor) and table.parameters:
+            self._step = self._step.to(table.parameters[0].device)  # the model may have moved since
         common: dict[str, Any] = {"seed": seed, "step": self._step, "plain": plain, "model": self.model}
         if self._settings.sampler == "hmc" and not plain:
             return HmcEstimate(table, self._settings, self._saved, chain=self._chain, **common)
@@ -369,7 +370,7 @@ class TSAM(WrappingOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""
         chain = self._chain.pack(self.param_groups) if self._settings.sampler == "hmc" else None
-        return checkpoint.pack(self.base_optimizer, self._settings, step=self._step, seed=self.seed, chain=chain)
+        return checkpoint.pack(self.base_optimizer, self._settings, step=int(self._step), seed=self.seed, chain=chain)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
@@ -385,7 +386,8 @@ class TSAM(WrappingOptimizer):
         self._set_own_keys()
         self._end_estimate()
         if own is not None:
-            self._step, self.seed, chain = own
+            step, self.seed, chain = own
+            self._step = self._step.fill_(step) if isinstance(self._step, Tensor) else step
             if self._settings.sampler == "hmc":
                 self._chain.unpack(self.param_groups, chain)
 

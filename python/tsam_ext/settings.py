@@ -79,7 +79,7 @@ def check_group(group: dict[str, Any], where: str = "") -> None:
     if "adaptive" in group:
         checked_bool(f"{where}adaptive", group["adaptive"])
     for key in (*Settings.__dataclass_fields__, *HmcSettings.__dataclass_fields__):
-        if key in group:
+        if key in group and key != "capturable":  # which many base optimizers have too
             raise reject(f"{where}{key}", group[key], "one value for all groups, given to TSAM itself")
 
 
@@ -176,15 +176,25 @@ class Settings:
     antithetic: bool
     skip_nonfinite_loss: bool
     same_masks: bool
+    capturable: bool
     hmc: HmcSettings
 
     @classmethod
-    def checked(cls, hmc: Mapping[str, Any], **values: Any) -> Settings:
+    def checked(cls, hmc: Mapping[str, Any], values: Mapping[str, Any]) -> Settings:
         """Settings from the constructor's arguments; TypeError or ValueError naming the first bad one."""
         tilt, sampler = _checked_tilt(values["tilt"]), checked_choice("sampler", values["sampler"], SAMPLERS)
+        capturable = checked_bool("capturable", values["capturable"])
+        if capturable:
+            # What the host decides anew each step, or does to generators, a replay would not.
+            if values["every"] != 1:
+                raise reject("every", values["every"], "1, as capturable is True")
+            if values["same_masks"] is not False:
+                raise reject("same_masks", values["same_masks"], "False, as capturable is True")
+            if not isinstance(tilt, (float, torch.Tensor)):
+                raise reject("tilt", tilt, "a number or a 0-dim tensor, as capturable is True")
         if sampler == "hmc":
             # The accept test compares losses of one function: the same rows and the same masks at every position.
-            for name, wanted in (("batch", "whole"), ("antithetic", False), ("same_masks", True)):
+            for name, wanted in (("batch", "whole"), ("antithetic", False), ("same_masks", not capturable)):
                 if values[name] != wanted:
                     raise reject(name, values[name], f"{wanted!r}, as sampler is 'hmc'")
         return cls(
@@ -198,12 +208,17 @@ class Settings:
             antithetic=checked_bool("antithetic", values["antithetic"]),
             skip_nonfinite_loss=checked_bool("skip_nonfinite_loss", values["skip_nonfinite_loss"]),
             same_masks=checked_bool("same_masks", values["same_masks"]),
+            capturable=capturable,
         )
 
     @property
     def two_steps(self) -> bool:
         """Whether a step is one ascent and one gradient on the whole batch, as SAM's two-step form has it."""
         return self.num_samples == 1 and self.sampler == "ascent" and self.batch == "whole" and self.every == 1
+
+    def is_plain(self, step: int | torch.Tensor) -> bool:
+        """Whether ``every`` leaves this step to the plain gradient. With 1 a step on the device is not read."""
+        return self.every > 1 and int(step) % self.every != 0
 
     def tilt_at(self, step: int) -> float | torch.Tensor:
         """The tilt of one step: a float that is not NaN, or the tensor as it was given."""

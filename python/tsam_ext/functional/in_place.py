@@ -34,7 +34,7 @@ from .checks import (
     check_writable,
     refuse,
 )
-from .state import HEADER, ROW, Slot
+from .state import HEADER, ROW, STEP_HELD, Slot
 
 __all__ = ["accumulate_", "ascend_", "grad_norm_", "perturb_", "restore_", "tilt_begin_", "tilt_update_"]
 
@@ -50,7 +50,7 @@ def perturb_(
     radius: float | Sequence[float],
     *,
     seed: int,
-    step: int = 0,
+    step: int | None = 0,
     sample: int = 0,
     kind: str = "gaussian",
     adaptive: bool | Sequence[bool] = False,
@@ -66,7 +66,8 @@ def perturb_(
         saved: like ``position``. With ``save`` it gets a copy of ``position`` first; without, it is the origin.
         state: gets the scale of the noise.
         radius: length of the perturbation, not below 0; one for all, or one a tensor.
-        seed, step, sample: which noise; 64, 32 and 28 bits. step and sample default to 0.
+        seed, step, sample: which noise; 64, 32 and 28 bits. step and sample default to 0. With ``step=None`` the step
+            is the whole number in ``state[Slot.STEP]``, which each replay of a CUDA graph may find counted on.
         kind: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the unit ball).
         adaptive: D = |origin| elementwise instead of 1; one for all, or one a tensor. Default False.
         base: element index of each tensor's first element; ``None``: one tensor after the other, each rounded up to a
@@ -99,7 +100,7 @@ def perturb_(
         dimension = sum(tensor.numel() for tensor in position)
     dimension = check_int(op, "dimension", dimension, 0, (1 << 62) - 1)
     key, noise = check_seed(op, seed), check_noise(op, "kind", kind)
-    step = check_int(op, "step", step, 0, (1 << 32) - 1)
+    step = STEP_HELD if step is None else check_int(op, "step", step, 0, (1 << 32) - 1)
     sample = check_int(op, "sample", sample, 0, ROWS - 1)
     negate = check_flag(op, "negate", negate)
     if position:

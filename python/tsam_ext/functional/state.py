@@ -31,6 +31,10 @@ class Slot:
     SAVES = 11
     NEWEST = 12
     HELD = 13
+    STEP = 14
+
+
+STEP_HELD = -1  # an op's step: the one in the slot STEP, which a replayed CUDA graph finds counted on
 
 
 def new_state(num_samples: int, device: torch.device | str = "cpu") -> Tensor:
