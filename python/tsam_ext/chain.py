@@ -362,13 +362,17 @@ class HmcEstimate(Estimate):
     @torch.no_grad()
     def undo(self) -> None:
         """As the base class's, and the chain is where the step found it."""
-        super().undo()
-        self._go_back()
+        try:
+            super().undo()
+        finally:
+            self._go_back()
 
     def abort(self) -> None:
         """As the base class's; also where the step was complete but for the chain."""
-        super().abort()
-        self._go_back()
+        try:
+            super().abort()
+        finally:
+            self._go_back()
 
     def _go_back(self) -> None:
         if self._before is not None:

@@ -135,12 +135,10 @@ class Estimate:
 
     @torch.no_grad()
     def _prepare(self, index: int, probe: bool) -> None:
-        first = self.first_loss is None
-        starts = probe or not self._ascends
-        if starts and not self.plain:
+        if (probe or not self._ascends) and not self.plain:
             if self.table.draws:
                 self.perturb(index)
-            elif not first:
+            elif self.first_loss is not None:
                 self.restore()
         self.clear_gradients()
 
@@ -335,15 +333,16 @@ class Estimate:
         if self.closed:
             return
         self.closed = True
-        self.undo()
-        if self._masks is None or self._statistics is None:
-            return
-        for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
-            parameter.grad = buffer if buffer is None or self.capturing else buffer.zero_()
-        self._masks.rewind()
-        if not self.capturing:
-            self._statistics.rewind()
-        self._forget()
+        try:
+            self.undo()
+        finally:
+            if self._masks is not None and self._statistics is not None:
+                for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
+                    parameter.grad = buffer if buffer is None or self.capturing else buffer.zero_()
+                self._masks.rewind()
+                if not self.capturing:
+                    self._statistics.rewind()
+                self._forget()
 
     def _forget(self) -> None:
         """Lets go of everything the size of the parameters but the scratch."""
@@ -356,8 +355,15 @@ class Estimate:
         """
         if self.capturing:
             return
+        try:
+            self._put_back()
+        except BaseException:
+            self._put_back()  # a refused launch or Ctrl-C may come here too, and a copy can be copied again
+            raise
+
+    def _put_back(self) -> None:
         finished = int(self.state[Slot.SAVES]) if self._saves else 0
         for indices in self._saves[finished:]:
             for i in indices:
-                del self._origin[i]
+                self._origin.pop(i, None)
         self.restore()
