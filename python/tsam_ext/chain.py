@@ -20,7 +20,7 @@ from . import _ops
 from .estimate import Estimate, Sample, is_own
 from .integrators import LEAPFROG, substeps
 from .settings import PRIORS, HmcSettings
-from .table import Table
+from .table import Table, taken
 
 SLOTS = 24
 
@@ -63,18 +63,22 @@ class Chain:
 
     def buffers(self, parameter: Tensor) -> list[Tensor]:
         """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
-        if not self._fits(parameter):
+        held = self._held(parameter)
+        if held is None:
             self.started = False
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            made = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
-            self.positions[parameter] = made
-        return self.positions[parameter]
+            held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
+            self.positions[parameter] = held
+        return held
 
-    def _fits(self, parameter: Tensor) -> bool:
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        layout = (parameter.shape, parameter.stride(), wide, parameter.device)
+    def _held(self, parameter: Tensor) -> list[Tensor] | None:
+        """The buffers of a parameter, None where there are none that fit it."""
         held = self.positions.get(parameter)
-        return held is not None and (held[0].shape, held[0].stride(), held[0].dtype, held[0].device) == layout
+        if held is None:
+            return None
+        first, wide = held[0], torch.promote_types(parameter.dtype, torch.float32)
+        alike = first.shape == parameter.shape and first.stride() == parameter.stride()
+        return held if alike and first.dtype == wide and first.device == parameter.device else None
 
     def position(self, parameter: Tensor) -> Tensor:
         """The chain's position at one parameter, chosen on the device."""
@@ -98,7 +102,7 @@ class Chain:
         for slot in KEPT:
             scalars[slot] = self.scalars[slot]
         parameters = [p for group in groups for p in group["params"]]
-        positions = [self.position(p) if self.started and self._fits(p) else None for p in parameters]
+        positions = [self.position(p) if self.started and self._held(p) else None for p in parameters]
         return {"prior": self.settings.prior, "scalars": scalars, "positions": positions}
 
     @torch.no_grad()
@@ -156,10 +160,8 @@ class HmcEstimate(Estimate):
         self._carried: dict[int, Tensor] = {}  # those of the chain's state
         self._zeros: dict[int, Tensor] = {}
         self._momentum: list[Tensor] = []
-        moves, table = self.table.moves, self.table
-        self._moved = [table.parameters[i] for i in moves]
-        self._rho, self._adaptive = [table.rho[i] for i in moves], [table.adaptive[i] for i in moves]
-        self._base = [table.base[i] for i in moves]
+        self._x: list[list[Tensor]] = []  # the chain's three buffers of each moved parameter
+        self._rho = taken(self.table.rho, self.table.moves)
         self._prior = PRIORS.index(self._hmc.prior)
         self._substeps, self._last_kick = substeps(LEAPFROG, self._hmc.num_leapfrog_steps)
 
@@ -223,14 +225,15 @@ class HmcEstimate(Estimate):
         """
         chain = self.chain
         chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
-        self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
+        buffers = [chain.buffers(parameter) for parameter in self._moved]
+        self._x = [[held[k] for held in buffers] for k in range(3)]
         draw = fresh or not chain.started
         self._before = (chain.scalars.clone(), not draw)
         self._saving(self.table.moves)
         _ops.hmc_place_(
             self._moved,
             self._saved(),
-            *self._positions(),
+            *self._x,
             chain.scalars,
             self.state,
             self._rho,
@@ -270,12 +273,12 @@ class HmcEstimate(Estimate):
     def _leapfrog(self, trajectory: int, n: int) -> None:
         """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
         if not self._momentum:
-            self._momentum = [torch.empty_like(buffers[0]) for buffers in self._buffers_of_chain]
+            self._momentum = [torch.empty_like(x) for x in self._x[0]]
         _ops.hmc_leapfrog_(
             self._moved,
             self._saved(),
             self._momentum,
-            *self._positions(),
+            *self._x,
             self._of_moved(self._carried if n == 0 else self._fresh),
             self.chain.scalars,
             self._rho,
@@ -329,8 +332,8 @@ class HmcEstimate(Estimate):
                 assert total is not None
                 self._sums[i] = total
         _ops.hmc_carry_(
-            [self._sums[i] for i in indices],
-            [self._carried[i] for i in indices],
+            taken(self._sums, indices),
+            taken(self._carried, indices),
             [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
             self.chain.scalars,
             self.state,
@@ -375,11 +378,7 @@ class HmcEstimate(Estimate):
         self._fresh, self._carried, self._zeros, self._momentum = {}, {}, {}, []
 
     def _saved(self) -> list[Tensor]:
-        return [self._origin[i] for i in self.table.moves]
-
-    def _positions(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        first, second, third = ([buffers[k] for buffers in self._buffers_of_chain] for k in range(3))
-        return first, second, third
+        return taken(self._origin, self.table.moves)
 
     def _of_moved(self, gradients: dict[int, Tensor]) -> list[Tensor]:
         return [gradients[i] if i in gradients else self._zero(i) for i in self.table.moves]
