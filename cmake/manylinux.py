@@ -125,7 +125,7 @@ def write_stubs(folder: Path, compiler: str) -> None:
         write_stub(folder, compiler, short, names)
     # As the machine's own libc.so: a few functions come from an archive, __tls_get_addr from the loader.
     loader = folder / LIBRARIES["loader"]
-    text = f"GROUP({folder / LIBRARIES['c']} {real('libc_nonshared.a')} AS_NEEDED({loader}))\n"
+    text = f'GROUP("{folder / LIBRARIES["c"]}" "{real("libc_nonshared.a")}" AS_NEEDED("{loader}"))\n'
     (folder / "libc.so").write_text(text)
 
 

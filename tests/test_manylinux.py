@@ -55,7 +55,7 @@ extern "C" int thrown_and_held(int holders) {  // how many live while it is held
 }
 extern "C" int too_many(long n) {
   try {
-    std::allocator<long>().allocate(n);
+    static_cast<void>(std::allocator<long>().allocate(n));
   } catch (const std::bad_array_new_length&) {
     return 1;
   } catch (...) {
