@@ -41,7 +41,18 @@ LAYERS = {
     "base": {"settings"},
     "checkpoint": {"chain", "settings"},
     "estimate": {"_cuda", "_ops", "functional", "module_state", "sample", "settings", "table"},
-    "optim": {"base", "chain", "checkpoint", "estimate", "hmc_estimate", "metrics", "module_state", "sample", "settings", "table"},
+    "optim": {
+        "base",
+        "chain",
+        "checkpoint",
+        "estimate",
+        "hmc_estimate",
+        "metrics",
+        "module_state",
+        "sample",
+        "settings",
+        "table",
+    },
 }
 
 
