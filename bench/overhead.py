@@ -221,7 +221,9 @@ def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor
 def held_bytes(estimator: Estimator) -> int:
     """Bytes that an estimator keeps between steps, beside the parameters."""
     if isinstance(estimator, TSAM):
-        kept = [*estimator._saved.values(), *(x for held in estimator._chain.positions.values() for x in held)]
+        chain = estimator._chain
+        positions = [x for held in chain.positions.values() for x in held]
+        kept = [*estimator._saved.values(), *positions, *chain.momenta.values()]
     elif isinstance(estimator, baselines.ForeachTSAM):
         kept = [*estimator.saved, *estimator.noise]
     else:

@@ -135,6 +135,26 @@ def test_a_state_without_a_chain_starts_one(problem) -> None:
         assert optimizer.diagnostics.step_size == math.pi / 2
 
 
+def test_momenta_are_kept_from_step_to_step_and_saved_nowhere(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, **HMC)
+    task.train(optimizer, 1)
+    kept = [momentum.data_ptr() for momentum in optimizer._chain.momenta.values()]
+    task.train(optimizer, 1)
+    assert len(kept) == len(task.parameters)
+    assert kept == [momentum.data_ptr() for momentum in optimizer._chain.momenta.values()]
+    assert not copy.deepcopy(optimizer)._chain.momenta
+    # They go where their parameters do: frozen ones have none, and another layout has its own.
+    task.parameters[0].requires_grad_(False)
+    with torch.no_grad():
+        task.parameters[2].set_(task.parameters[2].t().contiguous().t())
+    task.train(optimizer, 1)
+    chain = optimizer._chain
+    assert chain.momenta.keys() == chain.positions.keys() == set(task.parameters[1:])
+    for parameter, momentum in chain.momenta.items():
+        assert momentum.stride() == parameter.stride() == chain.positions[parameter][0].stride()
+
+
 def test_what_a_state_holds_is_what_lasts(problem) -> None:
     task = problem()
     optimizer = TSAM(task.parameters, **{**HMC, "delta": "auto"})
