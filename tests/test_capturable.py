@@ -7,6 +7,7 @@ same arguments, numbers and memory, so that all that differs between them lies i
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsam_ext import TSAM, _cuda
-from tsam_ext.base import make_capturable
+from tsam_ext.base import make_capturable, with_capturable
 from tsam_ext.functional import new_state, perturb_, tilt_begin_
 from tsam_ext.functional.state import Slot
 
@@ -82,7 +83,9 @@ def lasting(optimizer: TSAM) -> list[Tensor]:
     counter = [optimizer._step] if isinstance(optimizer._step, Tensor) else []
     positions = [buffer for buffers in chain.positions.values() for buffer in buffers]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [*parameters, *optimizer._saved.values(), *positions, chain.scalars, *counter]
+    base = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
+    scratch = [*optimizer._saved.values(), *chain.momenta.values()]
+    return [*parameters, *scratch, *base, *positions, chain.scalars, *counter]
 
 
 def calls_of_two_steps(task: Any, optimizer: TSAM) -> list[list[str]]:
@@ -101,6 +104,8 @@ def test_two_steps_make_the_same_calls(problem: Any, sampler: str) -> None:
     first, second = calls_of_two_steps(task, optimizer_of(task, sampler, True))
     assert sum("tsam" in call for call in first) > 3
     assert first == second
+    # A number from the host is a copy that a capture refuses, and a step on a GPU waits for.
+    assert not [call for call in first if call.startswith("aten.lift_fresh")]
     # Counted on the host, the step is an argument of whatever draws.
     task = problem()
     first, second = calls_of_two_steps(task, optimizer_of(task, sampler, False))
@@ -142,18 +147,22 @@ def test_what_a_replay_cannot_do_is_refused(problem: Any, options: dict[str, Any
         TSAM(problem().parameters, lr=0.1, capturable=True, **options)
 
 
+def base_with(group: dict[str, Any]) -> Any:
+    return SimpleNamespace(param_groups=[group], defaults={})
+
+
 def test_a_base_counts_on_the_device_too() -> None:
     class OnGpu:
         device = torch.device("cuda:0")
 
     for capturable, own in ((True, False), (None, False), (False, True)):
         group = {"params": [OnGpu()]} | ({} if capturable is None else {"capturable": capturable})
-        make_capturable([group], own=own)
+        make_capturable(base_with(group), own=own)
         assert group.get("capturable") is (None if capturable is None else True)
     with pytest.raises(ValueError, match=r"param_groups\[0\].capturable: got False, expected True"):
-        make_capturable([{"params": [OnGpu()], "capturable": False}], own=False)
+        make_capturable(base_with({"params": [OnGpu()], "capturable": False}), own=False)
     on_cpu = {"params": [torch.ones(())], "capturable": False}
-    make_capturable([on_cpu], own=True)
+    make_capturable(base_with(on_cpu), own=True)
     assert on_cpu["capturable"] is False  # torch's optimizers refuse it there
 
 
@@ -189,3 +198,45 @@ def test_an_exception_under_capture_launches_nothing(
         optimizer.step(closure)
     assert not calls.calls
     assert all(parameter.grad is buffer for parameter, buffer in zip(task.parameters, buffers, strict=True))
+
+
+def test_a_checkpoint_does_not_say_where_a_base_counts() -> None:
+    groups = [{"capturable": True, "lr": 1.0}, {"lr": 1.0}]
+    state = {"state": {}, "param_groups": [{"capturable": False, "lr": 2.0}, {"lr": 3.0}]}
+    loaded = with_capturable(state, groups)
+    assert loaded["param_groups"] == [{"capturable": True, "lr": 2.0}, {"lr": 3.0}]
+    assert state["param_groups"][0]["capturable"] is False
+
+
+def test_what_ends_well_under_capture_goes_back(problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """perturbed() and SAM's two steps end by a restore that is part of the graph."""
+    for sampler in ("ascent", "hmc"):
+        task = problem()
+        optimizer = optimizer_of(task, sampler, True, lr=0.0)
+        task.train(optimizer, 1)
+        before, scalars = task.copies(), optimizer._chain.scalars.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "capturing", lambda device: True)
+            with optimizer.perturbed():
+                assert not all(map(torch.equal, before, task.copies()))
+            assert all(map(torch.equal, before, task.copies()))
+            assert torch.equal(optimizer._chain.scalars, scalars)
+    task = problem()
+    sam = TSAM(task.parameters, num_samples=1, radius=0.0, lr=0.0, capturable=True, same_masks=False)
+    task.train(sam, 1)
+    before = task.copies()
+    monkeypatch.setattr(_cuda, "capturing", lambda device: True)
+    sam.first_step()
+    assert not all(map(torch.equal, before, task.copies()))
+    sam.second_step()
+    assert all(map(torch.equal, before, task.copies()))
+
+
+@samplers
+def test_loading_keeps_the_memory_that_a_graph_knows(problem: Any, sampler: str) -> None:
+    task = problem()
+    optimizer = optimizer_of(task, sampler, True, momentum=0.0)
+    task.train(optimizer, 1)
+    known = [tensor.data_ptr() for tensor in lasting(optimizer)]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert known == [tensor.data_ptr() for tensor in lasting(optimizer)]

@@ -90,4 +90,7 @@ if torch.version.cuda is not None:
 
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on ``device`` now goes into a CUDA graph instead of running."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())

@@ -84,13 +84,22 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     )
 
 
-def make_capturable(groups: list[dict[str, Any]], *, own: bool) -> None:
+def make_capturable(base: Optimizer, *, own: bool) -> None:
     """Has a base on a GPU that was made here (``own``) count its steps there too; refuses another that does not."""
-    for g, group in enumerate(groups):
+    for g, group in enumerate(base.param_groups):
         if group.get("capturable") is False and any(p.device.type == "cuda" for p in group["params"]):
             if not own:
                 raise reject(f"param_groups[{g}].capturable", False, "True, as TSAM's capturable is True")
-            group["capturable"] = True
+            group["capturable"] = base.defaults["capturable"] = True
+
+
+def with_capturable(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A base's state dict with the ``capturable`` that ``groups`` have: it says where steps are counted here."""
+    saved = [
+        {**old, "capturable": group["capturable"]} if "capturable" in group else old
+        for old, group in zip(state["param_groups"], groups, strict=False)
+    ]
+    return {**state, "param_groups": saved + state["param_groups"][len(saved) :]}
 
 
 class WrappingOptimizer(Optimizer):

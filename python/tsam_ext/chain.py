@@ -118,7 +118,7 @@ class Chain:
 
         The step size is the saved one only where this chain adapts it, and within its own bound.
         """
-        self.positions, self.started = {}, False
+        held, self.positions, self.started = self.positions, {}, False
         first = math.log(self.settings.first_step_size)
         if saved is None or saved["prior"] != self.settings.prior:
             self.scalars.zero_()
@@ -132,6 +132,8 @@ class Chain:
         parameters = [p for group in groups for p in group["params"]]
         for parameter, position in zip(parameters, saved["positions"], strict=True):
             if position is not None:
+                if parameter in held:  # the same memory, which a captured step may know
+                    self.positions[parameter] = held[parameter]
                 self.buffers(parameter)[0].copy_(position)
         self.started = bool(self.positions)
 

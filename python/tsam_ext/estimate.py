@@ -339,7 +339,8 @@ class Estimate:
             return
         self.closed = True
         try:
-            self.undo()
+            if not self.capturing:  # under capture nothing has run, and what ends takes no more launches
+                self.undo()
         finally:
             if self._masks is not None and self._statistics is not None:
                 for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
@@ -354,12 +355,7 @@ class Estimate:
         self._sums, self._buffers, self._origin = {}, [], {}
 
     def undo(self) -> None:
-        """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once).
-
-        Under capture nothing has run yet, so that nothing has moved.
-        """
-        if self.capturing:
-            return
+        """As :meth:`restore`, after an exception too: trusts only the copies that an op has finished (syncs once)."""
         try:
             self._put_back()
         except BaseException:
@@ -367,7 +363,8 @@ class Estimate:
             raise
 
     def _put_back(self) -> None:
-        finished = int(self.state[Slot.SAVES]) if self._saves else 0
+        # Captured ops finish in their order; there is no number to read yet.
+        finished = len(self._saves) if self.capturing or not self._saves else int(self.state[Slot.SAVES])
         for indices in self._saves[finished:]:
             for i in indices:
                 self._origin.pop(i, None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _ops
 from .chain import Chain, ChainSlot
 from .estimate import Estimate, is_own
-from .functional.state import Slot
+from .functional.state import STEP_HELD, Slot
 from .integrators import LEAPFROG, substeps
 from .sample import Sample
 from .settings import PRIORS
@@ -103,14 +103,15 @@ class HmcEstimate(Estimate):
         A draw overwrites where the chain stood, so that after an exception it stands nowhere.
         """
         chain = self.chain
+        if self.capturing and not (fresh or chain.started):
+            raise RuntimeError("TSAM: hmc in a CUDA graph needs a step before the capture, to go on from.")
         chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
         buffers = [chain.buffers(parameter) for parameter in self._moved]
         self._x = [[held[k] for held in buffers] for k in range(3)]
         draw = fresh or not chain.started
-        chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
-        if draw and not fresh and self.capturing:
-            raise RuntimeError("TSAM: hmc under CUDA graph capture needs a step before the capture, to go on from.")
         self._before = (chain.scalars.clone(), not draw)
+        if self.noise_step == STEP_HELD:
+            chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
         self._saving(self.table.moves)
         _ops.hmc_place_(
             self._moved,
@@ -251,12 +252,12 @@ class HmcEstimate(Estimate):
         try:
             super().abort()
         finally:
-            self._go_back()
+            self._go_back(launches=not self.capturing)
 
-    def _go_back(self) -> None:
+    def _go_back(self, launches: bool = True) -> None:
         if self._before is not None:
             scalars, self.chain.started = self._before
-            if not self.capturing:
+            if launches:
                 self.chain.scalars.copy_(scalars)
             self._before = None
 

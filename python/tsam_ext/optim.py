@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import WrappingOptimizer, base_of, check_groups, make_capturable
+from .base import WrappingOptimizer, base_of, check_groups, make_capturable, with_capturable
 from .chain import Chain
 from .estimate import Estimate
 from .hmc_estimate import HmcEstimate
@@ -36,7 +36,7 @@ class TSAM(WrappingOptimizer):
     Args:
         params: parameters or parameter groups, as for the base class; ``None`` if ``base_optimizer`` is an instance.
             A group may set ``rho``, ``radius`` and ``adaptive`` of its own. Dense float32, float64, bfloat16 or
-            float16 tensors on the CPU.
+            float16 tensors on the CPU or one GPU.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
@@ -144,7 +144,7 @@ class TSAM(WrappingOptimizer):
         base = base_of(params, base_optimizer, base_kwargs)
         check_groups(base.param_groups)
         if capturable:
-            make_capturable(base.param_groups, own=isinstance(base_optimizer, type))
+            make_capturable(base, own=isinstance(base_optimizer, type))
 
         self._base: Optimizer | None = None
         super().__init__(base.param_groups, {})
@@ -381,6 +381,7 @@ class TSAM(WrappingOptimizer):
             ValueError: before anything changes, if the base class, the shapes or the noise scheme differ.
         """
         rest, own = checkpoint.unpack(self.base_optimizer, state_dict)
+        rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
         self.base_optimizer.load_state_dict(rest)
         self._set_own_keys()
         self._end_estimate()

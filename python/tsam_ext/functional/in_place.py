@@ -138,7 +138,7 @@ def grad_norm_(
         _ops.grad_norm_(list(grads), list(origin), state, flags, row)
         _changed((state,))
     else:
-        state[Slot.GRAD_NORM] = 0.0
+        state[Slot.GRAD_NORM].zero_()
 
 
 def ascend_(

@@ -48,5 +48,5 @@ def new_state(num_samples: int, device: torch.device | str = "cpu") -> Tensor:
     except RuntimeError:
         raise refuse(op, "device", shown(device), "the name of a device, as cpu") from None
     state = torch.full((HEADER + ROW * num_samples,), float("nan"), dtype=torch.float64, device=place)
-    state[Slot.SAVES] = 0.0
+    state[Slot.SAVES].zero_()  # not an assignment, which would copy a number from the host
     return state
