@@ -67,6 +67,7 @@ struct Machine {
   std::string last_text;
   cudaError_t last = cudaSuccess;
 
+  uint64_t launches = 0;
   Body body = nullptr;
   void* parameters = nullptr;
   size_t shared_bytes = 0, shared_used = 0;

@@ -259,6 +259,7 @@ void* dynamic_shared() { return shared(&kDynamicSite, machine().shared_bytes); }
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters) {
   const std::lock_guard<std::mutex> lock(one_launch);
   Machine& m = machine();
+  ++m.launches;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.z > 64)
     return refuse(m, "a block of " + std::to_string(threads) + " threads", cudaErrorInvalidConfiguration);
@@ -308,6 +309,11 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* par
   if (m.failure.what == nullptr) return cudaSuccess;
   m.stacks.give_all();
   return refuse(m, text, cudaErrorLaunchFailure);
+}
+
+uint64_t tsam_simt_launches() {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  return machine().launches;
 }
 
 }  // namespace simt

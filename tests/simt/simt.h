@@ -73,6 +73,9 @@ unsigned lane_id();
 using Body = void (*)(void* parameters);
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters);
 
+// Launches so far. C linkage and visible, so that a test can ask the built package (test_bench_model.py).
+extern "C" __attribute__((visibility("default"))) uint64_t tsam_simt_launches();
+
 // Where a shuffle reads: as the PTX instruction, from a segment of `width` lanes.
 enum class Direction { kIndex, kDown, kXor };
 inline unsigned source(Direction direction, int by, int width) {
