@@ -37,6 +37,7 @@ LISTS = ("resnet18", "vit-b16", "distilbert")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noise, s=3": {"sampler": "noise", "num_samples": SAMPLES},
     "ascent, s=3": {"num_samples": SAMPLES},
+    "ascent, sphere, s=3": {"num_samples": SAMPLES, "noise": "sphere"},
     "SAM (s=1, radius 0)": {"num_samples": 1, "radius": 0.0},
     "hmc gaussian, N=1, s=3": {"sampler": "hmc", "num_samples": SAMPLES},
     "hmc ball, N=1, s=3": {"sampler": "hmc", "prior": "ball", "num_samples": SAMPLES},

@@ -103,9 +103,23 @@ class Watched(Recorder):
         return result
 
 
+SHORT = [(case, 2) for case in CASES]
+# Tables of 7, 5, 3 and 2 lists overflow one after another.
+LONG = [(case, tensors) for case in ("ascent, s=1", "sphere, s=1", "hmc, s=1") for tensors in (400, 500, 600, 700)]
+CASES |= {
+    "ascent, s=1": {"num_samples": 1},
+    "sphere, s=1": {"num_samples": 1, "noise": "sphere", "sampler": "noise"},
+    "hmc, s=1": {"sampler": "hmc", "num_samples": 1, "prior": "ball", "chain": "fresh", "delta": "auto"},
+}
+
+
+def test_the_long_lists_tell_the_numbers_of_lists_apart() -> None:
+    fits = [[model.tensors_per_launch(lists) >= n for lists in (2, 3, 5, 7)] for n in (400, 500, 600, 700)]
+    assert [sum(row) for row in fits] == [3, 2, 1, 0]
+
+
 @pytest.mark.emulated
-@pytest.mark.parametrize("tensors", [2, 700])  # 700: two tables of every number of lists
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "tensors"), [*SHORT, *LONG])
 def test_each_op_launches_what_the_model_says(case: str, tensors: int) -> None:
     seen = Watched()
     record(CASES[case], tensors, seen)
@@ -123,6 +137,7 @@ def test_floors_are_never_below_the_memory_and_grow_with_instructions() -> None:
         loops = cheap["estimate"].startswith("loops")
         assert (dear["floor"] == memory) if loops else (dear["floor"] > 5 * memory)
         assert loops == (cheap["syncs"] > 0)
+    assert Pass("k", 2, idle=True).seconds({"k": 8.0}) == (0.0, 0.0) < Pass("k", 2).seconds({"k": 8.0})
 
 
 def test_all_ops_of_an_estimate_are_known() -> None:
