@@ -24,7 +24,7 @@ from tsam_ext import TSAM
 
 from . import sass
 from .baselines import LoopTSAM
-from .meter import Meter
+from .meter import SYNCS, Meter
 from .models import MODELS
 from .report import write_json
 
@@ -150,16 +150,17 @@ PASSES: dict[str, Callable[[Arguments], list[Pass]]] = {
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The passes of each op call while it is entered: (op, passes)."""
+    """While it is entered: the passes of each op call, (op, passes), and how often the host reads a tensor's value."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[str, list[Pass]]] = []
-        self._row = 0
+        self.syncs = self._row = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op, and notes what it would launch."""
         space, name = func._schema.name.split("::")
+        self.syncs += name in SYNCS
         if space == "tsam":
             given = {x.name: value for x, value in zip(func._schema.arguments, args, strict=True)}
             self._row = given["row"] if name in ("tilt_update_", "hmc_end_") else self._row
@@ -198,9 +199,10 @@ def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]
     sizes = [shape.numel() for shape in MODELS[name].shapes()]
     elements, rows = sum(sizes), []
     for sampler, options in SAMPLERS.items():
-        passes = [p for _, made in record(options, len(sizes)).calls for p in made]
+        seen = record(options, len(sizes))
+        passes = [p for _, made in seen.calls for p in made]
         row = {
-            "list": name, "tensors": len(sizes), "elements": elements, "estimate": sampler, "syncs": 0,
+            "list": name, "tensors": len(sizes), "elements": elements, "estimate": sampler, "syncs": seen.syncs,
             "launches": sum(p.launches(len(sizes)) for p in passes), "words": sum(p.words for p in passes),
             "memory": elements * sum(p.seconds(instructions)[0] for p in passes),
             "floor": elements * sum(max(p.seconds(instructions)) for p in passes),
