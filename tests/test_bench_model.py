@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from bench import model, sass
+from bench.__main__ import main
 from bench.model import PASSES, SAMPLERS, Pass, Recorder, record
 from tsam_ext import _C
 
@@ -140,6 +141,12 @@ def test_floors_are_never_below_the_memory_and_grow_with_instructions() -> None:
     assert Pass("k", 2, idle=True).seconds({"k": 8.0}) == (0.0, 0.0) < Pass("k", 2).seconds({"k": 8.0})
 
 
+def test_a_read_on_the_host_is_counted() -> None:
+    with Recorder() as seen:
+        torch.ones(1).item()
+    assert seen.syncs == 1 and seen.calls == []
+
+
 def test_all_ops_of_an_estimate_are_known() -> None:
     called = {op for options in CASES.values() for op, _ in record(options, 2).calls}
     adapted = {op for op, _ in record({**HMC, "adapt_step_size": True}, 2).calls}
@@ -184,10 +191,6 @@ def test_a_turn_is_the_vector_loop_and_the_draw() -> None:
 
 
 def command(*arguments: str | Path) -> int:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("pytorch_optimizer")
-    from bench.__main__ import main
-
     return main(["model", *map(str, arguments)])
 
 
