@@ -320,6 +320,7 @@ def _tilt_begin(at: Lists) -> Case:
 
     def reset() -> None:
         at.state.fill_(5.0)
+        at.state[Slot.STEP] = 0.0  # not the op's
 
     return Case("tilt_begin_", 0, 0, ours, plain, None, plain, reset, lambda _: [at.state], calls=SMALL)
 

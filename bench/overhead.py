@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tsam_ext import _C, TSAM
 
-from . import baselines, floor, overhead_report
+from . import baselines, calls, floor, overhead_report
 from .baselines import Estimator, Tensors
 from .meter import Meter
 from .models import MODELS
@@ -282,7 +282,7 @@ def run(options: argparse.Namespace) -> int:
     for row in rows:
         row.floor = sum(limits.seconds(4 * w * row.elements, n * row.elements) for w, n in passes[row.task])
     settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
-    settings |= {"rounds": rounds, "floor": vars(limits), "load": load}
+    settings |= {"rounds": rounds, "floor": vars(limits), "load": load, "calls": calls.measure()}
     text = overhead_report.markdown(rows, environment(settings))
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / ("overhead-quick" if options.quick else "overhead")

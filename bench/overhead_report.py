@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import calls
+
 if TYPE_CHECKING:
     from .overhead import Row
 
@@ -70,7 +72,7 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
             f"| {row.list_name} | {row.task} | {WAYS[row.way]} | {row.best * 1e3:.2f} | {ratio} | "
             f"{row.best / row.floor:.2f} | {words} | {counted} |"
         )
-    lines += ["", *pass_table(rows, limits["bandwidth"])]
+    lines += ["", *pass_table(rows, limits["bandwidth"]), "", *calls.table(where["calls"])]
     return "\n".join(lines) + "\n"
 
 

@@ -93,7 +93,7 @@ class Watched(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.launched: list[int] = []
-        self._count = ctypes.CDLL(_C.__file__).tsam_simt_launches
+        self._count = ctypes.CDLL(_C.__file__).simt_launches
         self._count.restype = ctypes.c_uint64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

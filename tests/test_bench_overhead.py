@@ -169,7 +169,9 @@ def test_overhead_runs_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {(r["task"], r["way"]) for r in found["results"]} == {
         ("SAM", "ours"), ("SAM", "wrapper"), ("SAM", "library"), ("hmc", "ours"),
     }  # fmt: skip
-    assert "| mlp | SAM | SAM, the wrapper's flow |" in (tmp_path / "overhead.md").read_text()
+    text = (tmp_path / "overhead.md").read_text()
+    assert "| mlp | SAM | SAM, the wrapper's flow |" in text
+    assert "\n| restore_ |" in text
     assert (tmp_path / "overhead.png").stat().st_size > 0
     assert main(["overhead", "--tasks", "nothing", "--out", str(tmp_path)]) == 2
 

@@ -6,6 +6,8 @@ emulation (test_emulated.py), which sees neither memory ordering nor the driver.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,6 +178,27 @@ def test_parameters_without_kernels_are_refused_with_the_cause(monkeypatch: pyte
         check_parameters(named("cpu", "cuda:0"))
     with pytest.raises(ValueError, match=r"p0: got 'a tensor on xpu:0', .*for cpu and cuda tensors"):
         check_parameters(named("xpu:0"))
+
+
+@pytest.mark.parametrize(("capability", "old"), [((7, 0), True), ((7, 2), True), ((7, 5), False), ((12, 0), False)])
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, capability: Any, old: bool) -> None:
+    monkeypatch.setattr(_cuda, "cause", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    if old:
+        major, minor = capability
+        with pytest.raises(ValueError, match=rf"p0: .*its compute capability is {major}\.{minor}, .* 7\.5 or newer"):
+            check_parameters(named("cuda:1"))
+    else:
+        check_parameters(named("cuda:1"))
+    assert set(asked) == {torch.device("cuda:1")}
+
+
+def test_the_oldest_gpu_is_the_first_that_the_build_names() -> None:
+    text = (Path(__file__).parents[1] / "cmake" / "cuda.cmake").read_text()
+    major, minor = _cuda.OLDEST_GPU
+    assert re.search(r'TSAM_CUDA_ARCHITECTURES "(\d+)', text)[1] == f"{major}{minor}"  # type: ignore[index]
 
 
 def test_parameters_lie_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

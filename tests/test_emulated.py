@@ -66,3 +66,11 @@ def test_adopting_a_second_sample_is_nan() -> None:
         _C.tilt_update_(state, torch.tensor(1.0), 0.0, row, False, False)
     _C.accumulate_(x, [], state)
     assert x[0].isnan().all()
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_accumulating_before_a_step_has_begun_is_nan(adopted: bool) -> None:
+    """The CPU refuses it."""
+    x = [torch.zeros(5), torch.zeros(3, dtype=torch.float64)]
+    _C.accumulate_(x, [] if adopted else [torch.ones_like(p) for p in x], new_state(1, torch.device("cpu")))
+    assert all(p.isnan().all() for p in x)

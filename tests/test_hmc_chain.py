@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tsam_ext import TSAM
+from tsam_ext import _C, TSAM
 from tsam_ext.chain import KEPT, SLOTS, ChainSlot
+from tsam_ext.functional import new_state
 
 HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3, "delta": 10.0}
 
@@ -313,3 +314,10 @@ def test_equal_weights_that_are_meant_are_not_warned_of(problem, recwarn: pytest
     task.train(optimizer, 1)
     assert optimizer.diagnostics.ess == 3.0
     assert not recwarn
+
+
+def test_counting_a_state_where_no_step_has_begun_is_nan() -> None:
+    total, carried = [torch.zeros(5)], [torch.ones(5)]
+    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    _C.hmc_carry_(total, carried, [torch.ones(5)], chain, new_state(1), True)
+    assert total[0].isnan().all() and carried[0].eq(1).all()

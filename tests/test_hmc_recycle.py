@@ -151,6 +151,7 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("density", "low", "high"), [(DoubleWell(2.0), 1.0, 12.0), (Quadratic(1.2), 0.3, 1.6)], ids=["well", "quadratic"]
 )
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_the_same_mean_for_the_same_gradients(density: Any, low: float, high: float) -> None:
     """Both means are the exact one; how the variances compare is as the docs say."""
     varying = slice(0, 1) if isinstance(density, DoubleWell) else slice(None)  # its second component is a constant

@@ -97,11 +97,13 @@ def p_values(target: str, chains: int = 500, **options: Any) -> list[float]:
         ("gumbel", {"integrator": hmc.MCLACHLAN, "step_size": 2.0, "num_leapfrog_steps": 1}),
     ],
 )
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_exact_draws_stay_exact(target: str, options: dict[str, Any]) -> None:
     assert min(p_values(target, **options)) > 1e-7
 
 
 @pytest.mark.parametrize("target", ["gaussian", "gumbel"])
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_without_metropolis_a_coarse_step_is_biased_and_a_fine_one_is_not(target: str) -> None:
     assert min(p_values(target, metropolis=False)) < 1e-7
     assert min(p_values(target, metropolis=False, chains=200, step_size=0.05)) > 1e-7
@@ -113,6 +115,7 @@ def t_statistic(values: Tensor, mean: float, batches: int = 40) -> float:
     return float((means.mean() - mean) / (means.std() / math.sqrt(batches)))
 
 
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_one_long_chain_finds_the_moments_from_a_far_start() -> None:
     start = [torch.tensor([30.0], dtype=torch.float64), torch.tensor([-20.0], dtype=torch.float64)]
     trace = hmc.sample(gaussian, start, num_samples=2000, burn_in=300, num_leapfrog_steps=4, seed=2)
@@ -124,6 +127,7 @@ def test_one_long_chain_finds_the_moments_from_a_far_start() -> None:
     torch.testing.assert_close(trace.log_density, lp, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_a_density_may_end_at_a_wall() -> None:
     """e^-x on [0, 1]: -inf outside rejects, even as a constant without a gradient."""
 
@@ -239,6 +243,7 @@ def test_a_seed_gives_the_same_bits() -> None:
     assert torch.equal(unnamed[0], run(None)[0])
 
 
+@pytest.mark.host_only("thousands of steps, each of ten launches and more")
 def test_tensors_of_mixed_shapes_and_dtypes() -> None:
     trace = hmc.sample(normal_density, mixed(), num_samples=600, burn_in=100, num_leapfrog_steps=4, seed=5)
     for draws, start in zip(trace.draws, mixed(), strict=True):

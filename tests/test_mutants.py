@@ -41,7 +41,7 @@ def test_there_are_many_and_their_names_are_unique() -> None:
 
 @needs_patch
 def test_each_applies(tmp_path: Path) -> None:
-    for part in ("csrc", "python"):
+    for part in ("cmake", "csrc", "python"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for patch in PATCHES:
         header = HEADER.match(patch.read_text())

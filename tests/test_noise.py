@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tsam_ext import _C
+from tsam_ext.chain import SLOTS
 from tsam_ext.functional.checks import NOISES
 from tsam_ext.metrics import new_state
 from tsam_ext.reference import noise as oracle
@@ -198,3 +199,17 @@ def test_gaussian_norm_is_about_one() -> None:
     d = 100_000
     norm = draw([d], [0], dimension=d)[0].norm().item()
     assert abs(norm - 1.0) < 5.5 / (2 * d) ** 0.5
+
+
+def test_momenta_are_the_same_numbers_in_every_dtype() -> None:
+    """Those of hmc_leapfrog_, where neither kick nor drift moves them; a float64 list has float32's."""
+    sizes, base, drawn = [1, 7, 4100], [0, 5, 13], []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        wide = torch.promote_types(dtype, torch.float32)
+        kinds = [dtype, dtype, wide, wide, wide, wide, dtype]  # position, saved, momentum, x0, x1, x2, grads
+        lists = [[torch.zeros(n, dtype=kind) for n in sizes] for kind in kinds]
+        chain, ones, flags = torch.zeros(SLOTS, dtype=torch.float64), [1.0] * 3, [False] * 3
+        _C.hmc_leapfrog_(*lists, chain, ones, flags, base, 3, 2, 1, 1, 0, 0.0, 0.0, True, False)
+        drawn.append(torch.cat(lists[2]).double())
+    assert torch.equal(drawn[1], drawn[0]) and torch.equal(drawn[2], drawn[0])
+    assert drawn[0].unique().numel() > 4000

@@ -88,6 +88,20 @@ def test_a_gradient_missing_in_some_passes_counts_as_zero(problem, used_in, buff
     assert not buffer or extra.grad is kept
 
 
+def test_a_gradient_that_comes_late_finds_its_own_mean() -> None:
+    """All of one shape, so that no check sees them swapped: slopes 1, 2 and 3, the first from the second sample on."""
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    optimizer = TSAM(params, lr=0.0, sampler="noise", tilt=0.0, num_samples=4, seed=0)
+    for sample in optimizer.samples():
+        with sample:
+            used = [(k + 1.0) * p.sum() for k, p in enumerate(params) if k > 0 or sample.index > 0]
+            loss = torch.stack(used).sum()
+            loss.backward()
+            sample.record(torch.zeros(()))
+    for slope, p in zip((0.75, 2.0, 3.0), params, strict=True):
+        torch.testing.assert_close(p.grad, torch.full((4,), slope), rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("radius", [0.0, 0.5])
 @pytest.mark.parametrize("used_in", [{0}, {1}, {2}, {5}, {0, 3}, {2, 3}, {1, 2, 4}, set()])
 def test_an_ascent_with_gradients_missing_is_the_oracle_s(problem, used_in, radius: float) -> None:

@@ -239,6 +239,33 @@ def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op:
     assert ours.holds(theirs.copies())
 
 
+@pytest.mark.parametrize("sampler", ["noise", "ascent", "hmc"])
+def test_a_restore_that_fails_is_tried_again(problem, monkeypatch, sampler: str) -> None:
+    """Ctrl-C may come once more, while things are put back."""
+    task = problem(dropout=0.5)
+    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, seed=3, sampler=sampler)
+    task.train(optimizer, 1)
+    optimizer.zero_grad()
+    copies, generator, saved = task.copies(), torch.random.get_rng_state(), plain_state(optimizer)
+    original, calls = _ops.restore_, [0]
+
+    def interrupted(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(_ops, "restore_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing(task, optimizer, 0, InterruptedStepError, False))
+    assert task.holds(copies) and torch.equal(torch.random.get_rng_state(), generator)
+    assert plain_state(optimizer) == saved and all(p.grad is None for p in task.parameters)
+    calls[0] = 0
+    with pytest.raises(KeyboardInterrupt), optimizer.perturbed():
+        assert not task.holds(copies)
+    assert task.holds(copies) and plain_state(optimizer) == saved
+
+
 def test_an_abandoned_loop_ends_with_the_next_step(problem) -> None:
     """The iterator is kept alive, so nothing closed it; a new step starts from the true parameters."""
     ours, theirs = problem(), problem()

@@ -34,13 +34,25 @@ LAYERS = {
     "functional": {"_ops"},
     "settings": {"_cuda", "functional"},
     "sample": {"estimate", "settings"},  # estimate: for its type alone
-    "chain": {"_ops", "estimate", "functional", "integrators", "sample", "settings", "table"},
+    "chain": {"settings", "table"},
+    "hmc_estimate": {"_ops", "chain", "estimate", "functional", "integrators", "sample", "settings", "table"},
     "hmc": {"_cuda", "_ops", "chain", "functional", "integrators"},
     "metrics": {"_ops", "chain", "functional"},
     "base": {"settings"},
     "checkpoint": {"chain", "settings"},
     "estimate": {"_cuda", "_ops", "functional", "module_state", "sample", "settings", "table"},
-    "optim": {"base", "chain", "checkpoint", "estimate", "metrics", "module_state", "sample", "settings", "table"},
+    "optim": {
+        "base",
+        "chain",
+        "checkpoint",
+        "estimate",
+        "hmc_estimate",
+        "metrics",
+        "module_state",
+        "sample",
+        "settings",
+        "table",
+    },
 }
 
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "macros.h"
@@ -50,7 +51,7 @@ TSAM_HD Chunk chunk_at(const int64_t* first_chunk, const int64_t* sizes, int64_t
 
 class ChunkPlan {
  public:
-  explicit ChunkPlan(const std::vector<int64_t>& sizes, int64_t chunk = kChunk) : sizes_(sizes), chunk_(chunk) {
+  explicit ChunkPlan(std::vector<int64_t> sizes, int64_t chunk = kChunk) : sizes_(std::move(sizes)), chunk_(chunk) {
     first_chunk_.reserve(sizes_.size() + 1);
     first_chunk_.push_back(0);
     for (const int64_t size : sizes_) {
@@ -64,6 +65,24 @@ class ChunkPlan {
   const std::vector<int64_t>& first_chunk() const { return first_chunk_; }
   Chunk operator[](int64_t c) const {
     return chunk_at(first_chunk_.data(), sizes_.data(), static_cast<int64_t>(sizes_.size()), c, chunk_);
+  }
+
+  // body(c, chunk) for the chunks from begin to end in order; only the first is searched for.
+  template <typename Body>
+  void walk(int64_t begin, int64_t end, const Body& body) const {
+    if (begin >= end) return;
+    Chunk chunk = (*this)[begin];
+    for (int64_t c = begin;; ++c) {
+      body(c, chunk);
+      if (c + 1 == end) return;
+      chunk.offset += chunk_;
+      while (chunk.offset >= sizes_[static_cast<size_t>(chunk.tensor)]) {
+        ++chunk.tensor;
+        chunk.offset = 0;
+      }
+      const int64_t left = sizes_[static_cast<size_t>(chunk.tensor)] - chunk.offset;
+      chunk.length = left < chunk_ ? left : chunk_;
+    }
   }
 
   // The first chunk of part p of `parts`: contiguous parts of about equal numbers of elements, so that a list of

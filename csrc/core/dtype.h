@@ -1,7 +1,8 @@
 // Storage types and the type each is computed in: float64 in float64, everything else in float32.
 //
-// Conversions are integer arithmetic (round to nearest even, NaN kept NaN, subnormals exact even where the
-// processor flushes them), so that every instruction set and device stores the same bits.
+// Conversions are integer arithmetic (round to nearest even, subnormals exact even where the processor flushes them,
+// any NaN the same one: processors differ in sign and payload of those that they make), so that every instruction set
+// and device stores the same bits.
 #pragma once
 
 #include "philox.h"
@@ -70,8 +71,7 @@ TSAM_HD void from_compute(double x, double& out) { out = x; }
 TSAM_HD void from_compute(float x, BFloat16& out) {
   const uint32_t bits = bits_from_float(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x0040u;
-  out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
 }
 
 TSAM_HD void from_compute(float x, Float16& out) {
@@ -81,8 +81,8 @@ TSAM_HD void from_compute(float x, Float16& out) {
   const uint32_t subnormal = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
   uint32_t r = magnitude < 0x38800000u ? subnormal : normal;
   r = magnitude >= 0x477FF000u ? 0x7C00u : r;  // 65520 and above round to infinity
-  r = magnitude > 0x7F800000u ? 0x7E00u : r;
-  out.bits = static_cast<uint16_t>(r | ((bits >> 16) & 0x8000u));
+  r |= (bits >> 16) & 0x8000u;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7E00u : r);
 }
 
 // Rounded once to the type that a result is computed in, then to its own.

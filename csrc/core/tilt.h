@@ -55,6 +55,12 @@ TSAM_HD void tilt_act(double* s, Action action, double keep, double add) {
   s[kAdd] = add;
 }
 
+// What the elements have to do. A state in which no step has begun does not say: the result is NaN.
+TSAM_HD int tilt_action(const double* s) {
+  const double action = s[kAction];
+  return action >= kSkip && action <= kPoison ? static_cast<int>(action) : static_cast<int>(kPoison);
+}
+
 // Counts one sample and says what the elements do. `last` closes the step: if every sample was skipped there is
 // no mean, and the result is NaN.
 TSAM_HD void tilt_update(double* s, double loss, double log_size, bool skip_nonfinite, bool last) {

@@ -177,7 +177,7 @@ void recycle(const HmcRecycleArguments& a) {
 void carry(const HmcCarryArguments& a) {
   const double* const s = a.state;
   const bool taken = a.chain[kTaken] != 0.0;
-  const int action = a.count ? static_cast<int>(s[kAction]) : static_cast<int>(kSkip);
+  const int action = a.count ? tilt_action(s) : static_cast<int>(kSkip);
   if (!taken && action == kSkip) return;
   const Kernels& k = kernels();
   for_chunks(plan_of(a.carried), [&](int64_t, const Chunk& chunk) {

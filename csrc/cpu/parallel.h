@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "../core/chunks.h"
@@ -23,17 +24,16 @@ inline ChunkPlan plan_of(const checks::Runs& runs) {
   std::vector<int64_t> sizes;
   sizes.reserve(runs.size());
   for (const checks::Run& run : runs) sizes.push_back(run.size);
-  return ChunkPlan(sizes);
+  return ChunkPlan(std::move(sizes));
 }
 
 // body(chunk index, chunk) for every chunk, once, in parallel over about equal numbers of elements.
 template <typename Body>
 void for_chunks(const ChunkPlan& plan, const Body& body) {
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t parts = plan.num_elements() < kSerialElements ? 1 : threads;
+  const bool serial = plan.num_elements() < kSerialElements;
+  const int64_t parts = serial ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
   const auto run_part = [&](int64_t part) {
-    const int64_t end = plan.part_begin(part + 1, parts);
-    for (int64_t c = plan.part_begin(part, parts); c < end; ++c) body(c, plan[c]);
+    plan.walk(plan.part_begin(part, parts), plan.part_begin(part + 1, parts), body);
   };
   if (parts == 1) {
     run_part(0);

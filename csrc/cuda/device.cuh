@@ -3,7 +3,8 @@
 //
 // Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
 // TSAM_SHARED alone, a large parameter by TSAM_PARAMETER(type). Invariant: every launch goes through launch(),
-// which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error.
+// which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error. load_kernel()
+// comes before, for a kernel's first launch not to fail halfway through an op.
 #pragma once
 
 #if defined(TSAM_SIMT)
@@ -52,6 +53,18 @@ namespace cuda {
 template <typename Word>
 TSAM_DEVICE void store_word(const Word& word, Word* to) {
   __stwb(to, word);
+}
+
+// Brings a kernel to the current device now: by itself the driver does that at the first launch, and fails there. In a
+// captured graph too, since it changes nothing that a graph holds.
+[[nodiscard]] inline cudaError_t load_kernel(const void* kernel) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  const cudaError_t back = cudaThreadExchangeStreamCaptureMode(&mode);
+  return error != cudaSuccess ? error : back;
 }
 
 template <typename... Parameters, typename... Args>

@@ -28,23 +28,23 @@ T* as(const Run& run) {
 Numbers64 numbers64(const Run& run) { return Numbers64{run.data, run.dtype, item_bytes(run.dtype)}; }
 
 void tilted_loss(const TiltedArguments& a) {
-  OnDevice(a.home).run(tilted_value_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt,
-                       numbers64(a.out));
+  OnDevice(a.home).run<tilted_value_of>(1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt,
+                                        numbers64(a.out));
 }
 
 void tilted_weights(const TiltedArguments& a) {
   const OnDevice device(a.home);
   const Tensor weights = device.workspace(1, a.losses.size);
-  device.run(tilted_weights_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
-             numbers64(a.out));
+  device.run<tilted_weights_of>(1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
+                                numbers64(a.out));
 }
 
 void tilted_reduce(const TiltedReduceArguments& a) {
   if (a.out.size == 0) return;
   const OnDevice device(a.home);
   const Tensor weights = device.workspace(1, a.losses.size);
-  device.run(tilted_weights_of, 1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
-             Numbers64{nullptr, DType::kFloat64, 8});
+  device.run<tilted_weights_of>(1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
+                                Numbers64{nullptr, DType::kFloat64, 8});
   const std::vector<StridedDim>& dims = a.walk.dims();
   Rows rows{};
   rows.row = a.row;
@@ -55,7 +55,7 @@ void tilted_reduce(const TiltedReduceArguments& a) {
   std::copy(dims.begin(), dims.end(), rows.dims);
   for_storage(a.values.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    device.run(weighted_sum<T>, blocks_of(rows.n), kThreads, rows, as<T>(a.values), numbers(weights), as<T>(a.out));
+    device.run<weighted_sum<T>>(blocks_of(rows.n), kThreads, rows, as<T>(a.values), numbers(weights), as<T>(a.out));
   });
 }
 
@@ -77,7 +77,7 @@ void leapfrog(const LeapfrogArguments& a) {
                              as<T>(a.position_out),
                              as<T>(a.momentum_out),
                              a.position.size};
-    device.run(leapfrog_chunks<T>, blocks_of(run.n), kThreads, run);
+    device.run<leapfrog_chunks<T>>(blocks_of(run.n), kThreads, run);
   });
 }
 
@@ -87,7 +87,7 @@ void kick(const KickArguments& a) {
   for_storage(a.momentum.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const KickRun<T> run{as<T>(a.momentum), as<T>(a.grad), factor_of<T>(a.a), as<T>(a.out), a.momentum.size};
-    device.run(kick_chunks<T>, blocks_of(run.n), kThreads, run);
+    device.run<kick_chunks<T>>(blocks_of(run.n), kThreads, run);
   });
 }
 
@@ -101,15 +101,16 @@ void perturb(const NoiseArguments& a) {
   const auto entry = [&](TablePair& table, size_t k, size_t) { table.element[k] = static_cast<uint64_t>(a.base); };
   if (normed)
     for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
-      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
-                 numbers(partial) + share.before);
+      device.run<noise_sum_squares<TablePair>>(share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
+                                               numbers(partial) + share.before);
     });
   device.finish<1>(FinishDraw{numbers(scale), a.noise, a.x.size, a.radius_stream, a.radius}, numbers(partial), blocks);
   for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr}, numbers(scale), /*negate=*/false,
-                 /*save=*/false);
+      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
+                                    numbers(scale), /*negate=*/false,
+                                    /*save=*/false);
     });
   });
 }

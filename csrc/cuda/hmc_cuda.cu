@@ -10,6 +10,7 @@
 #include "hmc_scalars.cuh"
 #include "launch.h"
 #include "list_kernels.cuh"
+#include "saving.h"
 
 namespace tsam {
 namespace cuda {
@@ -32,20 +33,19 @@ void place(const HmcPlaceArguments& a) {
   };
   if (normed)
     for_shares<kPlaceLists>(lists, 0, entry, [&](const Share<kPlaceLists>& share) {
-      device.run(noise_sum_squares<PlaceTable>, share.blocks, kThreads, share.table, stream,
-                 numbers(partial) + share.before);
+      device.run<noise_sum_squares<PlaceTable>>(share.blocks, kThreads, share.table, stream,
+                                                numbers(partial) + share.before);
     });
   if (a.draw)
     device.finish<1>(FinishPlace{numbers(scale), a.scaled.prior, a.scaled.dimension, a.counter.stream(kBallRadius)},
                      numbers(partial), blocks);
-  for_shares<kPlaceLists>(lists, 0, entry, [&](const Share<kPlaceLists>& share) {
+  move_shares<kPlaceLists>(device, lists, entry, a.state, [&](const Share<kPlaceLists>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(hmc_place_chunks<T>, share.blocks, kThreads, share.table, stream, a.chain,
-                 a.draw ? numbers(scale) : nullptr);
+      device.run<hmc_place_chunks<T>>(share.blocks, kThreads, share.table, stream, a.chain,
+                                      a.draw ? numbers(scale) : nullptr);
     });
   });
-  device.finish<0>(CountSave{a.state});
 }
 
 void begin(const HmcBeginArguments& a) {
@@ -60,7 +60,7 @@ void begin(const HmcBeginArguments& a) {
     for_shares<2>({&a.grads, &a.scaled.origin}, 0, entry, [&](const Share<2>& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run(grad_sum_squares<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before);
+        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
       });
     });
   device.finish<1>(StepBegin{a.chain, a.state, a.loss, a.tilt, a.delta, a.automatic, a.scaled.dimension},
@@ -86,8 +86,9 @@ void leapfrog(const HmcLeapfrogArguments& a) {
     for_shares<kLeapfrogLists>(lists, 0, entry, [&](const Share<kLeapfrogLists>& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run(hmc_pass<T, decltype(kind)::value, decltype(first)::value>, share.blocks, kThreads, share.table,
-                   a.counter.stream(kMomentum), a.measure, a.chain, scalars, numbers(partial) + share.before, blocks);
+        device.run<hmc_pass<T, decltype(kind)::value, decltype(first)::value>>(
+            share.blocks, kThreads, share.table, a.counter.stream(kMomentum), a.measure, a.chain, scalars,
+            numbers(partial) + share.before, blocks);
       });
     });
   };
@@ -121,7 +122,7 @@ void end(const HmcEndArguments& a) {
   for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const Share<3>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(hmc_last_kick<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+      device.run<hmc_last_kick<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
     });
   });
   device.finish<2>(StepEnd{a.chain, a.state, a.loss, a.counter.stream(kAccept), a.scaled.prior, a.scaled.dimension,
@@ -140,7 +141,7 @@ void carry(const HmcCarryArguments& a) {
   for_shares<3>({&a.accumulator, &a.carried, &a.grads}, 1, entry, [&](const Share<3>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(hmc_carry_chunks<T>, share.blocks, kThreads, share.table, a.chain, a.state, a.count);
+      device.run<hmc_carry_chunks<T>>(share.blocks, kThreads, share.table, a.chain, a.state, a.count);
     });
   });
 }

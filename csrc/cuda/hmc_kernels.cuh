@@ -210,7 +210,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count) {
   using C = compute_t<T>;
   const bool taken = chain[kTaken] != 0.0;
-  const int action = count ? static_cast<int>(state[kAction]) : static_cast<int>(kSkip);
+  const int action = count ? tilt_action(state) : static_cast<int>(kSkip);
   if (!taken && action == kSkip) return;
   const Chunk chunk = chunk_of(table);
   const Accumulate<C> functor{static_cast<C>(state[kKeep]), static_cast<C>(state[kAdd])};

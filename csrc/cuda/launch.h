@@ -3,14 +3,16 @@
 //
 // Layout: a list is split by storage type and then into tables of at most kTensorsPerLaunch tensors, one launch each;
 // block numbers run on over the launches of a list, so that all partials lie in one row.
-// Invariant: every launch is checked; nothing waits for the device, and nothing of device memory is read here. A
-// workspace comes from torch's caching allocator: ordered by the stream, and in a captured graph from the graph's pool.
+// Invariant: every launch is checked, and all kernels are on the device before the first of them runs; nothing waits
+// for the device, and nothing of device memory is read here. A workspace comes from torch's caching allocator: ordered
+// by the stream, and in a captured graph from the graph's pool.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,11 +40,31 @@ inline void check_cuda(cudaError_t error, const char* doing) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("tsam: ") + doing + ": " + cudaGetErrorString(error));
 }
 
+// Every kernel that an op of this library launches: run() lists what it is made for, before main.
+inline std::vector<const void*>& kernels() {
+  static std::vector<const void*> all;
+  return all;
+}
+template <auto kernel>
+inline const bool listed = (kernels().push_back(reinterpret_cast<const void*>(kernel)), true);
+
+// Once for each device, at its first op: all kernels or none, so that no op finds one missing after it has written.
+inline void load_kernels(int32_t device) {
+  static std::mutex one_at_a_time;
+  static std::vector<bool> loaded;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const size_t d = static_cast<size_t>(device);
+  if (loaded.size() <= d) loaded.resize(d + 1);
+  if (loaded[d]) return;
+  for (const void* const kernel : kernels()) check_cuda(load_kernel(kernel), "a kernel could not be loaded");
+  loaded[d] = true;
+}
+
 // The device that a tensor is on, current while this lives, and its current stream.
 class OnDevice {
  public:
 #if defined(TSAM_SIMT)
-  explicit OnDevice(const Tensor& home) : home_(home) {}
+  explicit OnDevice(const Tensor& home) : home_(home) { load_kernels(0); }
 #else
   explicit OnDevice(const Tensor& home) : home_(home), guard_(home.get_device_index()) {
     void* stream = nullptr;
@@ -50,19 +72,19 @@ class OnDevice {
     stream_ = static_cast<cudaStream_t>(stream);
     // The runtime that is linked into this library keeps a current device of its own.
     check_cuda(cudaSetDevice(home.get_device_index()), "cannot use the device");
+    load_kernels(home.get_device_index());
   }
 #endif
 
-  template <typename... Parameters, typename... Args>
-  void run(void (*kernel)(Parameters...), int64_t blocks, int threads, Args&&... args) const {
-    check_cuda(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream_,
-                      static_cast<Parameters>(args)...),
-               "a kernel could not be launched");
+  template <auto kernel, typename... Args>
+  void run(int64_t blocks, int threads, Args&&... args) const {
+    static_cast<void>(listed<kernel>);
+    start(kernel, blocks, threads, std::forward<Args>(args)...);
   }
 
   template <int K, typename Finish>
   void finish(const Finish& finish, const double* partial = nullptr, int64_t n = 0) const {
-    run(finish_sums<K, Finish>, 1, kFinishThreads, partial, n, finish);
+    run<finish_sums<K, Finish>>(1, kFinishThreads, partial, n, finish);
   }
 
   // `rows` sums a block for `blocks` blocks.
@@ -71,6 +93,13 @@ class OnDevice {
   }
 
  private:
+  template <typename... Parameters, typename... Args>
+  void start(void (*kernel)(Parameters...), int64_t blocks, int threads, Args&&... args) const {
+    check_cuda(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream_,
+                      static_cast<Parameters>(args)...),
+               "a kernel could not be launched");
+  }
+
   const Tensor& home_;
 #if !defined(TSAM_SIMT)
   torch::stable::accelerator::DeviceGuard guard_;

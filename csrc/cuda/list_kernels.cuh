@@ -127,7 +127,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     accumulate_chunks(TSAM_PARAMETER(TablePair) table, const double* state, bool adopted) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
-  const int asked = static_cast<int>(state[kAction]);
+  const int asked = tilt_action(state);
   const int action = !adopted || asked == kPoison ? asked : asked == kBlend ? kPoison : kSkip;
   if (action == kSkip) return;
   const Chunk chunk = chunk_of(table);

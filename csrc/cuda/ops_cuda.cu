@@ -11,6 +11,7 @@
 
 #include "launch.h"
 #include "list_kernels.cuh"
+#include "saving.h"
 
 namespace tsam {
 namespace cuda {
@@ -32,17 +33,16 @@ void perturb(const PerturbArguments& a) {
   };
   if (normed)
     for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
-      device.run(noise_sum_squares<TablePair>, share.blocks, kThreads, share.table, stream,
-                 numbers(partial) + share.before);
+      device.run<noise_sum_squares<TablePair>>(share.blocks, kThreads, share.table, stream,
+                                               numbers(partial) + share.before);
     });
   device.finish<1>(FinishNoise{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)}, numbers(partial), blocks);
-  for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
+  move_shares<2>(device, {&a.position, &a.saved}, entry, a.save ? a.state : nullptr, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(perturb_chunks<T>, share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save);
+      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save);
     });
   });
-  if (a.save) device.finish<0>(CountSave{a.state});
 }
 
 void grad_norm(const GradNormArguments& a) {
@@ -53,7 +53,7 @@ void grad_norm(const GradNormArguments& a) {
   for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(grad_sum_squares<T>, share.blocks, kThreads, share.table, numbers(partial) + share.before);
+      device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
     });
   });
   device.finish<1>(FinishNorm{a.state, a.row}, numbers(partial), blocks);
@@ -65,13 +65,13 @@ void ascend(const AscendArguments& a) {
     table.scale[k] = a.rho[i];
     table.adaptive[k] = a.adaptive[i];
   };
-  for_shares<3>({&a.position, &a.saved, &a.grads}, 0, entry, [&](const Share<3>& share) {
+  double* const counter = a.save ? a.state : nullptr;
+  move_shares<3>(device, {&a.position, &a.saved, &a.grads}, entry, counter, [&](const Share<3>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(ascend_chunks<T>, share.blocks, kThreads, share.table, a.state, a.save);
+      device.run<ascend_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.save);
     });
   });
-  if (a.save) device.finish<0>(CountSave{a.state});
 }
 
 void begin(const TiltBeginArguments& a) { OnDevice(a.home).finish<0>(TiltBegin{a.state, a.length, a.tilt}); }
@@ -87,7 +87,7 @@ void accumulate(const AccumulateArguments& a) {
   for_shares<2>({&a.accumulator, &a.grads}, a.adopted ? 0 : 1, entry, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(accumulate_chunks<T>, share.blocks, kThreads, share.table, a.state, a.adopted);
+      device.run<accumulate_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.adopted);
     });
   });
 }
@@ -98,7 +98,7 @@ void restore(const RestoreArguments& a) {
   for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run(copy_chunks<T>, share.blocks, kThreads, share.table);
+      device.run<copy_chunks<T>>(share.blocks, kThreads, share.table);
     });
   });
 }

@@ -3,6 +3,7 @@
 // An error is std::invalid_argument (ValueError in Python) and reads
 //   tsam.<op>: <argument>[<index>]: got <what came>, expected <what was wanted>
 // Layout: a checked list becomes Runs, one dense stretch of memory a tensor, in storage order, without torch types.
+// A tensor is asked each thing once: every question is a call into torch, and a list has hundreds of tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "../core/dtype.h"
+#include "../core/spans.h"
 #include "../core/tilt.h"
 
 namespace tsam {
@@ -27,11 +29,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
+// Borrowed from a tensor, which outlives the op's call.
+struct Layout {
+  int64_t dim = 0, size = 1;  // size: elements
+  int64_t *sizes = nullptr, *strides = nullptr;
+
+  Layout(const Tensor& tensor) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    for (int64_t i = 0; i < dim; ++i) size *= sizes[i];
+  }
+  bool is_contiguous() const {
+    int64_t step = 1;
+    for (int64_t i = dim; size != 0 && i-- > 0; step *= sizes[i])
+      if (sizes[i] != 1 && strides[i] != step) return false;
+    return true;
+  }
+};
+
 struct Run {
   char* data;
   int64_t size;
   DType dtype;
   int64_t bytes;
+  Layout layout;
 };
 using Runs = std::vector<Run>;
 
@@ -40,8 +62,14 @@ struct Place {
   bool cpu, cuda;
   int32_t index;
 
-  explicit Place(const Tensor& tensor)
-      : cpu(tensor.is_cpu()), cuda(!cpu && tensor.is_cuda()), index(cpu ? 0 : tensor.get_device_index()) {}
+  explicit Place(const Tensor& tensor) : cpu(false), cuda(false), index(0) {
+    static const int32_t kCpu = aoti_torch_device_type_cpu(), kCuda = aoti_torch_device_type_cuda();
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    cpu = type == kCpu;
+    cuda = type == kCuda;
+    if (!cpu) index = tensor.get_device_index();
+  }
   bool operator==(const Place& other) const { return cpu == other.cpu && cuda == other.cuda && index == other.index; }
   std::string name() const {
     if (cpu) return "a cpu tensor";
@@ -74,12 +102,12 @@ struct Where {
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape_name(const Tensor& tensor) {
+inline std::string shape_name(const Layout& layout) {
   std::ostringstream text;
   text << "shape (";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  for (int64_t i = 0; i < layout.dim; ++i) text << (i ? ", " : "") << layout.sizes[i];
   text << ") with strides (";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.stride(i);
+  for (int64_t i = 0; i < layout.dim; ++i) text << (i ? ", " : "") << layout.strides[i];
   text << ")";
   return text.str();
 }
@@ -97,21 +125,19 @@ inline const char* dtype_name(DType dtype) {
   }
 }
 
+// Not Tensor::scalar_type(), which compares with one dtype after the other.
 inline DType dtype_of(const Where& where, const Tensor& tensor) {
+  static const int32_t kFloat = aoti_torch_dtype_float32(), kDouble = aoti_torch_dtype_float64(),
+                       kBrain = aoti_torch_dtype_bfloat16(), kHalf = aoti_torch_dtype_float16();
   if (!tensor.defined()) fail(where, "None", "a tensor");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      fail(where, std::string("dtype ") + torch::headeronly::toString(tensor.scalar_type()),
-           "float32, float64, bfloat16 or float16");
-  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == kFloat) return DType::kFloat32;
+  if (dtype == kDouble) return DType::kFloat64;
+  if (dtype == kBrain) return DType::kBFloat16;
+  if (dtype == kHalf) return DType::kFloat16;
+  fail(where, std::string("dtype ") + torch::headeronly::toString(tensor.scalar_type()),
+       "float32, float64, bfloat16 or float16");
 }
 
 inline DType compute_dtype(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
@@ -120,11 +146,11 @@ inline int64_t item_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : d
 
 // Dense and without overlap: sorted by stride, every dimension steps over exactly the ones below it. Then the
 // elements are one stretch of memory, whatever the order of the dimensions (contiguous, channels_last, permuted).
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.numel() < 2 || tensor.is_contiguous()) return true;
+inline bool is_dense(const Layout& layout) {
+  if (layout.size < 2 || layout.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    if (tensor.size(i) != 1) dims.emplace_back(tensor.stride(i), tensor.size(i));
+  for (int64_t i = 0; i < layout.dim; ++i)
+    if (layout.sizes[i] != 1) dims.emplace_back(layout.strides[i], layout.sizes[i]);
   std::sort(dims.begin(), dims.end());
   int64_t step = 1;
   for (const auto& [stride, size] : dims) {
@@ -139,13 +165,13 @@ inline Run checked_elements(const Where& where, const Tensor& tensor) {
   const DType dtype = dtype_of(where, tensor);
   const Place place(tensor);
   if (!(place == where.op.place)) fail(where, place.name(), where.op.place.name() + ", like the op's other arguments");
-  const int64_t size = tensor.numel();
-  return Run{static_cast<char*>(tensor.data_ptr()), size, dtype, size * item_bytes(dtype)};
+  const Layout layout(tensor);
+  return Run{static_cast<char*>(tensor.data_ptr()), layout.size, dtype, layout.size * item_bytes(dtype), layout};
 }
 
 inline Run checked_run(const Where& where, const Tensor& tensor) {
   const Run run = checked_elements(where, tensor);
-  if (!is_dense(tensor)) fail(where, shape_name(tensor), "a dense tensor whose elements do not overlap");
+  if (!is_dense(run.layout)) fail(where, shape_name(run.layout), "a dense tensor whose elements do not overlap");
   return run;
 }
 
@@ -164,19 +190,19 @@ inline void same_length(const Op& op, const char* argument, size_t got, const ch
 }
 
 // Equal shapes, and equal strides where a dimension has more than one element.
-inline void same_layout(const Where& where, const Tensor& got, const Tensor& expected, const char* reference) {
-  bool same = got.dim() == expected.dim();
-  for (int64_t i = 0; same && i < got.dim(); ++i)
-    same = got.size(i) == expected.size(i) &&
-           (got.size(i) == 1 || got.numel() == 0 || got.stride(i) == expected.stride(i));
+inline void same_layout(const Where& where, const Layout& got, const Layout& expected, const char* reference) {
+  bool same = got.dim == expected.dim;
+  for (int64_t i = 0; same && i < got.dim; ++i)
+    same = got.sizes[i] == expected.sizes[i] &&
+           (got.sizes[i] == 1 || got.size == 0 || got.strides[i] == expected.strides[i]);
   if (!same) fail(where, shape_name(got), shape_name(expected) + " as in " + reference);
 }
 
-inline void same_layouts(const Op& op, const char* argument, const TensorList& got, const char* reference,
-                         const TensorList& expected) {
+inline void same_layouts(const Op& op, const char* argument, const Runs& got, const char* reference,
+                         const Runs& expected) {
   same_length(op, argument, got.size(), reference, expected.size());
   for (size_t i = 0; i < got.size(); ++i)
-    same_layout({op, argument, static_cast<int64_t>(i)}, got[i], expected[i], reference);
+    same_layout({op, argument, static_cast<int64_t>(i)}, got[i].layout, expected[i].layout, reference);
 }
 
 inline void same_dtypes(const Op& op, const char* argument, const Runs& got, const char* reference,
@@ -196,25 +222,24 @@ struct NamedRuns {
 
 // No two tensors of these lists share memory: an element that two entries name would be moved twice.
 inline void disjoint(const Op& op, std::initializer_list<NamedRuns> lists) {
-  struct Span {
-    const char *begin, *end, *argument;
-    int64_t index;
-  };
-  std::vector<Span> spans;
+  static thread_local std::vector<Span> spans;
+  static thread_local SpanMemory memory;
+  spans.clear();
   for (const NamedRuns& list : lists)
-    for (size_t i = 0; i < list.runs.size(); ++i)
-      if (list.runs[i].bytes > 0)
-        spans.push_back(
-            {list.runs[i].data, list.runs[i].data + list.runs[i].bytes, list.argument, static_cast<int64_t>(i)});
-  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
-  for (size_t k = 1; k < spans.size(); ++k) {
-    if (spans[k].begin >= spans[k - 1].end) continue;
-    Span first = spans[k - 1], second = spans[k];
-    if (first.argument == second.argument && first.index > second.index) std::swap(first, second);
-    fail({op, second.argument, second.index},
-         "memory shared with " + std::string(first.argument) + "[" + std::to_string(first.index) + "]",
-         "tensors that do not overlap");
-  }
+    for (const Run& run : list.runs) spans.push_back({run.data, run.data + run.bytes});
+  const Overlap overlap = memory.look(spans);
+  if (!overlap.found) return;
+  const auto entry = [&](size_t k) {
+    for (const NamedRuns& list : lists) {
+      if (k < list.runs.size()) return Where{op, list.argument, static_cast<int64_t>(k)};
+      k -= list.runs.size();
+    }
+    return Where{op, ""};
+  };
+  const Where first = entry(overlap.first);
+  fail(entry(overlap.second),
+       "memory shared with " + std::string(first.argument) + "[" + std::to_string(first.index) + "]",
+       "tensors that do not overlap");
 }
 
 // The step's float64 scalars, with room for `rows` samples.
@@ -222,8 +247,8 @@ inline double* checked_state(const Op& op, const Tensor& state, int64_t rows) {
   const Where where{op, "state"};
   const Run run = checked_run(where, state);
   const int64_t wanted = kHeader + kRow * rows;
-  if (run.dtype != DType::kFloat64 || run.size < wanted || !state.is_contiguous())
-    fail(where, shape_name(state) + " and dtype " + dtype_name(run.dtype),
+  if (run.dtype != DType::kFloat64 || run.size < wanted || !run.layout.is_contiguous())
+    fail(where, shape_name(run.layout) + " and dtype " + dtype_name(run.dtype),
          "a contiguous float64 tensor of at least " + std::to_string(wanted) + " elements");
   return reinterpret_cast<double*>(run.data);
 }
@@ -231,7 +256,7 @@ inline double* checked_state(const Op& op, const Tensor& state, int64_t rows) {
 // A number that stays where it is: only its shape and dtype are looked at.
 inline Scalar checked_scalar(const Where& where, const Tensor& tensor) {
   const Run run = checked_run(where, tensor);
-  if (run.size != 1) fail(where, shape_name(tensor), "a tensor of one element");
+  if (run.size != 1) fail(where, shape_name(run.layout), "a tensor of one element");
   return Scalar{run.data, run.dtype};
 }
 

@@ -16,23 +16,22 @@ namespace ops {
 inline double* checked_chain(const Op& op, const Tensor& chain) {
   const Where where{op, "chain"};
   const Run run = checked_run(where, chain);
-  if (run.dtype != DType::kFloat64 || run.size < kChain || !chain.is_contiguous())
-    fail(where, shape_name(chain) + " and dtype " + dtype_name(run.dtype),
+  if (run.dtype != DType::kFloat64 || run.size < kChain || !run.layout.is_contiguous())
+    fail(where, shape_name(run.layout) + " and dtype " + dtype_name(run.dtype),
          "a contiguous float64 tensor of at least " + std::to_string(kChain) + " elements");
   return reinterpret_cast<double*>(run.data);
 }
 
-inline Runs checked_wide(const Op& op, const char* argument, const TensorList& tensors, const TensorList& like,
-                         const Runs& reference) {
+inline Runs checked_wide(const Op& op, const char* argument, const TensorList& tensors, const Runs& reference) {
   Runs runs = checked_runs(op, argument, tensors);
-  same_layouts(op, argument, tensors, "saved", like);
+  same_layouts(op, argument, runs, "saved", reference);
   same_dtypes(op, argument, runs, "saved", reference, /*in_compute_type=*/true);
   return runs;
 }
 
-inline Runs checked_grads(const Op& op, const TensorList& grads, const TensorList& saved, const Runs& reference) {
+inline Runs checked_grads(const Op& op, const TensorList& grads, const Runs& reference) {
   Runs runs = checked_runs(op, "grads", grads);
-  same_layouts(op, "grads", grads, "saved", saved);
+  same_layouts(op, "grads", runs, "saved", reference);
   same_dtypes(op, "grads", runs, "saved", reference);
   return runs;
 }
@@ -77,17 +76,16 @@ struct HmcPlaceArguments {
 };
 
 template <void (*run)(const HmcPlaceArguments&)>
-void hmc_place_(TensorList position, TensorList saved, TensorList x0, TensorList x1, TensorList x2, Tensor chain,
-                Tensor state, Numbers rho, Flags adaptive, Integers base, int64_t seed, int64_t step, int64_t dimension,
-                int64_t prior, bool draw) {
+void hmc_place_(const TensorList& position, const TensorList& saved, const TensorList& x0, const TensorList& x1,
+                const TensorList& x2, Tensor chain, Tensor state, Numbers rho, Flags adaptive, Integers base,
+                int64_t seed, int64_t step, int64_t dimension, int64_t prior, bool draw) {
   const Op op("hmc_place_", chain);
   const Runs moved = checked_runs(op, "position", position);
-  same_layouts(op, "saved", saved, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
+  same_layouts(op, "saved", scaled.origin, "position", moved);
   same_dtypes(op, "saved", scaled.origin, "position", moved);
-  const Runs first_x = checked_wide(op, "x0", x0, saved, scaled.origin),
-             second_x = checked_wide(op, "x1", x1, saved, scaled.origin),
-             third_x = checked_wide(op, "x2", x2, saved, scaled.origin);
+  const Runs first_x = checked_wide(op, "x0", x0, scaled.origin), second_x = checked_wide(op, "x1", x1, scaled.origin),
+             third_x = checked_wide(op, "x2", x2, scaled.origin);
   same_length(op, "base", base.size(), "position", moved.size());
   double* const c = checked_chain(op, chain);
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", 0);
@@ -106,11 +104,11 @@ struct HmcBeginArguments {
 };
 
 template <void (*run)(const HmcBeginArguments&)>
-void hmc_begin_(TensorList saved, TensorList grads, Tensor chain, Tensor state, Tensor loss, Tensor tilt, Tensor delta,
-                bool automatic, Numbers rho, Flags adaptive, int64_t dimension, int64_t prior) {
+void hmc_begin_(const TensorList& saved, const TensorList& grads, Tensor chain, Tensor state, Tensor loss, Tensor tilt,
+                Tensor delta, bool automatic, Numbers rho, Flags adaptive, int64_t dimension, int64_t prior) {
   const Op op("hmc_begin_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
-  const Runs gradients = checked_grads(op, grads, saved, scaled.origin);
+  const Runs gradients = checked_grads(op, grads, scaled.origin);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, 0);
   const Scalar first_loss = checked_scalar({op, "loss"}, loss), t = checked_scalar({op, "tilt"}, tilt),
@@ -131,20 +129,19 @@ struct HmcLeapfrogArguments {
 };
 
 template <void (*run)(const HmcLeapfrogArguments&)>
-void hmc_leapfrog_(TensorList position, TensorList saved, TensorList momentum, TensorList x0, TensorList x1,
-                   TensorList x2, TensorList grads, Tensor chain, Numbers rho, Flags adaptive, Integers base,
-                   int64_t seed, int64_t step, int64_t trajectory, int64_t dimension, int64_t prior, double kick,
-                   double drift, bool first, bool measure) {
+void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const TensorList& momentum,
+                   const TensorList& x0, const TensorList& x1, const TensorList& x2, const TensorList& grads,
+                   Tensor chain, Numbers rho, Flags adaptive, Integers base, int64_t seed, int64_t step,
+                   int64_t trajectory, int64_t dimension, int64_t prior, double kick, double drift, bool first,
+                   bool measure) {
   const Op op("hmc_leapfrog_", chain);
   const Runs moved = checked_runs(op, "position", position);
-  same_layouts(op, "saved", saved, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
+  same_layouts(op, "saved", scaled.origin, "position", moved);
   same_dtypes(op, "saved", scaled.origin, "position", moved);
-  const Runs p = checked_wide(op, "momentum", momentum, saved, scaled.origin),
-             first_x = checked_wide(op, "x0", x0, saved, scaled.origin),
-             second_x = checked_wide(op, "x1", x1, saved, scaled.origin),
-             third_x = checked_wide(op, "x2", x2, saved, scaled.origin),
-             gradients = checked_grads(op, grads, saved, scaled.origin);
+  const Runs p = checked_wide(op, "momentum", momentum, scaled.origin),
+             first_x = checked_wide(op, "x0", x0, scaled.origin), second_x = checked_wide(op, "x1", x1, scaled.origin),
+             third_x = checked_wide(op, "x2", x2, scaled.origin), gradients = checked_grads(op, grads, scaled.origin);
   same_length(op, "base", base.size(), "position", moved.size());
   double* const c = checked_chain(op, chain);
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
@@ -173,13 +170,14 @@ struct HmcEndArguments {
 };
 
 template <void (*run)(const HmcEndArguments&)>
-void hmc_end_(TensorList saved, TensorList momentum, TensorList grads, Tensor chain, Tensor state, Tensor loss,
-              Numbers rho, Flags adaptive, int64_t seed, int64_t step, int64_t trajectory, int64_t dimension,
-              int64_t prior, double kick, int64_t row, bool metropolis, bool skip_nonfinite, bool last) {
+void hmc_end_(const TensorList& saved, const TensorList& momentum, const TensorList& grads, Tensor chain, Tensor state,
+              Tensor loss, Numbers rho, Flags adaptive, int64_t seed, int64_t step, int64_t trajectory,
+              int64_t dimension, int64_t prior, double kick, int64_t row, bool metropolis, bool skip_nonfinite,
+              bool last) {
   const Op op("hmc_end_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
-  const Runs p = checked_wide(op, "momentum", momentum, saved, scaled.origin),
-             gradients = checked_grads(op, grads, saved, scaled.origin);
+  const Runs p = checked_wide(op, "momentum", momentum, scaled.origin),
+             gradients = checked_grads(op, grads, scaled.origin);
   double* const c = checked_chain(op, chain);
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
   checked_factor(op, "kick", kick);
@@ -220,13 +218,14 @@ struct HmcCarryArguments {
 };
 
 template <void (*run)(const HmcCarryArguments&)>
-void hmc_carry_(TensorList accumulator, TensorList carried, TensorList grads, Tensor chain, Tensor state, bool count) {
+void hmc_carry_(const TensorList& accumulator, const TensorList& carried, const TensorList& grads, Tensor chain,
+                Tensor state, bool count) {
   const Op op("hmc_carry_", chain);
   const Runs kept = checked_runs(op, "carried", carried), fresh = checked_runs(op, "grads", grads),
              sums = checked_runs(op, "accumulator", accumulator);
-  same_layouts(op, "grads", grads, "carried", carried);
+  same_layouts(op, "grads", fresh, "carried", kept);
   same_dtypes(op, "grads", fresh, "carried", kept);
-  same_layouts(op, "accumulator", accumulator, "carried", carried);
+  same_layouts(op, "accumulator", sums, "carried", kept);
   same_dtypes(op, "accumulator", sums, "carried", kept, /*in_compute_type=*/true);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, 0);

@@ -51,11 +51,12 @@ struct PerturbArguments {
 };
 
 template <void (*run)(const PerturbArguments&)>
-void perturb_(TensorList position, TensorList saved, Tensor state, Numbers radius, Flags adaptive, Integers base,
-              int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate, bool save) {
+void perturb_(const TensorList& position, const TensorList& saved, Tensor state, Numbers radius, Flags adaptive,
+              Integers base, int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
+              bool save) {
   const Op op("perturb_", state);
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
-  same_layouts(op, "saved", saved, "position", position);
+  same_layouts(op, "saved", kept, "position", moved);
   same_dtypes(op, "saved", kept, "position", moved);
   double* const s = checked_state(op, state, 0);
   same_length(op, "radius", radius.size(), "position", moved.size());
@@ -78,10 +79,10 @@ struct GradNormArguments {
 };
 
 template <void (*run)(const GradNormArguments&)>
-void grad_norm_(TensorList grads, TensorList origin, Tensor state, Flags adaptive, int64_t row) {
+void grad_norm_(const TensorList& grads, const TensorList& origin, Tensor state, Flags adaptive, int64_t row) {
   const Op op("grad_norm_", state);
   const Runs gradients = checked_runs(op, "grads", grads), origins = checked_runs(op, "origin", origin);
-  same_layouts(op, "origin", origin, "grads", grads);
+  same_layouts(op, "origin", origins, "grads", gradients);
   same_dtypes(op, "origin", origins, "grads", gradients);
   same_length(op, "adaptive", adaptive.size(), "grads", gradients.size());
   in_range({op, "row"}, row, 0, kMaxSample);
@@ -99,13 +100,13 @@ struct AscendArguments {
 };
 
 template <void (*run)(const AscendArguments&)>
-void ascend_(TensorList position, TensorList saved, TensorList grads, Tensor state, Numbers rho, Flags adaptive,
-             bool save) {
+void ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state, Numbers rho,
+             Flags adaptive, bool save) {
   const Op op("ascend_", state);
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
              gradients = checked_runs(op, "grads", grads);
-  same_layouts(op, "saved", saved, "position", position);
-  same_layouts(op, "grads", grads, "position", position);
+  same_layouts(op, "saved", kept, "position", moved);
+  same_layouts(op, "grads", gradients, "position", moved);
   same_dtypes(op, "saved", kept, "position", moved);
   same_dtypes(op, "grads", gradients, "position", moved);
   double* const s = checked_state(op, state, 0);
@@ -159,12 +160,12 @@ struct AccumulateArguments {
 };
 
 template <void (*run)(const AccumulateArguments&)>
-void accumulate_(TensorList accumulator, TensorList grads, Tensor state) {
+void accumulate_(const TensorList& accumulator, const TensorList& grads, Tensor state) {
   const Op op("accumulate_", state);
   const Runs sums = checked_runs(op, "accumulator", accumulator), gradients = checked_runs(op, "grads", grads);
   const bool adopted = grads.empty();
   if (!adopted) {
-    same_layouts(op, "grads", grads, "accumulator", accumulator);
+    same_layouts(op, "grads", gradients, "accumulator", sums);
     same_dtypes(op, "accumulator", sums, "grads", gradients, /*in_compute_type=*/true);
   }
   double* const s = checked_state(op, state, 0);
@@ -178,11 +179,11 @@ struct RestoreArguments {
 };
 
 template <void (*run)(const RestoreArguments&)>
-void restore_(TensorList position, TensorList saved) {
+void restore_(const TensorList& position, const TensorList& saved) {
   if (position.empty() && saved.empty()) return;
   const Op op("restore_", position.empty() ? saved[0] : position[0]);
   const Runs to = checked_runs(op, "position", position), from = checked_runs(op, "saved", saved);
-  same_layouts(op, "saved", saved, "position", position);
+  same_layouts(op, "saved", from, "position", to);
   same_dtypes(op, "saved", from, "position", to);
   disjoint(op, {{"position", to}, {"saved", from}});
   run({position[0], to, from});

@@ -18,6 +18,7 @@ from . import _C, _ops
 __all__ = ["why_not"]
 
 LIBRARY = "libtsam_cuda.so"
+OLDEST_GPU = (7, 5)  # the first of TSAM_CUDA_ARCHITECTURES (cmake/cuda.cmake)
 OLDEST_DRIVER = 12040  # kernel parameters of 32 KB need 12.1, fatbins compressed for size 12.4
 
 
@@ -53,7 +54,16 @@ def why_not(device: torch.device) -> str | None:
     """Why no kernel runs on tensors of a device, or None: those of the CPU always do."""
     if device.type == "cpu":
         return None
-    return cause if device.type == "cuda" else "there are kernels for cpu and cuda tensors"
+    return (cause or gpu_too_old(device)) if device.type == "cuda" else "there are kernels for cpu and cuda tensors"
+
+
+def gpu_too_old(device: torch.device) -> str | None:
+    """What is wrong with a GPU older than all that the library is built for, or None. Wakes no CUDA that sleeps."""
+    awake = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    found = torch.cuda.get_device_capability(device) if awake else OLDEST_GPU
+    if found >= OLDEST_GPU:
+        return None
+    return "its compute capability is {}.{}, and the kernels need {}.{} or newer".format(*found, *OLDEST_GPU)
 
 
 def refuse(cause: str) -> None:

@@ -1,27 +1,18 @@
-"""The sampler hmc: a Markov chain over perturbations, and the passes of a step that move it.
+"""What the sampler hmc keeps from step to step: where its Markov chain stands, and its step size.
 
-start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
-Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore;
-recycling counts N + 1 states a trajectory instead of one: s (3 N + 1) more.
 Layout: three position buffers a parameter, in scaled coordinates; `scalars` (csrc/core/metropolis.h) says which holds
-the chain's state. Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
+the chain's state. Invariant: the host never learns which; a checkpoint holds the position alone, and no scratch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _ops
-from .estimate import Estimate, is_own
-from .functional.state import Slot
-from .integrators import LEAPFROG, substeps
-from .sample import Sample
-from .settings import PRIORS, HmcSettings
+from .settings import HmcSettings
 from .table import Table
 
 SLOTS = 25
@@ -62,22 +53,37 @@ class Chain:
         self.scalars = torch.zeros(SLOTS, dtype=torch.float64, device=device)
         self.scalars[ChainSlot.LOG_STEP] = math.log(settings.first_step_size)
         self.positions: dict[Tensor, list[Tensor]] = {}
+        self.momenta: dict[Tensor, Tensor] = {}  # scratch: kept, as new memory costs more than a pass over it
         self.started = False
 
     def buffers(self, parameter: Tensor) -> list[Tensor]:
         """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
-        if not self._fits(parameter):
+        held = self._held(parameter)
+        if held is None:
             self.started = False
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            made = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
-            self.positions[parameter] = made
-        return self.positions[parameter]
+            held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
+            self.positions[parameter] = held
+            self.momenta.pop(parameter, None)
+        return held
 
-    def _fits(self, parameter: Tensor) -> bool:
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        layout = (parameter.shape, parameter.stride(), wide, parameter.device)
+    def _held(self, parameter: Tensor) -> list[Tensor] | None:
+        """The buffers of a parameter, None where there are none that fit it."""
         held = self.positions.get(parameter)
-        return held is not None and (held[0].shape, held[0].stride(), held[0].dtype, held[0].device) == layout
+        if held is None:
+            return None
+        first, wide = held[0], torch.promote_types(parameter.dtype, torch.float32)
+        alike = first.shape == parameter.shape and first.stride() == parameter.stride()
+        return held if alike and first.dtype == wide and first.device == parameter.device else None
+
+    def momentum(self, parameter: Tensor) -> Tensor:
+        """Memory for a parameter's momentum, like a position; holds whatever the last trajectory left."""
+        if parameter not in self.momenta:
+            self.momenta[parameter] = torch.empty_like(self.positions[parameter][0])
+        return self.momenta[parameter]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "momenta": {}}
 
     def position(self, parameter: Tensor) -> Tensor:
         """The chain's position at one parameter, chosen on the device."""
@@ -94,6 +100,8 @@ class Chain:
         self.started = True
         if len(moved) != len(self.positions):
             self.positions = {parameter: self.positions[parameter] for parameter in moved}
+        if len(moved) != len(self.momenta):
+            self.momenta = {parameter: self.momenta[parameter] for parameter in moved}
 
     def pack(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
         """The chain for a checkpoint: the scalars that last, and one position a parameter, None where there is none."""
@@ -101,7 +109,7 @@ class Chain:
         for slot in KEPT:
             scalars[slot] = self.scalars[slot]
         parameters = [p for group in groups for p in group["params"]]
-        positions = [self.position(p) if self.started and self._fits(p) else None for p in parameters]
+        positions = [self.position(p) if self.started and self._held(p) else None for p in parameters]
         return {"prior": self.settings.prior, "scalars": scalars, "positions": positions}
 
     @torch.no_grad()
@@ -141,260 +149,3 @@ class Chain:
             moved = table.rho[i] / unit * self.position(table.parameters[i])
             found.append((moved * parameter.abs() if table.adaptive[i] else moved).to(parameter.dtype))
         return found
-
-
-INNER, START, END = 0, 1, 2  # the parts of a trajectory, as csrc/core/recycle.h has them
-
-
-class HmcEstimate(Estimate):
-    """One step's passes of the sampler ``hmc``; ``chain`` moves on if the step completes."""
-
-    def __init__(self, *args: Any, chain: Chain, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.chain = chain
-        self._hmc = self.settings.hmc
-        self._before: tuple[Tensor, bool] | None = None
-        self._loss: Tensor | None = None
-        self._fresh: dict[int, Tensor] = {}  # the gradients of the last pass
-        self._carried: dict[int, Tensor] = {}  # those of the chain's state
-        self._zeros: dict[int, Tensor] = {}
-        self._momentum: list[Tensor] = []
-        moves, table = self.table.moves, self.table
-        self._moved = [table.parameters[i] for i in moves]
-        self._rho, self._adaptive = [table.rho[i] for i in moves], [table.adaptive[i] for i in moves]
-        self._base = [table.base[i] for i in moves]
-        self._prior = PRIORS.index(self._hmc.prior)
-        self._substeps, self._last_kick = substeps(LEAPFROG, self._hmc.num_leapfrog_steps)
-
-    @property
-    def repeats(self) -> bool:
-        """Always: the start and at least one trajectory."""
-        return True
-
-    @property
-    def rows_per_sample(self) -> int:
-        """Counted states a trajectory: its N states and its start with ``recycle``, otherwise the one it ends with."""
-        return self.settings.hmc.num_leapfrog_steps + 1 if self.settings.hmc.recycle else 1
-
-    def passes(self) -> Iterator[Sample]:
-        """One item a gradient: 1 + N (burn_in + s). Ending early puts everything back, the chain too."""
-        total = self._hmc.burn_in + self.num_samples
-        try:
-            self._begin()
-            self.place(fresh=self._hmc.chain == "fresh")
-            yield from self._pass(0, counted=False)
-            self._take_start()
-            for trajectory in range(total):
-                sample = trajectory - self._hmc.burn_in
-                for n in range(len(self._substeps)):
-                    self._leapfrog(trajectory, n)
-                    if self._hmc.recycle and n > 0 and sample >= 0:
-                        self._recycle(INNER, sample, n - 1, self._fresh)
-                    yield from self._pass(max(sample, 0), counted=sample >= 0)
-                self._end_trajectory(trajectory, sample)
-            if self._hmc.adapt_step_size:
-                _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
-            self._complete()
-            self.chain.step_ends(self._moved)
-            self._before = None
-        finally:
-            self.abort()
-
-    def _pass(self, index: int, counted: bool) -> Iterator[Sample]:
-        self.current = Sample(self, index, probe=not counted)
-        self._fresh = {}  # the closure is about to make others
-        self.clear_gradients()
-        yield self.current
-        if not self.current.done:
-            raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
-
-    @torch.no_grad()
-    def end_pass(self, sample: Sample) -> None:
-        """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
-        assert sample.loss is not None and self._statistics is not None
-        self._loss = sample.loss
-        if self.first_loss is None:
-            self.first_loss = sample.loss.clone()
-        self._statistics.end_pass()
-        self._fresh = self.gradients()
-
-    @torch.no_grad()
-    def place(self, *, fresh: bool) -> None:
-        """theta = theta_0 + the chain's position, or a draw from the prior: ``fresh``, or no chain to go on with.
-
-        A draw overwrites where the chain stood, so that after an exception it stands nowhere.
-        """
-        chain = self.chain
-        chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
-        self._buffers_of_chain = [chain.buffers(parameter) for parameter in self._moved]
-        draw = fresh or not chain.started
-        chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
-        if draw and not fresh and self.capturing:
-            raise RuntimeError("TSAM: hmc under CUDA graph capture needs a step before the capture, to go on from.")
-        self._before = (chain.scalars.clone(), not draw)
-        self._saving(self.table.moves)
-        _ops.hmc_place_(
-            self._moved,
-            self._saved(),
-            *self._positions(),
-            chain.scalars,
-            self.state,
-            self._rho,
-            self._adaptive,
-            self._base,
-            self.seed,
-            self.noise_step,
-            self.table.dimension,
-            self._prior,
-            draw,
-        )
-        self._has_moved()
-
-    def _take_start(self) -> None:
-        """The chain's state at the start of the step: its gradient is carried from here on."""
-        for i, gradient in self._fresh.items():
-            self._carried[i] = gradient if is_own(gradient) else gradient.clone()
-        automatic = isinstance(self._hmc.delta, str)
-        delta = self._hmc.delta_scale if isinstance(self._hmc.delta, str) else self._hmc.delta
-        assert self._loss is not None
-        _ops.hmc_begin_(
-            self._saved(),
-            self._of_moved(self._carried),
-            self.chain.scalars,
-            self.state,
-            self._loss,
-            self._tilt,
-            self._tilt if delta is None else self.scalar(delta),
-            automatic,
-            self._rho,
-            self._adaptive,
-            self.table.dimension,
-            self._prior,
-        )
-
-    @torch.no_grad()
-    def _leapfrog(self, trajectory: int, n: int) -> None:
-        """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
-        if not self._momentum:
-            self._momentum = [torch.empty_like(buffers[0]) for buffers in self._buffers_of_chain]
-        _ops.hmc_leapfrog_(
-            self._moved,
-            self._saved(),
-            self._momentum,
-            *self._positions(),
-            self._of_moved(self._carried if n == 0 else self._fresh),
-            self.chain.scalars,
-            self._rho,
-            self._adaptive,
-            self._base,
-            self.seed,
-            self.noise_step,
-            trajectory,
-            self.table.dimension,
-            self._prior,
-            *self._substeps[n],
-            n == 0,
-            n == len(self._substeps) - 1,
-        )
-        self._has_moved()
-
-    @torch.no_grad()
-    def _end_trajectory(self, trajectory: int, sample: int) -> None:
-        """Accept or reject; then the chain's state, whichever it is, is counted."""
-        assert self._loss is not None
-        _ops.hmc_end_(
-            self._saved(),
-            self._momentum,
-            self._of_moved(self._fresh),
-            self.chain.scalars,
-            self.state,
-            self._loss,
-            self._rho,
-            self._adaptive,
-            self.seed,
-            self.noise_step,
-            trajectory,
-            self.table.dimension,
-            self._prior,
-            self._last_kick,
-            -1 if self._hmc.recycle else max(sample, -1),
-            self._hmc.metropolis,
-            self.settings.skip_nonfinite_loss,
-            sample == self.num_samples - 1,
-        )
-        for i in self._fresh.keys() - self._carried.keys():
-            self._carried[i] = torch.zeros_like(self._fresh[i])
-        indices = sorted(self._carried)
-        if self._hmc.recycle and sample >= 0:
-            n = len(self._substeps)
-            self._recycle(START, sample, n, self._carried)
-            self._recycle(END, sample, n - 1, self._fresh)
-        for i in indices:
-            if i not in self._sums:
-                total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
-                assert total is not None
-                self._sums[i] = total
-        _ops.hmc_carry_(
-            [self._sums[i] for i in indices],
-            [self._carried[i] for i in indices],
-            [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
-            self.chain.scalars,
-            self.state,
-            sample >= 0 and not self._hmc.recycle,
-        )
-
-    def _recycle(self, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
-        """Counts one state of the trajectory, with its gradient, into the given row of the sample's."""
-        assert self._loss is not None
-        _ops.hmc_recycle_(
-            self.chain.scalars,
-            self.state,
-            self._loss,
-            self._last_kick / (self._substeps[1][0] if part == INNER else self._last_kick),
-            self.rows_per_sample * sample + row,
-            part,
-            self._hmc.metropolis,
-            self.settings.skip_nonfinite_loss,
-            part == END and sample == self.num_samples - 1,
-        )
-        self._accumulate(gradients, adopt=False, zero=part != INNER or (sample, row) != (0, 0))
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """As the base class's, and the chain is where the step found it."""
-        super().undo()
-        self._go_back()
-
-    def abort(self) -> None:
-        """As the base class's; also where the step was complete but for the chain."""
-        super().abort()
-        self._go_back()
-
-    def _go_back(self) -> None:
-        if self._before is not None:
-            scalars, self.chain.started = self._before
-            if not self.capturing:
-                self.chain.scalars.copy_(scalars)
-            self._before = None
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._fresh, self._carried, self._zeros, self._momentum = {}, {}, {}, []
-
-    def _saved(self) -> list[Tensor]:
-        return [self._origin[i] for i in self.table.moves]
-
-    def _positions(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        first, second, third = ([buffers[k] for buffers in self._buffers_of_chain] for k in range(3))
-        return first, second, third
-
-    def _of_moved(self, gradients: dict[int, Tensor]) -> list[Tensor]:
-        return [gradients[i] if i in gradients else self._zero(i) for i in self.table.moves]
-
-    def _zero(self, index: int) -> Tensor:
-        if index not in self._zeros:
-            self._zeros[index] = torch.zeros_like(self.table.parameters[index], requires_grad=False)
-        return self._zeros[index]
-
-    def _has_moved(self) -> None:
-        torch.autograd.graph.increment_version(self._moved)

@@ -20,7 +20,7 @@ from .functional.state import STEP_HELD, Slot, new_state
 from .module_state import NormStatistics, RandomMasks
 from .sample import Sample
 from .settings import Settings, reject
-from .table import Table
+from .table import Table, taken
 
 
 def is_own(gradient: Tensor) -> bool:
@@ -28,8 +28,8 @@ def is_own(gradient: Tensor) -> bool:
 
     A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
     """
-    whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-    return whole and not gradient._is_view() and is_dense(gradient)
+    whole = gradient.untyped_storage().nbytes() == gradient.nbytes
+    return whole and not gradient._is_view() and (gradient.is_contiguous() or is_dense(gradient))
 
 
 class Estimate:
@@ -73,6 +73,9 @@ class Estimate:
         self._statistics: NormStatistics | None = None
         self._tilt = self.state[Slot.TILT]
         self._sums: dict[int, Tensor] = {}  # parameters with a gradient -> its weighted mean so far
+        self._forms = [(p, p.stride(), p.dtype) for p in table.parameters]
+        self._moved, self._base = taken(table.parameters, table.moves), taken(table.base, table.moves)
+        self._adaptive = taken(table.adaptive, table.moves)
 
     def passes(self) -> Iterator[Sample]:
         """One item a gradient. Ending early, by break or exception, puts everything back."""
@@ -135,12 +138,10 @@ class Estimate:
 
     @torch.no_grad()
     def _prepare(self, index: int, probe: bool) -> None:
-        first = self.first_loss is None
-        starts = probe or not self._ascends
-        if starts and not self.plain:
+        if (probe or not self._ascends) and not self.plain:
             if self.table.draws:
                 self.perturb(index)
-            elif not first:
+            elif self.first_loss is not None:
                 self.restore()
         self.clear_gradients()
 
@@ -181,13 +182,13 @@ class Estimate:
     def gradients(self) -> dict[int, Tensor]:
         """The gradients that this pass has left, each in its parameter's layout."""
         gradients = {}
-        for i, parameter in enumerate(self.table.parameters):
+        for i, (parameter, stride, dtype) in enumerate(self._forms):
             gradient = parameter.grad
             if gradient is None:
                 continue
             if gradient.layout is not torch.strided:
                 raise reject(f"{self.table.names[i]}.grad", f"a {gradient.layout} tensor", "a dense gradient")
-            if gradient.stride() != parameter.stride() or gradient.dtype != parameter.dtype:
+            if gradient.stride() != stride or gradient.dtype != dtype:
                 gradient = torch.empty_like(parameter).copy_(gradient)
             gradients[i] = gradient
         return gradients
@@ -201,12 +202,12 @@ class Estimate:
             self._saving(moves)
         antithetic = self.settings.antithetic
         _ops.perturb_(
-            [table.parameters[i] for i in moves],
-            [self._origin[i] for i in moves],
+            self._moved,
+            taken(self._origin, moves),
             self.state,
-            [table.radius[i] for i in moves],
-            [table.adaptive[i] for i in moves],
-            [table.base[i] for i in moves],
+            taken(table.radius, moves),
+            self._adaptive,
+            self._base,
             self.seed,
             self.noise_step,
             index & ~1 if antithetic else index,
@@ -215,7 +216,7 @@ class Estimate:
             antithetic and index % 2 == 1,
             saves,
         )
-        increment_version([table.parameters[i] for i in moves])
+        increment_version(self._moved)
 
     @torch.no_grad()
     def ascend(self, gradients: dict[int, Tensor], row: int) -> None:
@@ -224,27 +225,25 @@ class Estimate:
         moves = [i for i in table.moves if i in gradients]
         if not moves:
             return
-        parameters = [table.parameters[i] for i in moves]
-        saved = [i in self._origin for i in moves]
+        saved = [i for i in moves if i in self._origin]
+        fresh = [i for i in moves if i not in self._origin]
         # A parameter not yet saved has not moved: it is its own origin.
-        origins = [self._origin[i] if i in self._origin else table.parameters[i] for i in moves]
-        grads = [gradients[i] for i in moves]
-        _ops.grad_norm_(grads, origins, self.state, [table.adaptive[i] for i in moves], row)
-        for save in (False, True):
-            chosen = [k for k, was_saved in enumerate(saved) if was_saved is not save]
+        origins = [self._origin.get(i, table.parameters[i]) for i in moves]
+        _ops.grad_norm_(taken(gradients, moves), origins, self.state, taken(table.adaptive, moves), row)
+        for chosen, save in ((saved, False), (fresh, True)):
             if chosen:
                 if save:
-                    self._saving([moves[k] for k in chosen])
+                    self._saving(chosen)
                 _ops.ascend_(
-                    [parameters[k] for k in chosen],
-                    [self._origin[moves[k]] for k in chosen],
-                    [grads[k] for k in chosen],
+                    taken(table.parameters, chosen),
+                    taken(self._origin, chosen),
+                    taken(gradients, chosen),
                     self.state,
-                    [table.rho[moves[k]] for k in chosen],
-                    [table.adaptive[moves[k]] for k in chosen],
+                    taken(table.rho, chosen),
+                    taken(table.adaptive, chosen),
                     save,
                 )
-        increment_version(parameters)
+        increment_version(taken(table.parameters, moves))
 
     def _saving(self, indices: list[int]) -> None:
         """Announces that the next op saves these parameters, and finds scratch for them.
@@ -272,6 +271,10 @@ class Estimate:
         ``adopt``: the first gradient's own memory becomes the mean's. ``zero``: a mean that begins here begins at 0, as
         earlier samples had no gradient.
         """
+        if gradients.keys() == self._sums.keys():  # all samples but the first, as a rule
+            if gradients:
+                _ops.accumulate_(taken(self._sums, gradients), list(gradients.values()), self.state)
+            return
         adopted, blended = [], []
         for i in sorted(self._sums.keys() | gradients.keys()):
             gradient, total, buffer = gradients.get(i), self._sums.get(i), self._buffers[i]
@@ -307,7 +310,7 @@ class Estimate:
     def restore(self) -> None:
         """theta = theta_0, bit for bit, for every parameter that has moved."""
         if self._origin:
-            parameters = [self.table.parameters[i] for i in self._origin]
+            parameters = taken(self.table.parameters, self._origin)
             _ops.restore_(parameters, list(self._origin.values()))
             increment_version(parameters)
 
@@ -335,15 +338,16 @@ class Estimate:
         if self.closed:
             return
         self.closed = True
-        self.undo()
-        if self._masks is None or self._statistics is None:
-            return
-        for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
-            parameter.grad = buffer if buffer is None or self.capturing else buffer.zero_()
-        self._masks.rewind()
-        if not self.capturing:
-            self._statistics.rewind()
-        self._forget()
+        try:
+            self.undo()
+        finally:
+            if self._masks is not None and self._statistics is not None:
+                for parameter, buffer in zip(self.table.parameters, self._buffers, strict=True):
+                    parameter.grad = buffer if buffer is None or self.capturing else buffer.zero_()
+                self._masks.rewind()
+                if not self.capturing:
+                    self._statistics.rewind()
+                self._forget()
 
     def _forget(self) -> None:
         """Lets go of everything the size of the parameters but the scratch."""
@@ -356,8 +360,15 @@ class Estimate:
         """
         if self.capturing:
             return
+        try:
+            self._put_back()
+        except BaseException:
+            self._put_back()  # a refused launch or Ctrl-C may come here too, and a copy can be copied again
+            raise
+
+    def _put_back(self) -> None:
         finished = int(self.state[Slot.SAVES]) if self._saves else 0
         for indices in self._saves[finished:]:
             for i in indices:
-                del self._origin[i]
+                self._origin.pop(i, None)
         self.restore()

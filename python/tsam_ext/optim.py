@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .base import WrappingOptimizer, base_of, check_groups, make_capturable
-from .chain import Chain, HmcEstimate
+from .chain import Chain
 from .estimate import Estimate
+from .hmc_estimate import HmcEstimate
 from .metrics import Diagnostics
 from .module_state import TrainingNormWatch
 from .sample import Sample
@@ -144,8 +145,6 @@ class TSAM(WrappingOptimizer):
         check_groups(base.param_groups)
         if capturable:
             make_capturable(base.param_groups, own=isinstance(base_optimizer, type))
-        if seed is None:
-            seed = int(torch.randint(0, (1 << 63) - 1, ()))
 
         self._base: Optimizer | None = None
         super().__init__(base.param_groups, {})
@@ -153,7 +152,7 @@ class TSAM(WrappingOptimizer):
         self._own_defaults = own
         self._set_own_keys()
         self.model = model
-        self.seed = seed
+        self.seed = int(torch.randint(0, (1 << 63) - 1, ())) if seed is None else seed
         self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         self._step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0

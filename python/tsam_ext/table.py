@@ -7,10 +7,18 @@ Invariant: made afresh each step from the groups, so a changed rho, group or req
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def taken(values: Sequence[Value] | Mapping[int, Value], indices: Iterable[int]) -> list[Value]:
+    """The values at the indices, in their order; a step does this to lists of all parameters again and again."""
+    return list(map(values.__getitem__, indices))
 
 
 @dataclass

@@ -10,6 +10,7 @@
 #include "../../csrc/core/chunks.h"
 #include "../../csrc/core/perturb.h"
 #include "../../csrc/core/philox.h"
+#include "../../csrc/core/spans.h"
 #include "../../csrc/core/tilt.h"
 #include "../../csrc/core/weights.h"
 
@@ -125,20 +126,20 @@ static void conversions() {
     const float f = to_compute(h);
     Float16 back{0};
     from_compute(f, back);
-    ok = ok && (f != f ? (back.bits & 0x7fffu) > 0x7c00u : back.bits == h.bits);
+    ok = ok && back.bits == (f != f ? 0x7e00 : h.bits);
     const int e = static_cast<int>(bits >> 10 & 31), m = static_cast<int>(bits & 1023);
     const double value = e == 0 ? std::ldexp(m, -24) : std::ldexp(1024 + m, e - 25);
     if (e < 31) ok = ok && f == static_cast<float>(bits & 0x8000u ? -value : value);
   }
-  check(ok, "all 65,536 float16 values survive, with the right value");
+  check(ok, "all 65,536 float16 values survive, with the right value, NaNs as one");
   ok = true;
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     BFloat16 back{0};
     const float f = float_from_bits(bits << 16);
     from_compute(f, back);
-    ok = ok && (f != f ? (back.bits & 0x7fffu) > 0x7f80u : back.bits == bits);
+    ok = ok && back.bits == (f != f ? 0x7fc0 : bits);
   }
-  check(ok, "all 65,536 bfloat16 values survive");
+  check(ok, "all 65,536 bfloat16 values survive, NaNs as one");
   const auto half = [](float f) {
     Float16 h{0};
     from_compute(f, h);
@@ -258,13 +259,18 @@ static void chunks() {
       int64_t largest = 0;
       for (int64_t p = 0; p < parts; ++p) {
         int64_t elements = 0;
-        for (int64_t c = plan.part_begin(p, parts); c < plan.part_begin(p + 1, parts); ++c) {
-          const Chunk chunk = plan[c];
-          ok = ok && chunk.length > 0 && chunk.length <= size && chunk.offset % size == 0;
+        const int64_t begin = plan.part_begin(p, parts), end = plan.part_begin(p + 1, parts);
+        int64_t next = begin;
+        plan.walk(begin, end, [&](int64_t c, const Chunk& chunk) {
+          const Chunk found = plan[c];
+          ok = ok && c == next++ && found.tensor == chunk.tensor && found.offset == chunk.offset;
+          ok = ok && found.length == chunk.length && chunk.length > 0 && chunk.length <= size;
+          ok = ok && chunk.offset % size == 0;
           elements += chunk.length;
           for (int64_t i = 0; i < chunk.length; ++i)
             ++seen[static_cast<size_t>(chunk.tensor)][static_cast<size_t>(chunk.offset + i)];
-        }
+        });
+        ok = ok && next == (begin < end ? end : begin);
         largest = elements > largest ? elements : largest;
       }
       ok = ok && largest <= plan.num_elements() / parts + 2 * size;
@@ -275,6 +281,45 @@ static void chunks() {
   check(ok, "ChunkPlan: every element in exactly one chunk and one part, parts even");
   const ChunkPlan none({});
   check(none.num_chunks() == 0 && none.part_begin(1, 2) == 0, "an empty list has no chunks");
+}
+
+// Against every pair: lists that one memory sees one after the other, each the last one with a single end moved.
+static void spans() {
+  const std::vector<char> bytes(1000);
+  const auto at = [&](uint32_t i) { return bytes.data() + i; };
+  bool ok = true;
+  int apart = 0, overlapping = 0;
+  uint32_t random = 1;
+  const auto below = [&](uint32_t n) { return (random = random * 1664525u + 1013904223u) / 65536u % n; };
+  SpanMemory memory;
+  std::vector<Span> list;
+  for (int turn = 0; turn < 3000; ++turn) {
+    if (turn % 10 == 0) {
+      list.clear();
+      for (uint32_t i = 0; i < 12; ++i) {
+        const uint32_t begin = 80 * (11 * i % 12) + below(15);
+        list.push_back({at(begin), at(begin + below(4) * 20)});
+      }
+    } else {
+      Span& moved = list[below(12)];
+      moved.end = moved.begin + below(100) % static_cast<uint32_t>(bytes.data() + bytes.size() - moved.begin);
+    }
+    bool expected = false;
+    for (size_t i = 0; i < list.size(); ++i)
+      for (size_t j = 0; j < i; ++j)
+        expected = expected || (list[i].begin < list[j].end && list[j].begin < list[i].end &&
+                                list[i].begin != list[i].end && list[j].begin != list[j].end);
+    for (int again = 0; again < 2; ++again) {
+      const Overlap got = memory.look(list);
+      ok = ok && got.found == expected;
+      if (got.found) {
+        const Span &a = list[got.first], &b = list[got.second];
+        ok = ok && got.first < got.second && a.begin < b.end && b.begin < a.end;
+      }
+    }
+    ++(expected ? overlapping : apart);
+  }
+  check(ok && apart > 300 && overlapping > 300, "SpanMemory: finds an overlap wherever one of all pairs has one");
 }
 
 static void moves() {
@@ -302,6 +347,7 @@ int main() {
   streaming();
   values();
   chunks();
+  spans();
   moves();
   std::printf("%d failures\n", failures);
   return failures;

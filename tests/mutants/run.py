@@ -60,8 +60,8 @@ class Mutant:
 
     @property
     def compiled(self) -> bool:
-        """Whether the extension module has to be built again."""
-        return any(file.startswith(("csrc/", "cmake/")) or file == "CMakeLists.txt" for file in self.files)
+        """Whether the extension module has to be built again; cmake/manylinux.* is off in these builds."""
+        return any(re.match(r"csrc/|cmake/(?!manylinux\.)|CMakeLists\.txt$", file) for file in self.files)
 
     @property
     def emulated(self) -> bool:

@@ -2,6 +2,7 @@
 # host's compiler over the shim in this folder, registered for CPU tensors (launch.h). Never part of a wheel.
 #
 # For each csrc/cpu/X_cpu.cpp its csrc/cuda/X_cuda.cu; where there is none yet, the CPU ops remain.
+# simt.h has functions for tests, to be called by ctypes.
 set(TSAM_EXPORTS "${CMAKE_CURRENT_LIST_DIR}/exports.map")
 set(TSAM_EMULATED "")
 set(TSAM_KERNELS_LEFT OFF)

@@ -89,10 +89,10 @@ void run_lists(size_t off) {
   TablePair pair;
   TableTriple triple;
   const int64_t blocks = fill(pair, sizes, {pointers(position), pointers(saved)});
-  const Stream stream = make_stream(3, 1, kPerturbation, 2);
+  const CountedStream stream{make_stream(3, 1, kPerturbation, 2), nullptr};
   go("noise_sum_squares", noise_sum_squares<TablePair>, blocks, pair, stream, partial.data());
   check(launch(finish_sums<1, FinishNoise>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
-               FinishNoise{state.data(), Noise::kBall, 200, make_stream(3, 1, kBallRadius, 2)}),
+               FinishNoise{state.data(), Noise::kBall, 200, {make_stream(3, 1, kBallRadius, 2), nullptr}}),
         "finish");
   go("perturb_chunks", perturb_chunks<T>, blocks, pair, stream, state.data(), false, true);
   fill(pair, sizes, {pointers(grads), pointers(saved)});
@@ -117,8 +117,8 @@ template <typename T, HmcPassKind kind, bool first>
 void run_pass(const LeapfrogTable& table, int64_t blocks, const std::vector<double>& chain,
               const PassScalars& scalars) {
   std::vector<double> partial(static_cast<size_t>(blocks) * kPassSums<kind>, kNaN);
-  go("hmc_pass", hmc_pass<T, kind, first>, blocks, table, make_stream(3, 1, kMomentum, 0), true, chain.data(), &scalars,
-     partial.data(), blocks);
+  go("hmc_pass", hmc_pass<T, kind, first>, blocks, table, CountedStream{make_stream(3, 1, kMomentum, 0), nullptr}, true,
+     chain.data(), &scalars, partial.data(), blocks);
   expect_numbers("sums of a pass", partial);
 }
 
@@ -140,8 +140,8 @@ void run_hmc(size_t off) {
        {pointers(position), pointers(saved), pointers(momentum), pointers(grads), pointers(x0), pointers(x1),
         pointers(x2)});
   for (const double* const draw : {&length, static_cast<const double*>(nullptr)})
-    go("hmc_place_chunks", hmc_place_chunks<T>, blocks, places, make_stream(3, 1, kPerturbation, 0), chain.data(),
-       draw);
+    go("hmc_place_chunks", hmc_place_chunks<T>, blocks, places,
+       CountedStream{make_stream(3, 1, kPerturbation, 0), nullptr}, chain.data(), draw);
   run_pass<T, HmcPassKind::kWhole, true>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kWhole, false>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kKick, true>(table, blocks, chain, scalars);

@@ -7,6 +7,7 @@ that end in ``bits`` are to be the same bit for bit.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import tsam_ext
 from tsam_ext import _C
+from tsam_ext.chain import SLOTS, ChainSlot
 from tsam_ext.metrics import new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -98,6 +100,55 @@ def run_ops(seed: int) -> Lists:
             _C.accumulate_(total, grads if row % 2 else lists.fresh(), state)
     out["mean"] = copies(total, [state, _C.tilt_summary(state, 4)])
     out |= run_single(lists)
+    for prior, name in enumerate(("gaussian", "ball")):
+        out |= run_hmc(lists, prior, name)
+    return out
+
+
+def run_hmc(lists: Make, prior: int, name: str) -> Lists:
+    """Two trajectories: of two steps and recycled, then of one. All but draws depends on sums or on exp(log step)."""
+    out, exact = {}, "" if prior else " bits"
+    x, saved, grads, others = lists.fresh(), lists.fresh(filled=False), lists.fresh(), lists.fresh()
+    carried, total, momentum = lists.fresh(), lists.fresh(in_wide=True), lists.fresh(in_wide=True, filled=False)
+    buffers = [lists.fresh(in_wide=True, filled=False) for _ in range(3)]
+    chain, state = torch.zeros(SLOTS, dtype=torch.float64, device=DEVICE), new_state(4, DEVICE)
+    chain[ChainSlot.LOG_STEP] = math.log(0.9)
+    scale, seeds, d = (lists.radius, lists.adaptive), (lists.base, 5, 11), lists.dimension
+
+    def place(draw: bool) -> list[Tensor]:
+        _C.hmc_place_(x, saved, *buffers, chain, state, *scale, *seeds, d, prior, draw)
+        return copies(x, saved, buffers[0])
+
+    def leapfrog(g: list[Tensor], trajectory: int, kick: float, drift: float, first: bool, measure: bool) -> None:
+        _C.hmc_leapfrog_(
+            x, saved, momentum, *buffers, g, chain, *scale, *seeds, trajectory, d, prior, kick, drift, first, measure
+        )  # fmt: skip
+
+    def end(loss: float, trajectory: int, row: int) -> None:
+        arguments = (*scale, 5, 11, trajectory, d, prior, 0.5, row, True, False, row == 3)
+        _C.hmc_end_(saved, momentum, others, chain, state, scalar(loss), *arguments)
+        _C.hmc_carry_(total, carried, others, chain, state, row >= 0)
+
+    out[f"{name} placed{exact}"] = place(draw=True)
+    for buffer in buffers[0]:
+        buffer *= 0.5  # the ball's draws lie at the wall, and rounding would say when the first drift hits it
+    out[f"{name} placed again{exact}"] = place(draw=False)
+    tilt, delta = scalar(3.0), scalar(1.0 if prior else 20.0)
+    _C.tilt_begin_(state, tilt)
+    _C.hmc_begin_(saved, grads, chain, state, scalar(0.3), tilt, delta, bool(prior), *scale, d, prior)
+    leapfrog(grads, 0, 0.0, 0.0, True, False)
+    out[f"{name} momentum{exact}"] = copies(momentum)
+    leapfrog(grads, 0, 0.5, 1.0, True, False)
+    out[f"{name} first step"] = copies(x, momentum, *buffers, [chain])
+    leapfrog(others, 0, 1.0, 1.0, False, True)
+    _C.hmc_recycle_(chain, state, scalar(0.4), 0.5, 0, 0, True, False, False)
+    end(0.5, 0, -1)
+    for part in (1, 2):
+        _C.hmc_recycle_(chain, state, scalar(0.5), 1.0, 3 - part, part, True, False, False)
+    leapfrog(carried, 1, 0.5, 1.0, True, True)
+    end(0.2, 1, 3)
+    _C.hmc_adapt_(chain, math.log(2.0))
+    out[f"{name} chain"] = copies(x, momentum, *buffers, carried, total, [chain, state])
     return out
 
 

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -66,8 +67,9 @@ struct Machine {
   Failure failure;
   std::string last_text;
   cudaError_t last = cudaSuccess;
+  std::set<const void*> loaded;
+  uint64_t launches = 0, refused_from = 0, refused_to = 0, loads_to_refused = 0;
 
-  uint64_t launches = 0;
   Body body = nullptr;
   void* parameters = nullptr;
   size_t shared_bytes = 0, shared_used = 0;

@@ -18,12 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OPS = (
     "test_emulated.py",
+    "test_launch_failures.py",
     "test_list_ops.py",
     "test_noise.py",
     "test_in_place.py",
     "test_functional.py",
     "test_dynamics.py",
     "test_hmc_parity.py",
+    "test_hmc_chain.py",
+    "test_hmc_recycle.py",
+    "test_hmc_sample.py",
     "test_optim_laws.py",
     "test_optim_sam.py",
     "test_capturable.py",

@@ -256,10 +256,13 @@ void* shared(const void* site, size_t bytes) {
 
 void* dynamic_shared() { return shared(&kDynamicSite, machine().shared_bytes); }
 
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters) {
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters) {
   const std::lock_guard<std::mutex> lock(one_launch);
   Machine& m = machine();
-  ++m.launches;
+  if (++m.launches >= m.refused_from && m.launches < m.refused_to)
+    return refuse(m, "launch " + std::to_string(m.launches) + " is to be refused", cudaErrorLaunchOutOfResources);
+  if (!m.loaded.empty() && m.loaded.count(kernel) == 0)
+    return refuse(m, "a kernel that was not loaded", cudaErrorLaunchFailure);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.z > 64)
     return refuse(m, "a block of " + std::to_string(threads) + " threads", cudaErrorInvalidConfiguration);
@@ -311,12 +314,25 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* par
   return refuse(m, text, cudaErrorLaunchFailure);
 }
 
-uint64_t tsam_simt_launches() {
-  const std::lock_guard<std::mutex> lock(one_launch);
-  return machine().launches;
+}  // namespace simt
+
+cudaError_t load_kernel(const void* kernel) {
+  simt::Machine& m = simt::machine();
+  if (m.loads_to_refused > 0 && --m.loads_to_refused == 0)
+    return simt::refuse(m, "a load that is to be refused", cudaErrorLaunchOutOfResources);
+  m.loaded.insert(kernel);
+  return cudaSuccess;
 }
 
-}  // namespace simt
+void simt_refuse_load(uint64_t nth) { simt::machine().loads_to_refused = nth; }
+
+uint64_t simt_launches() { return simt::machine().launches; }
+
+void simt_refuse(uint64_t nth, uint64_t count) {
+  simt::Machine& m = simt::machine();
+  m.refused_from = m.launches + nth;
+  m.refused_to = m.refused_from + count;
+}
 
 cudaError_t cudaGetLastError() {
   const cudaError_t last = simt::machine().last;

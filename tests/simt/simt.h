@@ -42,7 +42,12 @@ TSAM_SIMT_VECTOR(uint, unsigned, 2);
 TSAM_SIMT_VECTOR(ushort, unsigned short, 2);
 #undef TSAM_SIMT_VECTOR
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 
 cudaError_t cudaGetLastError();
@@ -71,10 +76,7 @@ void* dynamic_shared();
 unsigned lane_id();
 
 using Body = void (*)(void* parameters);
-cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters);
-
-// Launches so far. C linkage and visible, so that a test can ask the built package (test_bench_model.py).
-extern "C" __attribute__((visibility("default"))) uint64_t tsam_simt_launches();
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Body body, void* parameters);
 
 // Where a shuffle reads: as the PTX instruction, from a segment of `width` lanes.
 enum class Direction { kIndex, kDown, kXor };
@@ -144,11 +146,21 @@ T crossed(uint32_t mask, T value, Place place, int by, int width = 32) {
   type(&name)[count] = *static_cast<type(*)[count]>(simt::shared(&name##_site, sizeof(type[count])))
 #define TSAM_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 
+// A program that loads any kernel has to load each before it launches it.
+[[nodiscard]] cudaError_t load_kernel(const void* kernel);
+
+// For tests, by ctypes: how many launches there have been; refuses `count` of them from the nth from now on (1: next),
+// the nth load from now on.
+extern "C" __attribute__((visibility("default"))) uint64_t simt_launches();
+extern "C" __attribute__((visibility("default"))) void simt_refuse(uint64_t nth, uint64_t count);
+extern "C" __attribute__((visibility("default"))) void simt_refuse_load(uint64_t nth);
+
 // Runs the whole grid before it returns; what it returns stands for the launch's and the kernel's own errors.
 template <typename... Parameters, typename... Args>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                                  cudaStream_t, Args&&... args) {
   static_assert((sizeof(std::decay_t<Parameters>) + ... + 0) <= 32764, "more than a kernel's parameters can hold");
   simt::Call<Parameters...> call{kernel, {std::forward<Args>(args)...}};
-  return simt::run(grid, block, shared_bytes, &simt::Call<Parameters...>::body, &call);
+  return simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, &simt::Call<Parameters...>::body,
+                   &call);
 }

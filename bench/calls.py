@@ -1,0 +1,72 @@
+"""What one fused call costs on the host: lists of 1, 60 and 200 tensors so small that their work is next to nothing.
+
+The ops in turns, the best of the rounds; ``torch._foreach_copy_`` on the same lists shows what torch's list ops cost.
+Part of ``python -m bench overhead``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tsam_ext import _ops
+from tsam_ext.functional.state import new_state
+
+LENGTHS = (1, 60, 200)
+ELEMENTS = 16  # of each tensor
+ROUNDS, TENSORS = 60, 2000  # rounds, and how many tensors of a list one timing passes
+TORCH = "torch._foreach_copy_"
+
+
+def calls_on(length: int) -> dict[str, Callable[[], object]]:
+    """A call of each op on lists of this length."""
+    position: list[Tensor] = [nn.Parameter(torch.ones(ELEMENTS)) for _ in range(length)]
+    saved, grads, total = ([torch.ones(ELEMENTS) for _ in range(length)] for _ in range(3))
+    state = new_state(1, torch.device("cpu"))
+    _ops.tilt_begin_(state, torch.tensor(1.0))
+    _ops.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
+    ones, flags, base = [1.0] * length, [False] * length, [ELEMENTS * i for i in range(length)]
+    noise = (1, 0, 0, 0, ELEMENTS * length, False, False)
+    return {
+        "restore_": lambda: _ops.restore_(position, saved),
+        "perturb_": lambda: _ops.perturb_(position, saved, state, ones, flags, base, *noise),
+        "grad_norm_": lambda: _ops.grad_norm_(grads, saved, state, flags, 0),
+        "ascend_": lambda: _ops.ascend_(position, saved, grads, state, ones, flags, False),
+        "accumulate_": lambda: _ops.accumulate_(total, grads, state),
+        TORCH: lambda: torch._foreach_copy_(position, saved),
+    }
+
+
+@torch.no_grad()
+def measure(rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of a call by op, a number for each of LENGTHS."""
+    found: dict[str, list[float]] = {}
+    for length in LENGTHS:
+        calls = calls_on(length)
+        repeats = -(-TENSORS // length)
+        best = dict.fromkeys(calls, float("inf"))
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                best[name] = min(best[name], (time.perf_counter() - start) / repeats)
+        for name, seconds in best.items():
+            found.setdefault(name, []).append(seconds)
+    return found
+
+
+def table(found: dict[str, list[float]]) -> list[str]:
+    """The lines of the table."""
+    lines = [
+        f"One fused call, µs, on lists of tensors of {ELEMENTS} elements:",
+        "",
+        "| op |" + "".join(f" {length} |" for length in LENGTHS),
+        "|---" * (1 + len(LENGTHS)) + "|",
+    ]
+    for name, seconds in found.items():
+        lines.append(f"| {name} |" + "".join(f" {s * 1e6:.1f} |" for s in seconds))
+    return lines
