@@ -237,8 +237,8 @@ def markdown(rows: list[dict[str, Any]], instructions: dict[str, float]) -> str:
         if one.lists and not one.idle:
             memory, issue = (1e12 * seconds for seconds in one.seconds(instructions))
             name = one.kernel.replace("tsam::cuda::", "")
-            cost = f"{instructions[one.kernel]:.1f} | {memory:.2f} | {issue:.2f}"
-            lines.append(f"| {name} | {one.reads} | {one.writes} | {cost} |")
+            cost = f"{instructions[one.kernel]:.2f} | {memory:.2f} | {issue:.2f}"
+            lines.append(f"| `{name}` | {one.reads} | {one.writes} | {cost} |")
     lines += [
         "",
         "| list | estimate | launches (loops: op calls) | host reads | words | floor µs |",

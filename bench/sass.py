@@ -74,8 +74,13 @@ class Instruction:
 def output(*command: str | Path) -> str:
     """What a program prints."""
     if shutil.which(command[0]) is None:
-        raise SassError(f"{command[0]} is not on PATH (pip: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)")
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        raise SassError(
+            f"{command[0]} is not on PATH (pip: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm; binutils: c++filt)"
+        )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SassError(f"{' '.join(map(str, command))} exits {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def short(name: str) -> str:

@@ -219,6 +219,10 @@ def test_without_a_disassembler_or_a_kernel_too(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command("--library", library) == 2
     assert "cuobjdump is not on PATH" in capsys.readouterr().err
+    (tmp_path / "cuobjdump").write_text("#!/bin/sh\necho no device code >&2\nexit 3\n")
+    (tmp_path / "cuobjdump").chmod(0o755)
+    assert command("--library", library) == 2
+    assert f"{library} exits 3: no device code" in capsys.readouterr().err
     programs(tmp_path, LISTING, "tsam::cuda::f()\nvoid tsam::cuda::perturb_chunks<float>(int)\n")
     assert command("--library", library, "--lists", "mlp") == 2
     assert "the library has no loop of" in capsys.readouterr().err
