@@ -36,6 +36,11 @@ class LoopTSAM:
         self.params, self.rho, self.radius, self.tilt, self.num_samples = params, rho, radius, tilt, num_samples
         self.dimension = sum(p.numel() for p in params)
 
+    @property
+    def words(self) -> int:
+        """Words an element of one estimate."""
+        return 21 * self.num_samples + 3
+
     @torch.no_grad()
     def estimate_gradient(self, closure: Closure) -> Tensor:
         """Draws, ascends, copies the gradient, restores; s times, and then the weighted mean of the copies."""

@@ -11,51 +11,22 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections import Counter
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import sass  # noqa: E402
+from bench.sass import WORDS, Key, output  # noqa: E402
 
 TABLE = Path(__file__).with_name("cuda_accesses.txt")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 REGISTERS = 64  # four blocks of 256 threads on an SM
 # Three blocks, rather than a spill (csrc/cuda/device.cuh).
 MORE_REGISTERS = {"hmc_pass": (("sm_100", "sm_120"), 80)}
-# float32 arrays that a kernel reads and writes: loads, stores of 16 bytes in its vector path, all branches together.
-WORDS = {
-    "perturb_chunks<float>": (1, 2),
-    "grad_sum_squares<float>": (2, 0),
-    "ascend_chunks<float>": (3, 2),
-    "accumulate_chunks<float>": (2, 1),
-    "copy_chunks<float>": (1, 1),
-    "weighted_sum<float>": (1, 1),
-    "leapfrog_chunks<float>": (5, 2),
-    "kick_chunks<float>": (3, 1),
-    "hmc_place_chunks<float>": (2, 3),
-    "hmc_last_kick<float>": (3, 0),
-    "hmc_carry_chunks<float>": (2, 2),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)0, false>": (5, 3),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)0, true>": (3, 3),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)1, false>": (4, 1),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)1, true>": (3, 1),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)2, false>": (4, 3),
-    "hmc_pass<float, (tsam::cuda::HmcPassKind)2, true>": (3, 3),
-}
-ACCESS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(LDG|STG|LD|ST|LDL|STL|RED|ATOMG?)((?:\.\w+)*)\s")
-WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
-Key = tuple[str, str]  # kernel, architecture
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-def short(name: str) -> str:
-    """``void tsam::cuda::kernel<float>(...)`` as ``kernel<float>``."""
-    found = re.match(r"(?:void )?tsam::cuda::(\w+(?:<.*>)?)\(", name)
-    return found[1] if found else name
 
 
 def resources(library: Path) -> dict[Key, dict[str, int]]:
@@ -73,19 +44,8 @@ def resources(library: Path) -> dict[Key, dict[str, int]]:
 
 
 def accesses(library: Path) -> dict[Key, Counter[str]]:
-    """How many instructions of each kind and width touch global or local memory."""
-    found: dict[Key, Counter[str]] = {}
-    architecture = ""
-    counts: Counter[str] = Counter()
-    for line in output("cuobjdump", "-sass", library).splitlines():
-        if match := re.match(r"arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            counts = found[match[1], architecture] = Counter()
-        elif match := ACCESS.search(line):
-            width = WIDTH.search(match[2])
-            counts[match[1] + "." + (width[1] if width else "32")] += 1
-    return found
+    """The accesses of each kernel on each architecture."""
+    return {key: sass.accesses(code) for key, code in sass.kernels(output("cuobjdump", "-sass", library).splitlines())}
 
 
 def table(counts: dict[Key, Counter[str]]) -> list[str]:
@@ -126,17 +86,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--write", action="store_true", help="make the table anew")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        library = options.library
-        if library.suffix == ".whl":
-            with zipfile.ZipFile(library) as wheel:
-                names = [name for name in wheel.namelist() if name.endswith("libtsam_cuda.so")]
-                if not names:
-                    print(f"{library.name} holds no libtsam_cuda.so")
-                    return 1
-                library = Path(wheel.extract(names[0], scratch))
-        usage, counts = resources(library), accesses(library)
-    mangled = sorted({kernel for kernel, _ in usage})
-    plain = dict(zip(mangled, map(short, output("c++filt", *mangled).splitlines()), strict=True))
+        try:
+            library = sass.library_in(options.library, Path(scratch))
+            usage, counts = resources(library), accesses(library)
+        except sass.SassError as error:
+            print(error)
+            return 1
+    plain = sass.plain(kernel for kernel, _ in usage)
     usage = {(plain[kernel], architecture): value for (kernel, architecture), value in usage.items()}
     counts = {(plain[kernel], architecture): value for (kernel, architecture), value in counts.items()}
     release = re.findall(r"release (\S+),", output("nvcc", "--version"))[0]
@@ -150,7 +106,7 @@ def main(arguments: list[str]) -> int:
         faults += [f"- {line}" for line in sorted(set(expected) - set(lines))]
         faults += [f"+ {line}" for line in sorted(set(lines) - set(expected))]
     most = max(value["REG"] for value in usage.values())
-    print(f"{len(mangled)} kernels for {len(ARCHITECTURES)} architectures, at most {most} registers")
+    print(f"{len(plain)} kernels for {len(ARCHITECTURES)} architectures, at most {most} registers")
     print("\n".join(faults) or "no local memory, and global memory as in the table")
     return 1 if faults else 0
 
