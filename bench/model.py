@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         space, name = func._schema.name.split("::")
         self.syncs += name in SYNCS
         if space == "tsam":
-            given = {x.name: value for x, value in zip(func._schema.arguments, args, strict=True)}
+            given = {x.name: value for x, value in zip(func._schema.arguments, args, strict=False)}  # but defaults
             self._row = given["row"] if name in ("tilt_update_", "hmc_end_") else self._row
             self.calls.append((name, PASSES[name]({**given, "assigns": self._row == 0})))
         return func(*args, **(kwargs or {}))

@@ -46,11 +46,15 @@ struct handle_type_name<List<T>> {
 
 namespace {
 
+py::arg named(const char* name) { return py::arg(name); }
+py::arg_v named(const py::arg_v& name) { return name; }
+
+// Names are strings, or py::arg("name") = default.
 template <typename Result, typename... Args, typename... Names>
 void expose(py::module_& m, const py::object& ops, const char* name, const Names&... names) {
   static_assert(sizeof...(Args) == sizeof...(Names));
   const py::handle op = py::object(ops.attr(name).attr("default")).release();
-  m.def(name, [op](const Args&... args) -> Result { return op(args...).template cast<Result>(); }, py::arg(names)...);
+  m.def(name, [op](const Args&... args) -> Result { return op(args...).template cast<Result>(); }, named(names)...);
 }
 
 }  // namespace
@@ -60,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   const py::object ops = py::module_::import("torch").attr("ops").attr("tsam");
   using Tensors = List<Tensor>;
   using TensorPair = py::typing::Tuple<Tensor, Tensor>;
+  const py::arg_v stage = py::arg("stage") = -1;
   m.attr("__isa__") = tsam::cpu::isa_name();
 
   expose<Tensor, Tensor, double>(m, ops, "tilted_loss", "losses", "tilt");
@@ -73,10 +78,10 @@ PYBIND11_MODULE(_C, m) {
   expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");
 
   expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, int64_t,
-         int64_t, bool, bool>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive", "base", "seed",
-                              "step", "sample", "noise", "dimension", "negate", "save");
-  expose<void, Tensors, Tensors, Tensor, List<bool>, int64_t>(m, ops, "grad_norm_", "grads", "origin", "state",
-                                                              "adaptive", "row");
+         int64_t, bool, bool, int64_t>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive", "base",
+                                       "seed", "step", "sample", "noise", "dimension", "negate", "save", stage);
+  expose<void, Tensors, Tensors, Tensor, List<bool>, int64_t, int64_t>(m, ops, "grad_norm_", "grads", "origin", "state",
+                                                                       "adaptive", "row", stage);
   expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool>(
       m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save");
   expose<void, Tensor, Tensor>(m, ops, "tilt_begin_", "state", "tilt");
@@ -89,19 +94,20 @@ PYBIND11_MODULE(_C, m) {
   using Flags = List<bool>;
   using Integers = List<int64_t>;
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor, Numbers, Flags, Integers, int64_t, int64_t,
-         int64_t, int64_t, bool>(m, ops, "hmc_place_", "position", "saved", "x0", "x1", "x2", "chain", "state", "rho",
-                                 "adaptive", "base", "seed", "step", "dimension", "prior", "draw");
-  expose<void, Tensors, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Numbers, Flags, int64_t, int64_t>(
-      m, ops, "hmc_begin_", "saved", "grads", "chain", "state", "loss", "tilt", "delta", "automatic", "rho", "adaptive",
-      "dimension", "prior");
+         int64_t, int64_t, bool, int64_t>(m, ops, "hmc_place_", "position", "saved", "x0", "x1", "x2", "chain", "state",
+                                          "rho", "adaptive", "base", "seed", "step", "dimension", "prior", "draw",
+                                          stage);
+  expose<void, Tensors, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Numbers, Flags, int64_t, int64_t,
+         int64_t>(m, ops, "hmc_begin_", "saved", "grads", "chain", "state", "loss", "tilt", "delta", "automatic", "rho",
+                  "adaptive", "dimension", "prior", stage);
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Numbers, Flags, Integers, int64_t,
-         int64_t, int64_t, int64_t, int64_t, double, double, bool, bool>(
+         int64_t, int64_t, int64_t, int64_t, double, double, bool, bool, int64_t>(
       m, ops, "hmc_leapfrog_", "position", "saved", "momentum", "x0", "x1", "x2", "grads", "chain", "rho", "adaptive",
-      "base", "seed", "step", "trajectory", "dimension", "prior", "kick", "drift", "first", "measure");
+      "base", "seed", "step", "trajectory", "dimension", "prior", "kick", "drift", "first", "measure", stage);
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor, Numbers, Flags, int64_t, int64_t, int64_t, int64_t,
-         int64_t, double, int64_t, bool, bool, bool>(
+         int64_t, double, int64_t, bool, bool, bool, int64_t>(
       m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss", "rho", "adaptive", "seed", "step",
-      "trajectory", "dimension", "prior", "kick", "row", "metropolis", "skip_nonfinite", "last");
+      "trajectory", "dimension", "prior", "kick", "row", "metropolis", "skip_nonfinite", "last", stage);
   expose<void, Tensor, Tensor, Tensor, double, int64_t, int64_t, bool, bool, bool>(
       m, ops, "hmc_recycle_", "chain", "state", "loss", "share", "row", "part", "metropolis", "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, bool>(m, ops, "hmc_carry_", "accumulator", "carried", "grads",

@@ -64,6 +64,48 @@ def test_an_estimate_does_not_wait_for_the_gpu(sampler: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+class Spanning(nn.Module):
+    """A net with a layer on each of two devices."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 256, dtype=torch.float64).to(first)
+        self.second = nn.Linear(256, 10, dtype=torch.float64).to(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x.to(self.first.weight.device)))
+        return self.second(hidden.to(self.second.weight.device))
+
+
+@gpu
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("prior", ["noise", "ascent", "hmc gaussian", "hmc ball"])
+def test_a_net_on_two_devices_trains_as_on_one(prior: str, other: str) -> None:
+    if other == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("not run: one GPU here")
+    x, y = torch.randn(64, 32, dtype=torch.float64), torch.randint(0, 10, (64,))
+    sampler, _, kind = prior.partition(" ")
+    options = {"prior": kind, "num_leapfrog_steps": 2, "delta": 30.0} if kind else {"noise": "sphere"}
+
+    def trained(first: str, second: str) -> list[Tensor]:
+        net = Spanning(first, second)
+        optimizer = TSAM(net.parameters(), lr=0.1, rho=0.1, seed=1, sampler=sampler, **options)
+
+        def closure() -> Tensor:
+            out = net(x)
+            loss = nn.functional.cross_entropy(out, y.to(out.device))
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        return [p.detach().cpu() for p in net.parameters()]
+
+    for got, want in zip(trained("cuda:0", other), trained("cpu", "cpu"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
 @gpu
 def test_the_ops_can_be_captured_and_replayed() -> None:
     """Draw, norm, ascend, weigh, restore in one graph: a replay does what the calls do."""
@@ -201,12 +243,14 @@ def test_the_oldest_gpu_is_the_first_that_the_build_names() -> None:
     assert re.search(r'TSAM_CUDA_ARCHITECTURES "(\d+)', text)[1] == f"{major}{minor}"  # type: ignore[index]
 
 
-def test_parameters_lie_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_may_lie_on_several_devices_that_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "cause", None)
-    check_parameters(named("cuda:0", "cuda:0"))
-    for devices in (("cuda:0", "cuda:1"), ("cpu", "cuda:0")):
-        with pytest.raises(ValueError, match=f"p1: got 'a tensor on {devices[1]}', expected .*{devices[0]}, as p0 is"):
-            check_parameters(named(*devices))
+    check_parameters(named("cuda:0", "cuda:1", "cpu"))
+    with pytest.raises(ValueError, match="p1: got 'a tensor on meta', expected one that kernels run on"):
+        check_parameters(named("cuda:0", "meta"))
+    monkeypatch.setattr(_cuda, "cause", "there is a cause")
+    with pytest.raises(ValueError, match="p1: got 'a tensor on cuda:0', expected one .*there is a cause"):
+        check_parameters(named("cpu", "cuda:0"))
 
 
 def test_positions_lie_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ STEP = [
     "estimate",
     "sample",
     "_ops",
-    *(f"functional/{name}" for name in ("checks", "dynamics", "in_place", "tilted")),
+    *(f"functional/{name}" for name in ("checks", "dynamics", "in_place", "spread", "tilted")),
 ]
 
 
@@ -183,7 +183,9 @@ def signatures_of_schema() -> dict[str, list[tuple[str, str]]]:
         if name.startswith("__"):
             continue
         schema = getattr(torch.ops.tsam, name).default._schema
-        kinds = [(a.name, str(a.type)) for a in schema.arguments]
+        kinds = [
+            (a.name, str(a.type) + (f" = {a.default_value}" if a.has_default_value() else "")) for a in schema.arguments
+        ]
         found[name] = [(arg, re.sub(r"List\[(\w+)\]", r"list[\1]", kind)) for arg, kind in kinds]
     return found
 
@@ -200,7 +202,13 @@ def test_stub_docstring_and_schema_agree() -> None:
     stub = {}
     for node in ast.parse((ROOT / "python" / "tsam_ext" / "_C.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
-            stub[node.name] = [(a.arg, normal(ast.unparse(a.annotation))) for a in node.args.args if a.annotation]
+            defaults = [f" = {ast.unparse(value)}" for value in node.args.defaults]
+            defaults = [""] * (len(node.args.args) - len(defaults)) + defaults
+            stub[node.name] = [
+                (a.arg, normal(ast.unparse(a.annotation)) + default)
+                for a, default in zip(node.args.args, defaults, strict=True)
+                if a.annotation
+            ]
     assert stub == schema
     for name, arguments in schema.items():
         document = (getattr(_C, name).__doc__ or "").split("\n")[0]

@@ -40,7 +40,8 @@ enum ChainSlot : int {
   kRejected = 22,   // sum over the trajectory's states of 1 - alpha
   kStartLoss = 23,  // of the running trajectory
   kChainStep = 24,  // as kStep of core/tilt.h
-  kChain = 25
+  kTotals = 25,     // to 29: as kTotal there, of the sums of a pass
+  kChain = 30
 };
 
 constexpr double kDivergence = 1000.0, kTargetAcceptance = 0.8, kAdaptationRate = 0.05, kGradScaleSteps = 20.0;

@@ -27,6 +27,7 @@ enum Slot : int {
   kNewest = 12,  // weight of the sample counted last, on the scale of S
   kHeld = 13,    // that of the state which a chain stands at, over all its counts, on the scale of S
   kStep = 14,    // the step of the noise, for ops that are told to look here (kStepHeld); no op writes it
+  kTotal = 15,   // a sum over several devices, between the stages of an op
   kHeader = 16
 };
 enum RowSlot : int { kRowLoss = 0, kRowLogSize = 1, kRowGradNorm = 2, kRowEnergy = 3, kRow = 4 };

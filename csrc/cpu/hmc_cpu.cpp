@@ -47,14 +47,14 @@ void place(const HmcPlaceArguments& a) {
   const Runs& current = a.x[current_slot(a.chain)];
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(a.position);
-  double draw_scale = 1.0;
-  if (a.draw && scaled.prior == Prior::kBall)
-    draw_scale = noise_scale(Noise::kBall, scaled.dimension,
-                             sum_chunks(plan,
-                                        [&](const Chunk& chunk) {
-                                          return k.noise_sum_squares(chunk.length, element_of(a.base, chunk), stream);
-                                        }),
-                             stream_now(a.counter.stream(kBallRadius)));
+  const bool normed = a.draw && scaled.prior == Prior::kBall;
+  double squares[1] = {0.0};
+  if (normed && a.stage.has(0))
+    squares[0] = sum_chunks(
+        plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element_of(a.base, chunk), stream); });
+  if (a.stage.ends(0, squares)) return;
+  const double draw_scale =
+      normed ? noise_scale(Noise::kBall, scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run& theta = a.position[t];
@@ -69,18 +69,19 @@ void place(const HmcPlaceArguments& a) {
 // The step's first gradient and loss are there: delta, and with it the exponent t - delta of the weights. Words: 0, or
 // with `automatic` read 1 (2 adaptive) for |T g|; delta then is the scale of the rule.
 void begin(const HmcBeginArguments& a) {
-  double squares = 0.0;
-  if (a.automatic) {
+  double squares[1] = {0.0};
+  if (a.automatic && a.stage.has(0)) {
     const Kernels& k = kernels();
-    squares = sum_chunks(plan_of(a.grads), [&](const Chunk& chunk) {
+    squares[0] = sum_chunks(plan_of(a.grads), [&](const Chunk& chunk) {
       const size_t i = static_cast<size_t>(chunk.tensor);
       const void* origin = a.scaled.adaptive[i] ? at(a.scaled.origin[i], chunk) : nullptr;
       return a.scaled.rho[i] * a.scaled.rho[i] *
              k.sum_squares(a.grads[i].dtype, at(a.grads[i], chunk), origin, chunk.length);
     });
   }
-  step_begin(a.chain, a.state, scalar_value(a.loss), scalar_value(a.tilt), scalar_value(a.delta), a.automatic, squares,
-             a.scaled.dimension);
+  if (a.stage.ends(0, squares)) return;
+  step_begin(a.chain, a.state, scalar_value(a.loss), scalar_value(a.tilt), scalar_value(a.delta), a.automatic,
+             squares[0], a.scaled.dimension);
 }
 
 // Kick by the gradient at x, drift, write theta: kick and drift are in units of the step size. `first`: the momentum is
@@ -95,7 +96,6 @@ void leapfrog(const HmcLeapfrogArguments& a) {
   const double length = kick_length(c, scaled.prior, scaled.dimension, a.substep.kick),
                time = a.substep.drift * step_time(c, scaled.prior, scaled.dimension);
   const bool ball = scaled.prior == Prior::kBall;
-  if (a.first) trajectory_begin(c);
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(a.position);
   const auto run_of = [&](const Chunk& chunk, bool kicks, bool drifts) {
@@ -128,40 +128,65 @@ void leapfrog(const HmcLeapfrogArguments& a) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     return k.hmc(a.position[t].dtype, run_of(chunk, true, map != nullptr), pass, chunk.length);
   };
-  HmcSums sums;
-  if (ball) sums = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, nullptr); });
-  const Drift map = prior_drift(scaled.prior, time, sums);
-  if (ball) {
+  // In stages it is done twice, before anything of the trajectory is in the chain.
+  if (a.first && a.stage.number < 2) trajectory_begin(c);
+  if (!ball) {
+    const Drift map = prior_drift(scaled.prior, time, HmcSums{});
+    double sums[3] = {0.0, 0.0, 0.0};
+    if (a.stage.has(0)) {
+      const HmcSums found = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, &map); });
+      sums[0] = found.pq, sums[1] = found.qq, sums[2] = found.moved;
+    }
+    if (a.stage.ends(0, sums) || a.stage.number == 2) return;
+    const HmcSums all{sums[0], sums[1], 0.0, 0.0, 0.0, sums[2]};
+    substep_end(c, length, all, map, scaled.prior, scaled.dimension, a.measure);
+    return;
+  }
+  double dots[5] = {0.0, 0.0, 0.0, 0.0, 0.0};
+  if (a.stage.has(0)) {
+    const HmcSums found = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, nullptr); });
+    dots[0] = found.pq, dots[1] = found.qq, dots[2] = found.uu, dots[3] = found.uv, dots[4] = found.vv;
+  }
+  if (a.stage.ends(0, dots)) return;
+  double moved[1] = {0.0};
+  if (a.stage.has(1)) {
+    const HmcSums all{dots[0], dots[1], dots[2], dots[3], dots[4], 0.0};
+    const Drift map = prior_drift(scaled.prior, time, all);
     const HmcSums drifted = sum_passes(plan, [&](const Chunk& chunk) {
       HmcPass pass = pass_of(chunk);
       pass.move = true;
       pass.drift = map;
       return k.hmc(a.position[static_cast<size_t>(chunk.tensor)].dtype, run_of(chunk, false, true), pass, chunk.length);
     });
-    sums.moved = drifted.moved;
-  } else {
-    sums = sum_passes(plan, [&](const Chunk& chunk) { return kicks(chunk, &map); });
+    moved[0] = drifted.moved;
+    substep_end(c, length, all, map, scaled.prior, scaled.dimension, /*measure=*/false);
   }
-  substep_end(c, length, sums, map, scaled.prior, scaled.dimension, a.measure);
+  if (a.stage.ends(1, moved)) return;
+  if (a.measure) proposal_moved(c, moved[0], scaled.prior, scaled.dimension);
 }
 
 // The last kick's energy, the accept test, and (row >= 0) the sample's weight. Words: read 2 (3 adaptive).
 void end(const HmcEndArguments& a) {
   const Scaled& scaled = a.scaled;
   const double length = kick_length(a.chain, scaled.prior, scaled.dimension, a.kick);
-  const Kernels& k = kernels();
-  const HmcSums sums = sum_passes(plan_of(a.momentum), [&](const Chunk& chunk) {
-    const size_t t = static_cast<size_t>(chunk.tensor);
-    HmcPass pass{};
-    pass.scale = scaled.scale(t);
-    pass.adaptive = scaled.adaptive[t];
-    pass.a = length;
-    const HmcRun run{nullptr, at(scaled.origin[t], chunk), at(a.momentum[t], chunk), nullptr, nullptr,
-                     nullptr, at(a.grads[t], chunk)};
-    return k.hmc(a.grads[t].dtype, run, pass, chunk.length);
-  });
-  step_end(a.chain, a.state, length, sums, scalar_value(a.loss), stream_now(a.counter.stream(kAccept)), a.row,
-           a.metropolis, a.skip_nonfinite, a.last);
+  double dots[2] = {0.0, 0.0};
+  if (a.stage.has(0)) {
+    const Kernels& k = kernels();
+    const HmcSums found = sum_passes(plan_of(a.momentum), [&](const Chunk& chunk) {
+      const size_t t = static_cast<size_t>(chunk.tensor);
+      HmcPass pass{};
+      pass.scale = scaled.scale(t);
+      pass.adaptive = scaled.adaptive[t];
+      pass.a = length;
+      const HmcRun run{nullptr, at(scaled.origin[t], chunk), at(a.momentum[t], chunk), nullptr, nullptr,
+                       nullptr, at(a.grads[t], chunk)};
+      return k.hmc(a.grads[t].dtype, run, pass, chunk.length);
+    });
+    dots[0] = found.pq, dots[1] = found.qq;
+  }
+  if (a.stage.ends(0, dots)) return;
+  step_end(a.chain, a.state, length, HmcSums{dots[0], dots[1], 0.0, 0.0, 0.0, 0.0}, scalar_value(a.loss),
+           stream_now(a.counter.stream(kAccept)), a.row, a.metropolis, a.skip_nonfinite, a.last);
 }
 
 // Recycling counts one more state of the running trajectory; its gradient follows in accumulate_. Words: 0.

@@ -35,11 +35,12 @@ void perturb(const PerturbArguments& a) {
   const auto element = [&](const Chunk& chunk) {
     return static_cast<uint64_t>(a.base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
   };
-  double sum_squares = 0.0;
-  if (a.noise != Noise::kGaussian)
-    sum_squares =
+  double squares[1] = {0.0};
+  if (a.noise != Noise::kGaussian && a.stage.has(0))
+    squares[0] =
         sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
-  const double scale = noise_scale(a.noise, a.dimension, sum_squares, stream_now(a.counter.stream(kBallRadius)));
+  if (a.stage.ends(0, squares)) return;
+  const double scale = noise_scale(a.noise, a.dimension, squares[0], stream_now(a.counter.stream(kBallRadius)));
   a.state[kNoiseScale] = scale;
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
@@ -53,12 +54,15 @@ void perturb(const PerturbArguments& a) {
 // Words: read 1, adaptive 2. state gets |D g| over all tensors together.
 void grad_norm(const GradNormArguments& a) {
   const Kernels& k = kernels();
-  const double total = sum_chunks(plan_of(a.grads), [&](const Chunk& chunk) {
-    const size_t t = static_cast<size_t>(chunk.tensor);
-    const void* scale = a.adaptive[t] ? at(a.origin[t], chunk) : nullptr;
-    return k.sum_squares(a.grads[t].dtype, at(a.grads[t], chunk), scale, chunk.length);
-  });
-  a.state[kGradNorm] = a.state[kHeader + kRow * a.row + kRowGradNorm] = std::sqrt(total);
+  double squares[1] = {0.0};
+  if (a.stage.has(0))
+    squares[0] = sum_chunks(plan_of(a.grads), [&](const Chunk& chunk) {
+      const size_t t = static_cast<size_t>(chunk.tensor);
+      const void* scale = a.adaptive[t] ? at(a.origin[t], chunk) : nullptr;
+      return k.sum_squares(a.grads[t].dtype, at(a.grads[t], chunk), scale, chunk.length);
+    });
+  if (a.stage.ends(0, squares)) return;
+  a.state[kGradNorm] = a.state[kHeader + kRow * a.row + kRowGradNorm] = std::sqrt(squares[0]);
 }
 
 // Words: read 2 (adaptive 3), write 1; with save read 2, write 2. Takes |D g| from state.

@@ -22,7 +22,7 @@ using namespace ops;
 void place(const HmcPlaceArguments& a) {
   const OnDevice device(a.home);
   const CountedStream stream = a.counter.stream(kPerturbation);
-  const bool normed = a.draw && a.scaled.prior == Prior::kBall;
+  const bool normed = a.draw && a.scaled.prior == Prior::kBall && a.stage.has(0);
   const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, 1);
   const Runs* const lists[kPlaceLists] = {&a.position, &a.scaled.origin, &a.x[0], &a.x[1], &a.x[2]};
@@ -36,9 +36,9 @@ void place(const HmcPlaceArguments& a) {
       device.run<noise_sum_squares<PlaceTable>>(share.blocks, kThreads, share.table, stream,
                                                 numbers(partial) + share.before);
     });
-  if (a.draw)
-    device.finish<1>(FinishPlace{numbers(scale), a.scaled.prior, a.scaled.dimension, a.counter.stream(kBallRadius)},
-                     numbers(partial), blocks);
+  const FinishPlace finish{numbers(scale), a.scaled.prior, a.scaled.dimension, a.counter.stream(kBallRadius)};
+  if (a.draw && device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
+  if (a.stage.number == 0) return;
   move_shares<kPlaceLists>(device, lists, entry, a.state, [&](const Share<kPlaceLists>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
@@ -50,27 +50,28 @@ void place(const HmcPlaceArguments& a) {
 
 void begin(const HmcBeginArguments& a) {
   const OnDevice device(a.home);
-  const int64_t blocks = a.automatic ? device_plan(a.grads).num_chunks() : 0;
+  const bool summed = a.automatic && a.stage.has(0);
+  const int64_t blocks = summed ? device_plan(a.grads).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
   const auto entry = [&](TablePair& table, size_t k, size_t i) {
     table.scale[k] = a.scaled.rho[i];
     table.adaptive[k] = a.scaled.adaptive[i];
   };
-  if (a.automatic)
+  if (summed)
     for_shares<2>({&a.grads, &a.scaled.origin}, 0, entry, [&](const Share<2>& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
       });
     });
-  device.finish<1>(StepBegin{a.chain, a.state, a.loss, a.tilt, a.delta, a.automatic, a.scaled.dimension},
-                   numbers(partial), blocks);
+  const StepBegin finish{a.chain, a.state, a.loss, a.tilt, a.delta, a.automatic, a.scaled.dimension};
+  device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks);
 }
 
 // Launches: the scalars, the pass and what follows from its sums; for the ball a second pass, and its sum.
 void leapfrog(const HmcLeapfrogArguments& a) {
   const OnDevice device(a.home);
-  const int64_t blocks = device_plan(a.position).num_chunks();
+  const int64_t blocks = a.stage.number < 2 ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(kPassSums<HmcPassKind::kKick>, blocks),
                memory = device.workspace(1, kPassNumbers);
   PassScalars* const scalars = reinterpret_cast<PassScalars*>(numbers(memory));
@@ -99,35 +100,41 @@ void leapfrog(const HmcLeapfrogArguments& a) {
       pass(kind, std::false_type{});
     }
   };
-  device.finish<0>(SubstepBegin{at});
-  if (a.scaled.prior != Prior::kBall) {
-    pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kWhole>{});
-    device.finish<kPassSums<HmcPassKind::kWhole>>(WholeEnd{at}, numbers(partial), blocks);
-    return;
+  const bool ball = a.scaled.prior == Prior::kBall;
+  if (a.stage.number < 2) {
+    device.finish<0>(SubstepBegin{at});  // in stages twice, before anything of the trajectory is in the chain
+    if (!ball) {
+      if (a.stage.has(0)) pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kWhole>{});
+      device.finish_stage<kPassSums<HmcPassKind::kWhole>>(a.stage, 0, WholeEnd{at}, numbers(partial), blocks);
+    } else {
+      if (a.stage.has(0)) pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kKick>{});
+      constexpr int kDots = kPassSums<HmcPassKind::kKick>;
+      if (device.finish_stage<kDots>(a.stage, 0, BallDrift{at}, numbers(partial), blocks)) return;
+      pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kDrift>{});
+    }
   }
-  pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kKick>{});
-  device.finish<kPassSums<HmcPassKind::kKick>>(BallDrift{at}, numbers(partial), blocks);
-  pass_of(std::integral_constant<HmcPassKind, HmcPassKind::kDrift>{});
-  if (a.measure) device.finish<kPassSums<HmcPassKind::kDrift>>(BallMoved{at}, numbers(partial), blocks);
+  if (ball && a.measure)
+    device.finish_stage<kPassSums<HmcPassKind::kDrift>>(a.stage, 1, BallMoved{at}, numbers(partial), blocks);
 }
 
 void end(const HmcEndArguments& a) {
   const OnDevice device(a.home);
-  const int64_t blocks = device_plan(a.momentum).num_chunks();
+  const int64_t blocks = a.stage.has(0) ? device_plan(a.momentum).num_chunks() : 0;
   const Tensor partial = device.workspace(2, blocks);
   const auto entry = [&](TensorTable<3>& table, size_t k, size_t i) {
     table.scale[k] = a.scaled.scale(i);
     table.adaptive[k] = a.scaled.adaptive[i];
   };
-  for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const Share<3>& share) {
-    for_storage(share.dtype, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      device.run<hmc_last_kick<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+  if (a.stage.has(0))
+    for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const Share<3>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run<hmc_last_kick<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+      });
     });
-  });
-  device.finish<2>(StepEnd{a.chain, a.state, a.loss, a.counter.stream(kAccept), a.scaled.prior, a.scaled.dimension,
-                           a.kick, a.row, a.metropolis, a.skip_nonfinite, a.last},
-                   numbers(partial), blocks);
+  const StepEnd finish{a.chain, a.state, a.loss,       a.counter.stream(kAccept), a.scaled.prior, a.scaled.dimension,
+                       a.kick,  a.row,   a.metropolis, a.skip_nonfinite,          a.last};
+  device.finish_stage<2>(a.stage, 0, finish, numbers(partial), blocks);
 }
 
 void recycle(const HmcRecycleArguments& a) {

@@ -87,6 +87,18 @@ class OnDevice {
     run<finish_sums<K, Finish>>(1, kFinishThreads, partial, n, finish);
   }
 
+  // As finish, after the pass of stage n of an op that may be called in stages; true where the call ends with its sums.
+  template <int K, typename Stage, typename Finish>
+  bool finish_stage(const Stage& stage, int64_t n, const Finish& finish, const double* partial, int64_t blocks) const {
+    if (stage.number == n) {
+      this->finish<K>(LeaveSums<K>{stage.totals}, partial, blocks);
+      return true;
+    }
+    const bool given = stage.number == n + 1;
+    this->finish<K>(finish, given ? stage.totals : partial, given ? 1 : blocks);
+    return false;
+  }
+
   // `rows` sums a block for `blocks` blocks.
   Tensor workspace(int64_t rows, int64_t blocks) const {
     return torch::stable::new_empty(home_, {rows * blocks}, torch::headeronly::ScalarType::Double);

@@ -24,19 +24,20 @@ void perturb(const PerturbArguments& a) {
   const OnDevice device(a.home);
   const CountedStream stream = a.counter.stream(kPerturbation);
   const bool normed = a.noise != Noise::kGaussian;
-  const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
+  const int64_t blocks = normed && a.stage.has(0) ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
   const auto entry = [&](TablePair& table, size_t k, size_t i) {
     table.element[k] = static_cast<uint64_t>(a.base[i]);
     table.scale[k] = a.radius[i];
     table.adaptive[k] = a.adaptive[i];
   };
-  if (normed)
+  if (normed && a.stage.has(0))
     for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
       device.run<noise_sum_squares<TablePair>>(share.blocks, kThreads, share.table, stream,
                                                numbers(partial) + share.before);
     });
-  device.finish<1>(FinishNoise{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)}, numbers(partial), blocks);
+  const FinishNoise finish{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)};
+  if (device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
   move_shares<2>(device, {&a.position, &a.saved}, entry, a.save ? a.state : nullptr, [&](const Share<2>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
@@ -47,16 +48,17 @@ void perturb(const PerturbArguments& a) {
 
 void grad_norm(const GradNormArguments& a) {
   const OnDevice device(a.home);
-  const int64_t blocks = device_plan(a.grads).num_chunks();
+  const int64_t blocks = a.stage.has(0) ? device_plan(a.grads).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
   const auto entry = [&](TablePair& table, size_t k, size_t i) { table.adaptive[k] = a.adaptive[i]; };
-  for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const Share<2>& share) {
-    for_storage(share.dtype, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+  if (a.stage.has(0))
+    for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const Share<2>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+      });
     });
-  });
-  device.finish<1>(FinishNorm{a.state, a.row}, numbers(partial), blocks);
+  device.finish_stage<1>(a.stage, 0, FinishNorm{a.state, a.row}, numbers(partial), blocks);
 }
 
 void ascend(const AscendArguments& a) {

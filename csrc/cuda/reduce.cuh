@@ -75,6 +75,15 @@ __global__ void TSAM_LAUNCH_BOUNDS(kFinishThreads) finish_sums(const double* par
   if (threadIdx.x == 0) finish(sums);
 }
 
+// Instead of what follows from the sums, where other devices have a part in them.
+template <int K>
+struct LeaveSums {
+  double* totals;
+  TSAM_DEVICE void operator()(const double* sums) const {
+    for (int k = 0; k < K; ++k) totals[k] = sums[k];
+  }
+};
+
 // A pass of the op has ended that saved theta_0.
 struct CountSave {
   double* state;

@@ -73,12 +73,13 @@ struct HmcPlaceArguments {
   Integers base;
   Counter counter;
   bool draw;
+  Stage stage;
 };
 
 template <void (*run)(const HmcPlaceArguments&)>
 void hmc_place_(const TensorList& position, const TensorList& saved, const TensorList& x0, const TensorList& x1,
                 const TensorList& x2, Tensor chain, Tensor state, Numbers rho, Flags adaptive, Integers base,
-                int64_t seed, int64_t step, int64_t dimension, int64_t prior, bool draw) {
+                int64_t seed, int64_t step, int64_t dimension, int64_t prior, bool draw, int64_t stage) {
   const Op op("hmc_place_", chain);
   const Runs moved = checked_runs(op, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -90,8 +91,9 @@ void hmc_place_(const TensorList& position, const TensorList& saved, const Tenso
   double* const c = checked_chain(op, chain);
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", 0);
   double* const s = checked_state(op, state, 0);
+  const Stage part(op, stage, 1, c + kTotals);
   disjoint(op, {{"position", moved}, {"saved", scaled.origin}, {"x0", first_x}, {"x1", second_x}, {"x2", third_x}});
-  run({chain, moved, scaled, {first_x, second_x, third_x}, c, s, base, counter, draw});
+  run({chain, moved, scaled, {first_x, second_x, third_x}, c, s, base, counter, draw, part});
 }
 
 struct HmcBeginArguments {
@@ -101,11 +103,13 @@ struct HmcBeginArguments {
   double *chain, *state;
   Scalar loss, tilt, delta;
   bool automatic;
+  Stage stage;
 };
 
 template <void (*run)(const HmcBeginArguments&)>
 void hmc_begin_(const TensorList& saved, const TensorList& grads, Tensor chain, Tensor state, Tensor loss, Tensor tilt,
-                Tensor delta, bool automatic, Numbers rho, Flags adaptive, int64_t dimension, int64_t prior) {
+                Tensor delta, bool automatic, Numbers rho, Flags adaptive, int64_t dimension, int64_t prior,
+                int64_t stage) {
   const Op op("hmc_begin_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs gradients = checked_grads(op, grads, scaled.origin);
@@ -113,7 +117,7 @@ void hmc_begin_(const TensorList& saved, const TensorList& grads, Tensor chain, 
   double* const s = checked_state(op, state, 0);
   const Scalar first_loss = checked_scalar({op, "loss"}, loss), t = checked_scalar({op, "tilt"}, tilt),
                density = checked_scalar({op, "delta"}, delta);
-  run({chain, scaled, gradients, c, s, first_loss, t, density, automatic});
+  run({chain, scaled, gradients, c, s, first_loss, t, density, automatic, Stage(op, stage, 1, c + kTotals)});
 }
 
 struct HmcLeapfrogArguments {
@@ -126,6 +130,7 @@ struct HmcLeapfrogArguments {
   Counter counter;
   Substep substep;
   bool first, measure;
+  Stage stage;
 };
 
 template <void (*run)(const HmcLeapfrogArguments&)>
@@ -133,7 +138,7 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
                    const TensorList& x0, const TensorList& x1, const TensorList& x2, const TensorList& grads,
                    Tensor chain, Numbers rho, Flags adaptive, Integers base, int64_t seed, int64_t step,
                    int64_t trajectory, int64_t dimension, int64_t prior, double kick, double drift, bool first,
-                   bool measure) {
+                   bool measure, int64_t stage) {
   const Op op("hmc_leapfrog_", chain);
   const Runs moved = checked_runs(op, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -147,6 +152,7 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
   const Substep substep{checked_factor(op, "kick", kick),
                         checked_factor(op, "drift", drift, scaled.prior == Prior::kBall)};
+  const Stage part(op, stage, 2, c + kTotals);
   disjoint(op, {{"position", moved},
                 {"saved", scaled.origin},
                 {"momentum", p},
@@ -154,7 +160,19 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
                 {"x1", second_x},
                 {"x2", third_x},
                 {"grads", gradients}});
-  run({chain, moved, scaled, p, {first_x, second_x, third_x}, gradients, c, base, counter, substep, first, measure});
+  run({chain,
+       moved,
+       scaled,
+       p,
+       {first_x, second_x, third_x},
+       gradients,
+       c,
+       base,
+       counter,
+       substep,
+       first,
+       measure,
+       part});
 }
 
 struct HmcEndArguments {
@@ -167,13 +185,14 @@ struct HmcEndArguments {
   double kick;
   int64_t row;
   bool metropolis, skip_nonfinite, last;
+  Stage stage;
 };
 
 template <void (*run)(const HmcEndArguments&)>
 void hmc_end_(const TensorList& saved, const TensorList& momentum, const TensorList& grads, Tensor chain, Tensor state,
               Tensor loss, Numbers rho, Flags adaptive, int64_t seed, int64_t step, int64_t trajectory,
               int64_t dimension, int64_t prior, double kick, int64_t row, bool metropolis, bool skip_nonfinite,
-              bool last) {
+              bool last, int64_t stage) {
   const Op op("hmc_end_", chain);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
   const Runs p = checked_wide(op, "momentum", momentum, scaled.origin),
@@ -184,7 +203,8 @@ void hmc_end_(const TensorList& saved, const TensorList& momentum, const TensorL
   in_range({op, "row"}, row, -1, kMaxSample);
   double* const s = checked_state(op, state, row + 1);
   const Scalar proposed = checked_scalar({op, "loss"}, loss);
-  run({chain, scaled, p, gradients, c, s, proposed, counter, kick, row, metropolis, skip_nonfinite, last});
+  run({chain, scaled, p, gradients, c, s, proposed, counter, kick, row, metropolis, skip_nonfinite, last,
+       Stage(op, stage, 1, c + kTotals)});
 }
 
 struct HmcRecycleArguments {

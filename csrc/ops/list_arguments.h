@@ -6,6 +6,7 @@
 // what only the values behind those pointers tell (accumulate_).
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,28 @@ struct Counter {
   CountedStream stream(Purpose purpose) const { return {make_stream(seed, step, purpose, draw), held}; }
 };
 
+// A list over several devices takes a call a device and stage. A stage ends where a sum over the whole list is needed:
+// it leaves this device's sums in `totals`, and the next stage finds there what all devices have. Otherwise one call
+// does all.
+constexpr int64_t kAllStages = -1;
+
+struct Stage {
+  int64_t number;
+  double* totals;
+
+  Stage(const Op& op, int64_t number, int64_t last, double* totals) : number(number), totals(totals) {
+    in_range({op, "stage"}, number, kAllStages, last);
+  }
+  bool has(int64_t n) const { return number == kAllStages || number == n; }
+  // After the pass of stage n: true where the call ends with its sums left. Otherwise they are those of all devices.
+  template <size_t K>
+  bool ends(int64_t n, double (&sums)[K]) const {
+    if (number == n) std::copy_n(sums, K, totals);
+    if (number == n + 1) std::copy_n(totals, K, sums);
+    return number == n;
+  }
+};
+
 struct PerturbArguments {
   Tensor home;  // any tensor of the op, for where its memory is
   Runs position, saved;
@@ -48,12 +71,13 @@ struct PerturbArguments {
   Noise noise;
   int64_t dimension;
   bool negate, save;
+  Stage stage;
 };
 
 template <void (*run)(const PerturbArguments&)>
 void perturb_(const TensorList& position, const TensorList& saved, Tensor state, Numbers radius, Flags adaptive,
               Integers base, int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
-              bool save) {
+              bool save, int64_t stage) {
   const Op op("perturb_", state);
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
   same_layouts(op, "saved", kept, "position", moved);
@@ -66,8 +90,10 @@ void perturb_(const TensorList& position, const TensorList& saved, Tensor state,
   const Counter counter(op, seed, step, s + kStep, "sample", sample);
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
   in_range({op, "noise"}, noise, 0, 2);
+  const Stage part(op, stage, 1, s + kTotal);
   disjoint(op, {{"position", moved}, {"saved", kept}});
-  run({state, moved, kept, s, radius, adaptive, base, counter, static_cast<Noise>(noise), dimension, negate, save});
+  run({state, moved, kept, s, radius, adaptive, base, counter, static_cast<Noise>(noise), dimension, negate, save,
+       part});
 }
 
 struct GradNormArguments {
@@ -76,10 +102,12 @@ struct GradNormArguments {
   double* state;
   Flags adaptive;
   int64_t row;
+  Stage stage;
 };
 
 template <void (*run)(const GradNormArguments&)>
-void grad_norm_(const TensorList& grads, const TensorList& origin, Tensor state, Flags adaptive, int64_t row) {
+void grad_norm_(const TensorList& grads, const TensorList& origin, Tensor state, Flags adaptive, int64_t row,
+                int64_t stage) {
   const Op op("grad_norm_", state);
   const Runs gradients = checked_runs(op, "grads", grads), origins = checked_runs(op, "origin", origin);
   same_layouts(op, "origin", origins, "grads", gradients);
@@ -87,7 +115,7 @@ void grad_norm_(const TensorList& grads, const TensorList& origin, Tensor state,
   same_length(op, "adaptive", adaptive.size(), "grads", gradients.size());
   in_range({op, "row"}, row, 0, kMaxSample);
   double* const s = checked_state(op, state, row + 1);
-  run({state, gradients, origins, s, adaptive, row});
+  run({state, gradients, origins, s, adaptive, row, Stage(op, stage, 1, s + kTotal)});
 }
 
 struct AscendArguments {
@@ -150,7 +178,7 @@ void tilt_update_(Tensor state, Tensor loss, double log_size, int64_t row, bool 
   run({state, s, value, log_size, row, skip_nonfinite, last});
 }
 
-// Without grads the accumulator already holds this sample's gradient (`adopted`).
+// With no grads for its tensors the accumulator already holds this sample's gradient (`adopted`).
 struct AccumulateArguments {
   Op op;
   Tensor home;
@@ -163,7 +191,7 @@ template <void (*run)(const AccumulateArguments&)>
 void accumulate_(const TensorList& accumulator, const TensorList& grads, Tensor state) {
   const Op op("accumulate_", state);
   const Runs sums = checked_runs(op, "accumulator", accumulator), gradients = checked_runs(op, "grads", grads);
-  const bool adopted = grads.empty();
+  const bool adopted = grads.empty() && !sums.empty();
   if (!adopted) {
     same_layouts(op, "grads", gradients, "accumulator", sums);
     same_dtypes(op, "accumulator", sums, "grads", gradients, /*in_compute_type=*/true);

@@ -2,7 +2,8 @@
 // on one device. csrc/README.md says how an op is added; python/tsam_ext/_ops.py holds fakes and autograd formulas.
 //
 // No str arguments: with the headers of torch 2.13 and older each one leaks a string a call. noise: core/perturb.h.
-// state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element.
+// state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element. stage: for lists
+// over several devices (list_arguments.h); -1 is the whole op.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(tsam, m) {
@@ -22,8 +23,9 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   // In place over lists; not differentiable.
   m.def(
       "perturb_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!) state, float[] radius, bool[] adaptive, "
-      "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save) -> ()");
-  m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row) -> ()");
+      "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save, int stage=-1) -> "
+      "()");
+  m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row, int stage=-1) -> ()");
   m.def(
       "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
       "adaptive, "
@@ -38,18 +40,19 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def(
       "hmc_place_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!)[] x0, Tensor(d!)[] x1, Tensor(e!)[] x2, "
       "Tensor chain, Tensor(f!) state, float[] rho, bool[] adaptive, int[] base, int seed, int step, int dimension, "
-      "int prior, bool draw) -> ()");
+      "int prior, bool draw, int stage=-1) -> ()");
   m.def(
       "hmc_begin_(Tensor[] saved, Tensor[] grads, Tensor(a!) chain, Tensor(b!) state, Tensor loss, Tensor tilt, "
-      "Tensor delta, bool automatic, float[] rho, bool[] adaptive, int dimension, int prior) -> ()");
+      "Tensor delta, bool automatic, float[] rho, bool[] adaptive, int dimension, int prior, int stage=-1) -> ()");
   m.def(
       "hmc_leapfrog_(Tensor(a!)[] position, Tensor[] saved, Tensor(b!)[] momentum, Tensor(c!)[] x0, Tensor(d!)[] x1, "
       "Tensor(e!)[] x2, Tensor[] grads, Tensor(f!) chain, float[] rho, bool[] adaptive, int[] base, int seed, "
-      "int step, int trajectory, int dimension, int prior, float kick, float drift, bool first, bool measure) -> ()");
+      "int step, int trajectory, int dimension, int prior, float kick, float drift, bool first, bool measure, int "
+      "stage=-1) -> ()");
   m.def(
       "hmc_end_(Tensor[] saved, Tensor[] momentum, Tensor[] grads, Tensor(a!) chain, Tensor(b!) state, Tensor loss, "
       "float[] rho, bool[] adaptive, int seed, int step, int trajectory, int dimension, int prior, float kick, "
-      "int row, bool metropolis, bool skip_nonfinite, bool last) -> ()");
+      "int row, bool metropolis, bool skip_nonfinite, bool last, int stage=-1) -> ()");
   m.def(
       "hmc_recycle_(Tensor(a!) chain, Tensor(b!) state, Tensor loss, float share, int row, int part, bool metropolis, "
       "bool skip_nonfinite, bool last) -> ()");

@@ -26,8 +26,11 @@ def perturb_(
     dimension: int,
     negate: bool,
     save: bool,
+    stage: int = -1,
 ) -> None: ...
-def grad_norm_(grads: list[Tensor], origin: list[Tensor], state: Tensor, adaptive: list[bool], row: int) -> None: ...
+def grad_norm_(
+    grads: list[Tensor], origin: list[Tensor], state: Tensor, adaptive: list[bool], row: int, stage: int = -1
+) -> None: ...
 def ascend_(
     position: list[Tensor],
     saved: list[Tensor],
@@ -57,6 +60,7 @@ def hmc_place_(
     dimension: int,
     prior: int,
     draw: bool,
+    stage: int = -1,
 ) -> None: ...
 def hmc_begin_(
     saved: list[Tensor],
@@ -71,6 +75,7 @@ def hmc_begin_(
     adaptive: list[bool],
     dimension: int,
     prior: int,
+    stage: int = -1,
 ) -> None: ...
 def hmc_leapfrog_(
     position: list[Tensor],
@@ -93,6 +98,7 @@ def hmc_leapfrog_(
     drift: float,
     first: bool,
     measure: bool,
+    stage: int = -1,
 ) -> None: ...
 def hmc_end_(
     saved: list[Tensor],
@@ -113,6 +119,7 @@ def hmc_end_(
     metropolis: bool,
     skip_nonfinite: bool,
     last: bool,
+    stage: int = -1,
 ) -> None: ...
 def hmc_recycle_(
     chain: Tensor,

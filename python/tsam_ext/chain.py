@@ -15,7 +15,7 @@ from torch import Tensor
 from .settings import HmcSettings
 from .table import Table
 
-SLOTS = 25
+SLOTS = 30
 
 
 class ChainSlot:
@@ -40,6 +40,7 @@ class ChainSlot:
     ALPHA = 21
     REJECTED = 22
     CHAIN_STEP = 24
+    TOTALS = 25
 
 
 KEPT = (ChainSlot.LOG_STEP, ChainSlot.GRAD_SCALE, ChainSlot.GRAD_SCALES)  # of one step for the next, beside positions
@@ -51,7 +52,7 @@ class Chain:
     def __init__(self, settings: HmcSettings, device: torch.device) -> None:
         self.settings = settings
         self.scalars = torch.zeros(SLOTS, dtype=torch.float64, device=device)
-        self.scalars[ChainSlot.LOG_STEP] = math.log(settings.first_step_size)
+        self.scalars[ChainSlot.LOG_STEP].fill_(math.log(settings.first_step_size))
         self.positions: dict[Tensor, list[Tensor]] = {}
         self.momenta: dict[Tensor, Tensor] = {}  # scratch: kept, as new memory costs more than a pass over it
         self.started = False
@@ -88,7 +89,7 @@ class Chain:
     def position(self, parameter: Tensor) -> Tensor:
         """The chain's position at one parameter, chosen on the device."""
         first, second, third = self.positions[parameter]
-        current = self.scalars[ChainSlot.CURRENT]
+        current = self.scalars[ChainSlot.CURRENT].to(first.device)
         return torch.where(current == 0, first, torch.where(current == 1, second, third))
 
     def step_ends(self, moved: list[Tensor]) -> None:

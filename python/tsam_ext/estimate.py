@@ -7,6 +7,7 @@ Invariant: `saved` holds the bits of every parameter that has moved; whatever wa
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import _cuda, _ops
 from .functional.checks import NOISES, is_dense
+from .functional.spread import Spread
 from .functional.state import STEP_HELD, Slot, new_state
 from .module_state import NormStatistics, RandomMasks
 from .sample import Sample
@@ -49,10 +51,13 @@ class Estimate:
         self.table, self.settings, self.plain = table, settings, plain
         self.seed = seed
         self.num_samples = 1 if plain else settings.num_samples
-        device = table.parameters[0].device if table.parameters else torch.device("cpu")
-        self.state = new_state(self.num_samples * self.rows_per_sample, device)
-        self.capturing = _cuda.capturing(device)
+        self.spread = Spread(table.parameters)
+        self.state = new_state(self.num_samples * self.rows_per_sample, self.spread.home)
+        self.spread.follow(self.state)
+        self.capturing = any(map(_cuda.capturing, self.spread.devices))
         if isinstance(step, Tensor):  # counted on the device, where a captured step finds it at each replay
+            if not self.spread.alone:
+                raise reject("capturable", True, f"False, as the parameters lie on {self.spread}")
             self.state[Slot.STEP] = step
             self.step, self.noise_step = 0, STEP_HELD
         elif self.capturing:
@@ -124,11 +129,11 @@ class Estimate:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._masks = RandomMasks(() if self.capturing else {p.device for p in self.table.parameters})
+        self._masks = RandomMasks(() if self.capturing else self.spread.devices)
         self._statistics = NormStatistics(self._model)
         self._buffers = [parameter.grad for parameter in self.table.parameters]
         self._tilt = self.scalar(0.0 if self.plain else self.settings.tilt_at(self.step))
-        _ops.tilt_begin_(self.state, self._tilt)
+        self.spread.run(_ops.tilt_begin_, (), self.state, self._tilt)
 
     def scalar(self, value: float | Tensor) -> Tensor:
         """A number as the kernels take it."""
@@ -175,7 +180,7 @@ class Estimate:
                 log_size = math.log((end - begin) / (self.rows // self.num_samples))
             last = sample.index == self.num_samples - 1
             skip = self.settings.skip_nonfinite_loss
-            _ops.tilt_update_(self.state, sample.loss, log_size, sample.index, skip, last)
+            self.spread.run(_ops.tilt_update_, (), self.state, sample.loss, log_size, sample.index, skip, last)
             self._accumulate(gradients, adopt=sample.index == 0, zero=sample.index > 0)
 
     @torch.no_grad()
@@ -201,7 +206,9 @@ class Estimate:
         if saves:
             self._saving(moves)
         antithetic = self.settings.antithetic
-        _ops.perturb_(
+        self.spread.run(
+            _ops.perturb_,
+            moves,
             self._moved,
             taken(self._origin, moves),
             self.state,
@@ -229,12 +236,15 @@ class Estimate:
         fresh = [i for i in moves if i not in self._origin]
         # A parameter not yet saved has not moved: it is its own origin.
         origins = [self._origin.get(i, table.parameters[i]) for i in moves]
-        _ops.grad_norm_(taken(gradients, moves), origins, self.state, taken(table.adaptive, moves), row)
+        adaptive = taken(table.adaptive, moves)
+        self.spread.run(_ops.grad_norm_, moves, taken(gradients, moves), origins, self.state, adaptive, row)
         for chosen, save in ((saved, False), (fresh, True)):
             if chosen:
                 if save:
                     self._saving(chosen)
-                _ops.ascend_(
+                self.spread.run(
+                    _ops.ascend_,
+                    chosen,
                     taken(table.parameters, chosen),
                     taken(self._origin, chosen),
                     taken(gradients, chosen),
@@ -273,9 +283,11 @@ class Estimate:
         """
         if gradients.keys() == self._sums.keys():  # all samples but the first, as a rule
             if gradients:
-                _ops.accumulate_(taken(self._sums, gradients), list(gradients.values()), self.state)
+                sums = taken(self._sums, gradients)
+                self.spread.run(_ops.accumulate_, gradients, sums, list(gradients.values()), self.state)
             return
-        adopted, blended = [], []
+        adopted: dict[int, Tensor] = {}
+        blended: dict[int, tuple[Tensor, Tensor]] = {}
         for i in sorted(self._sums.keys() | gradients.keys()):
             gradient, total, buffer = gradients.get(i), self._sums.get(i), self._buffers[i]
             if gradient is None:
@@ -284,16 +296,16 @@ class Estimate:
             elif total is None:
                 total = self._new_sum(gradient, buffer, zero=zero, adopt=adopt)
                 if adopt and total is None:
-                    self._sums[i] = gradient
-                    adopted.append(gradient)
+                    adopted[i] = self._sums[i] = gradient
                     continue
                 assert total is not None
                 self._sums[i] = total
-            blended.append((total, gradient))
+            blended[i] = (total, gradient)
         if adopted:
-            _ops.accumulate_(adopted, [], self.state)
+            self.spread.run(_ops.accumulate_, adopted, list(adopted.values()), [], self.state)
         if blended:
-            _ops.accumulate_([a for a, _ in blended], [g for _, g in blended], self.state)
+            totals, added = ([pair[k] for pair in blended.values()] for k in (0, 1))
+            self.spread.run(_ops.accumulate_, blended, totals, added, self.state)
 
     def _new_sum(self, gradient: Tensor, buffer: Tensor | None, *, zero: bool, adopt: bool) -> Tensor | None:
         """Memory for a mean: the buffer that p.grad was, or new; None where the gradient itself may and can serve."""
@@ -311,7 +323,7 @@ class Estimate:
         """theta = theta_0, bit for bit, for every parameter that has moved."""
         if self._origin:
             parameters = taken(self.table.parameters, self._origin)
-            _ops.restore_(parameters, list(self._origin.values()))
+            self.spread.run(_ops.restore_, self._origin, parameters, list(self._origin.values()))
             increment_version(parameters)
 
     @torch.no_grad()
@@ -364,8 +376,9 @@ class Estimate:
 
     def _put_back(self) -> None:
         # Captured ops finish in their order; there is no number to read yet.
-        finished = len(self._saves) if self.capturing or not self._saves else int(self.state[Slot.SAVES])
-        for indices in self._saves[finished:]:
-            for i in indices:
-                self._origin.pop(i, None)
+        if self._saves and not self.capturing:
+            for device, finished in enumerate(self.spread.saves(self.state)):
+                for i in itertools.chain(*self._saves[finished:]):
+                    if self.spread.at(device, i):
+                        self._origin.pop(i, None)
         self.restore()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .chain import Chain, ChainSlot
+from .chain import SLOTS, Chain, ChainSlot
 from .estimate import Estimate, is_own
 from .functional.state import STEP_HELD, Slot
 from .integrators import LEAPFROG, substeps
@@ -71,7 +71,7 @@ class HmcEstimate(Estimate):
                     yield from self._pass(max(sample, 0), counted=sample >= 0)
                 self._end_trajectory(trajectory, sample)
             if self._hmc.adapt_step_size:
-                _ops.hmc_adapt_(self.chain.scalars, self._hmc.highest_log_step)
+                self.spread.run(_ops.hmc_adapt_, (), self.chain.scalars, self._hmc.highest_log_step)
             self._complete()
             self.chain.step_ends(self._moved)
             self._before = None
@@ -105,15 +105,18 @@ class HmcEstimate(Estimate):
         chain = self.chain
         if self.capturing and not (fresh or chain.started):
             raise RuntimeError("TSAM: hmc in a CUDA graph needs a step before the capture, to go on from.")
-        chain.scalars = chain.scalars.to(self.state.device)  # the model may have moved since
+        chain.scalars = chain.scalars.to(self.spread.home)  # the model may have moved since
         buffers = [chain.buffers(parameter) for parameter in self._moved]
         self._x = [[held[k] for held in buffers] for k in range(3)]
         draw = fresh or not chain.started
         self._before = (chain.scalars.clone(), not draw)
         if self.noise_step == STEP_HELD:
             chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
+        self.spread.follow(chain.scalars, slice(ChainSlot.TOTALS, SLOTS))
         self._saving(self.table.moves)
-        _ops.hmc_place_(
+        self.spread.run(
+            _ops.hmc_place_,
+            self.table.moves,
             self._moved,
             self._saved(),
             *self._x,
@@ -137,7 +140,9 @@ class HmcEstimate(Estimate):
         automatic = isinstance(self._hmc.delta, str)
         delta = self._hmc.delta_scale if isinstance(self._hmc.delta, str) else self._hmc.delta
         assert self._loss is not None
-        _ops.hmc_begin_(
+        self.spread.run(
+            _ops.hmc_begin_,
+            self.table.moves,
             self._saved(),
             self._of_moved(self._carried),
             self.chain.scalars,
@@ -157,7 +162,9 @@ class HmcEstimate(Estimate):
         """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
         if not self._momentum:
             self._momentum = [self.chain.momentum(parameter) for parameter in self._moved]
-        _ops.hmc_leapfrog_(
+        self.spread.run(
+            _ops.hmc_leapfrog_,
+            self.table.moves,
             self._moved,
             self._saved(),
             self._momentum,
@@ -182,7 +189,9 @@ class HmcEstimate(Estimate):
     def _end_trajectory(self, trajectory: int, sample: int) -> None:
         """Accept or reject; then the chain's state, whichever it is, is counted."""
         assert self._loss is not None
-        _ops.hmc_end_(
+        self.spread.run(
+            _ops.hmc_end_,
+            self.table.moves,
             self._saved(),
             self._momentum,
             self._of_moved(self._fresh),
@@ -214,7 +223,9 @@ class HmcEstimate(Estimate):
                 total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
                 assert total is not None
                 self._sums[i] = total
-        _ops.hmc_carry_(
+        self.spread.run(
+            _ops.hmc_carry_,
+            indices,
             taken(self._sums, indices),
             taken(self._carried, indices),
             [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
@@ -226,7 +237,9 @@ class HmcEstimate(Estimate):
     def _recycle(self, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
         """Counts one state of the trajectory, with its gradient, into the given row of the sample's."""
         assert self._loss is not None
-        _ops.hmc_recycle_(
+        self.spread.run(
+            _ops.hmc_recycle_,
+            (),
             self.chain.scalars,
             self.state,
             self._loss,

@@ -36,7 +36,7 @@ class TSAM(WrappingOptimizer):
     Args:
         params: parameters or parameter groups, as for the base class; ``None`` if ``base_optimizer`` is an instance.
             A group may set ``rho``, ``radius`` and ``adaptive`` of its own. Dense float32, float64, bfloat16 or
-            float16 tensors on the CPU or one GPU.
+            float16 tensors on the CPU, a GPU or several devices.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low

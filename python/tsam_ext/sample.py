@@ -30,13 +30,13 @@ class Sample:
 
     def record(self, loss: Tensor | float) -> None:
         """Records the loss (one element, any float dtype) of this pass; once, inside ``with``. Nothing is read."""
-        device = self._estimate.state.device
+        spread = self._estimate.spread
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss), dtype=torch.float64, device=device)
+            loss = torch.tensor(float(loss), dtype=torch.float64, device=spread.home)
         if loss.numel() != 1 or not loss.dtype.is_floating_point:
             raise reject("loss", f"a {loss.dtype} tensor of shape {tuple(loss.shape)}", "a float scalar")
-        if loss.device != device:
-            raise reject("loss", f"a tensor on {loss.device}", f"one on {device}, as the parameters are")
+        if loss.device not in spread.devices:
+            raise reject("loss", f"a tensor on {loss.device}", f"one on {spread}, as the parameters are")
         self.loss = loss.detach()
 
     def __enter__(self) -> Sample:

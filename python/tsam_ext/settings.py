@@ -247,7 +247,6 @@ class Settings:
 def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
     spans: list[tuple[int, int, str]] = []
-    first: tuple[str, torch.device] | None = None
     for name, parameter in named:
         if parameter.layout is not torch.strided:
             raise reject(name, f"a {parameter.layout} tensor", "a dense tensor")
@@ -256,9 +255,6 @@ def check_parameters(named: Iterator[tuple[str, torch.Tensor]]) -> None:
             raise reject(name, f"a {parameter.dtype} tensor", expected)
         if (cause := why_not(parameter.device)) is not None:
             raise reject(name, f"a tensor on {parameter.device}", f"one that kernels run on ({cause})")
-        first = first or (name, parameter.device)
-        if parameter.device != first[1]:
-            raise reject(name, f"a tensor on {parameter.device}", f"one on {first[1]}, as {first[0]} is")
         if not is_dense(parameter):
             raise reject(
                 name,

@@ -2,14 +2,16 @@
 
 A step of TSAM by hand: ``tilt_begin_``; for each sample ``perturb_``, a gradient, ``grad_norm_``, ``ascend_``, a
 gradient, ``tilt_update_``, ``accumulate_``; then ``restore_``.
-Layout: lists of dense tensors (any strides without gaps), all on one device; ``state`` is :func:`new_state`'s tensor.
+Layout: lists of dense tensors (any strides without gaps), on one device or several, entry i of each list on the same;
+``state`` is :func:`new_state`'s tensor, on any of them.
 Invariant: all checks come before the first write, and what is written has its version counter moved, so that autograd
 notices. Under torch.compile the kernels' own checks are the only ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from .checks import (
     check_writable,
     refuse,
 )
+from .spread import Spread
 from .state import HEADER, ROW, STEP_HELD, Slot
 
 __all__ = ["accumulate_", "ascend_", "grad_norm_", "perturb_", "restore_", "tilt_begin_", "tilt_update_"]
@@ -104,9 +107,8 @@ def perturb_(
     sample = check_int(op, "sample", sample, 0, ROWS - 1)
     negate = check_flag(op, "negate", negate)
     if position:
-        _ops.perturb_(
-            list(position), list(saved), state, radii, flags, places, key, step, sample, noise, dimension, negate, save
-        )
+        rest = (radii, flags, places, key, step, sample, noise, dimension, negate, save)
+        _run(_ops.perturb_, state, list(position), list(saved), state, *rest)
         _changed(position, saved if save else (), [state])
 
 
@@ -135,7 +137,7 @@ def grad_norm_(
     _check(op, {"grads": grads, "origin": origin}, state, written=("state",), rows=row + 1)
     flags = check_each(op, "adaptive", adaptive, len(grads), "grads", check_flag)
     if grads:
-        _ops.grad_norm_(list(grads), list(origin), state, flags, row)
+        _run(_ops.grad_norm_, state, list(grads), list(origin), state, flags, row)
         _changed((state,))
     else:
         state[Slot.GRAD_NORM].zero_()
@@ -174,7 +176,7 @@ def ascend_(
     lengths = check_each(op, "rho", rho, len(position), "position", check_length)
     flags = check_each(op, "adaptive", adaptive, len(position), "position", check_flag)
     if position:
-        _ops.ascend_(list(position), list(saved), list(grads), state, lengths, flags, save)
+        _run(_ops.ascend_, state, list(position), list(saved), list(grads), state, lengths, flags, save)
         _changed(position, (*saved, state) if save else ())
 
 
@@ -240,7 +242,7 @@ def accumulate_(accumulator: Sequence[Tensor], grads: Sequence[Tensor] | None, s
     lists = {"accumulator": accumulator} if grads is None else {"accumulator": accumulator, "grads": grads}
     _check(op, lists, state, written=("accumulator",))
     if accumulator:
-        _ops.accumulate_(list(accumulator), [] if grads is None else list(grads), state)
+        _run(_ops.accumulate_, state, list(accumulator), [] if grads is None else list(grads), state)
         _changed(accumulator)
 
 
@@ -253,8 +255,20 @@ def restore_(position: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     op = "restore_"
     _check(op, {"position": position, "saved": saved}, NO_STATE, written=("position",))
     if position:
-        _ops.restore_(list(position), list(saved))
+        _run(_ops.restore_, None, list(position), list(saved))
         _changed(position)
+
+
+def _run(op: Callable[..., None], state: Tensor | None, first: list[Tensor], *rest: Any) -> None:
+    """The op, once for each device that the first list and ``state`` lie on."""
+    if torch.compiler.is_compiling():
+        op(first, *rest)
+        return
+    spread = Spread(first if state is None else [state, *first])
+    start = 0 if state is None else 1
+    if state is not None:
+        spread.follow(state)
+    spread.run(op, range(start, start + len(first)), first, *rest)
 
 
 def _check_element(op: str, argument: str, value: object) -> int:
@@ -278,20 +292,22 @@ def _check(op: str, lists: dict[str, Sequence[Tensor]], state: object, written: 
     checked = {name: check_list(op, name, tensors) for name, tensors in lists.items()}
     if state is not NO_STATE:
         checked["state"] = [_check_state(op, state, rows)]
-    first: Tensor | None = None
-    first_name = ""
-    for name, tensors in checked.items():
-        for i, tensor in enumerate(tensors):
-            place = "state" if name == "state" else f"{name}[{i}]"
-            if first is None:
-                first, first_name = tensor, place
-            elif tensor.device != first.device:
-                raise refuse(op, place, f"a tensor on {tensor.device}", f"one on {first.device}, as {first_name} is")
     names = list(lists)
+    where = [(f"{name}[{i}]", tensor) for name in names[:1] for i, tensor in enumerate(checked[name])]
+    where += [("state", tensor) for tensor in checked.get("state", [])]
+    for place, tensor in where:
+        # Several devices are as good as one, but a meta tensor among others would silently be left as it is.
+        if tensor.device != where[0][1].device and (tensor.is_meta or where[0][1].is_meta):
+            expected = f"one on {where[0][1].device}, as {where[0][0]} is"
+            raise refuse(op, place, f"a tensor on {tensor.device}", expected)
     for name in names[1:]:
         if len(checked[name]) != len(checked[names[0]]):
             expected = f"{len(checked[names[0]])} (as many as {names[0]})"
             raise refuse(op, name, f"{len(checked[name])} entries", expected)
+        for i, (tensor, first) in enumerate(zip(checked[name], checked[names[0]], strict=True)):
+            if tensor.device != first.device:
+                expected = f"one on {first.device}, as {names[0]}[{i}] is"
+                raise refuse(op, f"{name}[{i}]", f"a tensor on {tensor.device}", expected)
     for name in MATERIAL & lists.keys():
         check_material(op, name, checked[name])
     for name in written:

@@ -32,6 +32,7 @@ class Slot:
     NEWEST = 12
     HELD = 13
     STEP = 14
+    TOTAL = 15
 
 
 STEP_HELD = -1  # an op's step: the one in the slot STEP, which a replayed CUDA graph finds counted on

@@ -1,0 +1,115 @@
+"""A list over several devices, one call of an op a device; where all lie on one, the call itself.
+
+An op whose sums go over the whole list is called in stages (csrc/ops/list_arguments.h): stage n on each device, their
+sums added on the first device and copied to all, stage n + 1.
+Layout: the step's scalars (``state``, a chain's) once a device, the first device's being the one that others read.
+Invariant: no device gets a tensor of another; all do the same scalar work on the same totals, so that the copies of the
+scalars stay alike, but for what a device counts of its own (saves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsam_ext import _ops
+
+from .state import Slot
+
+STAGES = {
+    _ops.perturb_: 2,
+    _ops.grad_norm_: 2,
+    _ops.hmc_place_: 2,
+    _ops.hmc_begin_: 2,
+    _ops.hmc_leapfrog_: 3,
+    _ops.hmc_end_: 2,
+}
+TOTAL = slice(Slot.TOTAL, Slot.TOTAL + 1)  # where a state has the sums of a stage
+
+
+def place_of(tensor: Tensor) -> Hashable:
+    """What tells the devices of a list apart."""
+    return tensor.device
+
+
+class Spread:
+    """The devices of a step's tensors, in the order in which the list names them.
+
+    ``run(op, indices, *args)`` calls ``op(*args)`` for those tensors of the list: each list among the arguments has an
+    entry an index, or none.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._of = [place_of(tensor) for tensor in tensors]
+        found = dict(zip(self._of, tensors, strict=True))
+        self.devices = [tensor.device for tensor in found.values()] or [torch.device("cpu")]
+        self.home = self.devices[0]
+        self._places = list(found)
+        self._copies: list[tuple[slice, list[Tensor]]] = []  # of each tensor of scalars: where totals are, one a device
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.devices))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one device."""
+        return len(self.devices) == 1
+
+    def follow(self, scalars: Tensor, totals: slice = TOTAL) -> None:
+        """Copies a tensor of scalars from the first device to the others; an op that gets it gets its device's."""
+        if not self.alone:
+            others = [torch.empty_like(scalars, device=device).copy_(scalars) for device in self.devices[1:]]
+            self._copies.append((totals, [scalars, *others]))
+
+    def saves(self, state: Tensor) -> list[int]:
+        """How many saving ops each device has finished. Waits for them."""
+        if self.alone:
+            return [int(state[Slot.SAVES])]
+        return [int(own[Slot.SAVES]) for own in self._followed(state)[1]]
+
+    def at(self, device: int, index: int) -> bool:
+        """Whether the list's tensor ``index`` lies on the device of that number."""
+        return self._of[index] == self._places[device]
+
+    def run(self, op: Callable[..., None], indices: Iterable[int], *args: Any) -> None:
+        """See the class."""
+        if self.alone:
+            op(*args)
+            return
+        parts: list[list[int]] = [[] for _ in self.devices]
+        for entry, index in enumerate(indices):
+            parts[self._places.index(self._of[index])].append(entry)
+        takes_scalars = any(isinstance(value, Tensor) for value in args)
+        stages = STAGES.get(op)
+        for stage in range(stages or 1):
+            for device, part in enumerate(parts):
+                # With scalars on a device without tensors too: its copy is to stay like the others.
+                if part or takes_scalars:
+                    own = [self._own(value, device, part) for value in args]
+                    op(*own) if stages is None else op(*own, stage)
+            if stages is not None and stage < stages - 1:
+                self._add_up(next(value for value in args if isinstance(value, Tensor)))
+
+    def _followed(self, scalars: Tensor) -> tuple[slice, list[Tensor]]:
+        return next(known for known in self._copies if known[1][0] is scalars)
+
+    def _own(self, value: Any, device: int, part: list[int]) -> Any:
+        """What a device gets of an argument."""
+        if isinstance(value, list):
+            return [value[entry] for entry in part] if value else value
+        if not isinstance(value, Tensor):
+            return value
+        for _, copies in self._copies:
+            if copies[0] is value:
+                return copies[device]
+        return value.to(self.devices[device])
+
+    def _add_up(self, scalars: Tensor) -> None:
+        """The sums that a stage has left with the first of an op's scalars: of all devices, to each."""
+        totals, copies = self._followed(scalars)
+        sums = torch.stack([own[totals].to(self.home) for own in copies]).sum(0)
+        for own in copies:
+            own[totals].copy_(sums)
