@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tsam_ext.functional import kick, leapfrog, perturb
 
-from .op_check import Case
+from .op_check import Case, returned
 
 STEP, INVERSE_MASS = 0.25, 1.5
 
@@ -21,11 +21,6 @@ STEP, INVERSE_MASS = 0.25, 1.5
 def _pair(value: object) -> list[Tensor]:
     assert isinstance(value, tuple)
     return list(value)
-
-
-def _one(value: object) -> list[Tensor]:
-    assert isinstance(value, Tensor)
-    return [value]
 
 
 def cases(elements: int, dtype: torch.dtype) -> list[Case]:
@@ -77,7 +72,7 @@ def cases(elements: int, dtype: torch.dtype) -> list[Case]:
             None,
             lambda: torch.add(p, g, alpha=STEP),
             lambda: None,
-            _one,
+            returned,
         ),
         Case("perturb", 2, 1, ours_perturb, plain_perturb, None, compiled_perturb, drawn.clear, noise, scale=1.0),
     ]

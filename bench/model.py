@@ -137,6 +137,7 @@ PASSES: dict[str, Callable[[Arguments], list[Pass]]] = {
     "grad_norm_": _norm,
     "ascend_": _ascend,
     "accumulate_": _accumulate,
+    "accumulate_perturb_": lambda a: [*_accumulate(a), *_perturb({**a, "save": False})],
     "restore_": lambda a: [Pass("copy_chunks<float>", 2, 1, 1)],
     "hmc_place_": _place,
     "hmc_begin_": lambda a: _norm(a) if a["automatic"] else [SCALARS],

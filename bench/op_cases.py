@@ -17,16 +17,15 @@ from torch import Tensor
 
 import tsam_ext
 from tsam_ext import _ops
-from tsam_ext.metrics import HEADER, Slot, new_state
+from tsam_ext.metrics import Slot, new_state
 
-from . import dynamics_cases
-from .op_check import Case, Way
+from . import dynamics_cases, scalar_cases
+from .op_check import Case, Way, returned
 
 CPU = torch.device("cpu")
 SAMPLES = 3
 TILT = 2.0
 RHO = 1e-3
-SMALL = 200  # calls in one timing of an op on a few numbers
 GAUSSIAN, SPHERE = 0, 1
 
 # ResNet-18's parameters by size, 62 tensors; shares of the wanted number of elements.
@@ -185,13 +184,8 @@ def _grad_norm(at: Lists, adaptive: bool) -> Case:
     name, judged = ("grad_norm_ adaptive", "") if adaptive else ("grad_norm_", "memory")
     words = 2 if adaptive else 1
     return Case(
-        name, words, 0, ours, plain, foreach, compiled, at.refill, _returned, tolerance=1e-4, reads=True, judged=judged
+        name, words, 0, ours, plain, foreach, compiled, at.refill, returned, tolerance=1e-4, reads=True, judged=judged
     )
-
-
-def _returned(value: object) -> list[Tensor]:
-    assert isinstance(value, Tensor)
-    return [value]
 
 
 def _ascend(at: Lists, save: bool) -> Case:
@@ -273,6 +267,29 @@ def _accumulate(at: Lists, blend: bool) -> Case:
     return Case(name, words, 0, ours, plain, foreach, compiled, reset, lambda _: a, wide=wide, judged=judged)
 
 
+def _merged(at: Lists) -> Case:
+    """A sample's mean and the next one's draw: one pass of ours, the two ops in a row for the others.
+
+    Its noise is perturb_'s, whose own case looks at it.
+    """
+    mean, draw = _accumulate(at, True), _perturb(at, GAUSSIAN, False)
+    call = (at.every(math.sqrt(at.elements)), at.flags(False), at.base, 7)
+    turns = iter(range(1 << 31))
+
+    def ours() -> None:
+        lists = (at.accumulator, at.grads, at.position, at.saved)
+        _ops.accumulate_perturb_(*lists, at.state, *call, next(turns), 0, GAUSSIAN, at.elements, False)
+
+    def both(first: Way | None, second: Way | None) -> Way:
+        assert first is not None and second is not None
+        return lambda: (first(), second())
+
+    plain, foreach = both(mean.plain, draw.plain), both(mean.foreach, draw.foreach)
+    compiled = both(mean.compiled, draw.compiled)
+    name, result = "accumulate_perturb_", lambda _: at.accumulator
+    return Case(name, 5, 1, ours, plain, foreach, compiled, mean.reset, result, wide=2)
+
+
 def _restore(at: Lists) -> Case:
     p, s = at.position, at.saved
 
@@ -303,71 +320,7 @@ def _tilted_reduce(at: Lists) -> Case:
         return (torch.softmax(TILT * losses, 0)[:, None] * values).sum(0)
 
     words = SAMPLES + 1
-    return Case("tilted_reduce, s=3", words, 0, ours, plain, None, compiled, lambda: None, _returned)
-
-
-def _tilt_begin(at: Lists) -> Case:
-    tilt = torch.tensor(TILT)
-
-    def ours() -> None:
-        _ops.tilt_begin_(at.state, tilt)
-
-    def plain() -> None:
-        at.state.fill_(math.nan)
-        at.state[:HEADER].zero_()
-        at.state[Slot.TILT].copy_(tilt)
-        at.state[Slot.MAX].fill_(-math.inf)
-
-    def reset() -> None:
-        at.state.fill_(5.0)
-        at.state[Slot.STEP] = 0.0  # not the op's
-
-    return Case("tilt_begin_", 0, 0, ours, plain, None, plain, reset, lambda _: [at.state], calls=SMALL)
-
-
-def _tilt_update(at: Lists) -> Case:
-    """The second and later samples of a step, all losses finite: ours also looks for those that are not."""
-    loss, state = torch.tensor(0.5), at.state
-    slots = [Slot.FIRST_LOSS, Slot.MAX, Slot.SUM, Slot.SUM_SQUARES, Slot.KEEP, Slot.ADD]
-
-    def ours() -> None:
-        _ops.tilt_update_(state, loss, 0.0, 1, False, False)
-
-    def plain() -> None:
-        first, best, total, squares, keep, add = (state[i] for i in slots)
-        e = state[Slot.TILT] * (loss - first)
-        top = torch.maximum(best, e)
-        shrink, b = torch.exp(best - top), torch.exp(e - top)
-        a = total * shrink
-        best.copy_(top)
-        torch.add(a, b, out=total)
-        squares.mul_(shrink * shrink).add_(b * b)
-        torch.div(a, total, out=keep)
-        torch.div(b, total, out=add)
-
-    def result(_: object) -> list[Tensor]:
-        return [state[slots]]
-
-    return Case("tilt_update_", 0, 0, ours, plain, None, plain, lambda: at.act(1.0), result, calls=SMALL)
-
-
-def _of_losses() -> list[Case]:
-    losses = torch.tensor([0.5, 1.0, 0.75, 2.0, 1.5, 0.25, 1.25, 1.75])
-
-    def loss() -> Tensor:
-        return (torch.logsumexp(TILT * losses, 0) - math.log(len(losses))) / TILT
-
-    def weights() -> Tensor:
-        return torch.softmax(TILT * losses, 0)
-
-    ours: dict[str, Way] = {
-        "tilted_loss": lambda: tsam_ext.tilted_loss(losses, TILT),
-        "tilted_weights": lambda: tsam_ext.tilted_weights(losses, TILT),
-    }
-    return [
-        Case(f"{name}, s=8", 0, 0, ours[name], way, None, way, lambda: None, _returned, calls=SMALL)
-        for name, way in (("tilted_loss", loss), ("tilted_weights", weights))
-    ]
+    return Case("tilted_reduce, s=3", words, 0, ours, plain, None, compiled, lambda: None, returned)
 
 
 def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
@@ -381,10 +334,9 @@ def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
         _ascend(at, True),
         _accumulate(at, False),
         _accumulate(at, True),
+        _merged(at),
         _restore(at),
         _tilted_reduce(at),
-        _tilt_begin(at),
-        _tilt_update(at),
-        *_of_losses(),
+        *scalar_cases.cases(at.state, TILT, lambda: at.act(1.0)),
         *dynamics_cases.cases(at.elements, dtype),
     ]

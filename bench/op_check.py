@@ -51,6 +51,12 @@ class Case:
         return ((self.words - self.wide) * dtype.itemsize + self.wide * 4) * elements
 
 
+def returned(value: object) -> list[Tensor]:
+    """The result of an op out of place, as a case's ``result``."""
+    assert isinstance(value, Tensor)
+    return [value]
+
+
 def _wrong_noise(case: Case, before: list[Tensor], after: list[Tensor]) -> str:
     """What is wrong with the displacement; false alarms below one in a million (six standard errors)."""
     half, saves = len(after) // 2, "saves" in case.name

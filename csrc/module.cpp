@@ -88,6 +88,10 @@ PYBIND11_MODULE(_C, m) {
   expose<void, Tensor, Tensor, double, int64_t, bool, bool>(m, ops, "tilt_update_", "state", "loss", "log_size", "row",
                                                             "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensor>(m, ops, "accumulate_", "accumulator", "grads", "state");
+  expose<void, Tensors, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t,
+         int64_t, int64_t, int64_t, bool, int64_t>(m, ops, "accumulate_perturb_", "accumulator", "grads", "position",
+                                                   "saved", "state", "radius", "adaptive", "base", "seed", "step",
+                                                   "sample", "noise", "dimension", "negate", stage);
   expose<void, Tensors, Tensors>(m, ops, "restore_", "position", "saved");
 
   using Numbers = List<double>;

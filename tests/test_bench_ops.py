@@ -77,6 +77,7 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "ascend_ first (saves)": (16, 8),
         "accumulate_ assign": (8, 6),
         "accumulate_ blend": (12, 10),
+        "accumulate_perturb_": (20, 14),
         "restore_": (8, 4),
         "tilted_reduce, s=3": (16, 8),
         "leapfrog": (20, 10),

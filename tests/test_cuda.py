@@ -249,7 +249,7 @@ def test_parameters_may_lie_on_several_devices_that_have_kernels(monkeypatch: py
     with pytest.raises(ValueError, match="p1: got 'a tensor on meta', expected one that kernels run on"):
         check_parameters(named("cuda:0", "meta"))
     monkeypatch.setattr(_cuda, "cause", "there is a cause")
-    with pytest.raises(ValueError, match="p1: got 'a tensor on cuda:0', expected one .*there is a cause"):
+    with pytest.raises(ValueError, match=r"p1: got 'a tensor on cuda:0', expected one .*there is a cause"):
         check_parameters(named("cpu", "cuda:0"))
 
 

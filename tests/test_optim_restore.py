@@ -191,7 +191,7 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
 
 
 OPS = {
-    "noise": ("perturb_", "tilt_update_", "accumulate_", "restore_"),
+    "noise": ("perturb_", "tilt_update_", "accumulate_", "accumulate_perturb_", "restore_"),
     "ascent": ("perturb_", "grad_norm_", "ascend_", "tilt_update_", "accumulate_", "restore_"),
     "hmc": ("hmc_place_", "hmc_begin_", "hmc_leapfrog_", "hmc_end_", "hmc_carry_", "hmc_adapt_", "restore_"),
     "recycle": ("hmc_leapfrog_", "hmc_end_", "hmc_recycle_", "accumulate_", "hmc_carry_"),

@@ -40,13 +40,20 @@ void copy(void* to, const void* from, int64_t bytes, bool past_caches) {
   }
 }
 
-template <typename T>
+struct NothingBeside {
+  template <typename Count>
+  void operator()(int64_t, Count) const {}
+};
+
+// `beside` does its own work on the lanes of each block.
+template <typename T, typename Beside = NothingBeside>
 void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale,
-                 bool adaptive) {
+                 bool adaptive, const Beside& beside = {}) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   const Perturb<C> functor{static_cast<C>(scale), adaptive};
   for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
+    beside(i, count);
     C origin[W], moved[W];
     load(from + i, count, origin);
     if (saved != nullptr)
@@ -117,20 +124,41 @@ void assign(DType dtype, void* accumulator, const void* grad, int64_t n) {
   });
 }
 
+// One lane block of blend.
+template <typename T, int W>
+struct Blend {
+  using C = compute_t<T>;
+  C* accumulator;
+  const T* grad;
+  Accumulate<C> functor;
+
+  Blend(void* accumulator, const void* grad, double keep, double add)
+      : accumulator(static_cast<C*>(accumulator)),
+        grad(static_cast<const T*>(grad)),
+        functor{static_cast<C>(keep), static_cast<C>(add)} {}
+
+  template <typename Count>
+  void operator()(int64_t i, Count count) const {
+    C x[W], g[W];
+    load(accumulator + i, count, x);
+    load(grad + i, count, g);
+    functor(g, x);
+    store(x, count, accumulator + i);
+  }
+};
+
 void blend(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add) {
   for_dtype(dtype, [&](auto* t) {
+    for_blocks<kLanes>(n, Blend<std::remove_pointer_t<decltype(t)>, kLanes>(accumulator, grad, keep, add));
+  });
+}
+
+void blend_perturb(DType dtype, void* accumulator, const void* grad, double keep, double add, void* position,
+                   const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive) {
+  for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    C* a = static_cast<C*>(accumulator);
-    const T* g = static_cast<const T*>(grad);
-    const Accumulate<C> functor{static_cast<C>(keep), static_cast<C>(add)};
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      C x[kLanes], gradient[kLanes];
-      load(a + i, count, x);
-      load(g + i, count, gradient);
-      functor(gradient, x);
-      store(x, count, a + i);
-    });
+    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(nullptr), n, element, stream,
+                scale, adaptive, Blend<T, 4 * kQuads>(accumulator, grad, keep, add));
   });
 }
 
@@ -356,14 +384,15 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
 #define TSAM_STRING_(x) #x
 #define TSAM_STRING(x) TSAM_STRING_(x)
 extern const cpu::Kernels kernel_table;
-const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),  cpu_apply::noise_sum_squares,
-                                   cpu_apply::copy,        cpu_apply::perturb,
-                                   cpu_apply::sum_squares, cpu_apply::ascend,
-                                   cpu_apply::assign,      cpu_apply::blend,
-                                   cpu_apply::poison,      cpu_apply::weighted_sum,
-                                   cpu_apply::to_float64,  cpu_apply::round_sum,
-                                   cpu_apply::leapfrog,    cpu_apply::hmc,
-                                   cpu_apply::hmc_place,   cpu_apply::kick};
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),    cpu_apply::noise_sum_squares,
+                                   cpu_apply::copy,          cpu_apply::perturb,
+                                   cpu_apply::blend_perturb, cpu_apply::sum_squares,
+                                   cpu_apply::ascend,        cpu_apply::assign,
+                                   cpu_apply::blend,         cpu_apply::poison,
+                                   cpu_apply::weighted_sum,  cpu_apply::to_float64,
+                                   cpu_apply::round_sum,     cpu_apply::leapfrog,
+                                   cpu_apply::hmc,           cpu_apply::hmc_place,
+                                   cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -55,6 +55,11 @@ struct Kernels {
   void (*perturb)(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element,
                   Stream stream, double scale, bool adaptive);
 
+  // As perturb with an origin elsewhere and as blend, side by side: the draw has no use for memory, the mean for
+  // nothing else. Words: read 3, write 2.
+  void (*blend_perturb)(DType dtype, void* accumulator, const void* grad, double keep, double add, void* position,
+                        const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive);
+
   // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
 

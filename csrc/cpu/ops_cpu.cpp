@@ -26,27 +26,45 @@ void copy_chunk(const Kernels& k, const Run& to, const Run& from, const Chunk& c
   k.copy(at(to, chunk), at(from, chunk), chunk.length * item_bytes(to.dtype), past_caches);
 }
 
+// The element index of a chunk's first element, and the chunk's factor of the noise.
+struct Draw {
+  const PerturbArguments& a;
+  Stream stream;
+  double scale;
+
+  uint64_t element(const Chunk& chunk) const {
+    return static_cast<uint64_t>(a.base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
+  }
+  double factor(size_t t) const { return (a.negate ? -scale : scale) * a.radius[t]; }
+};
+
+// What precedes the first element of a perturbation: the noise's scale, for which sphere and ball draw once without
+// writing. False where the call ends with a stage's sum.
+bool begin_draw(Draw& draw, const ChunkPlan& plan) {
+  const PerturbArguments& a = draw.a;
+  const Kernels& k = kernels();
+  double squares[1] = {0.0};
+  if (a.noise != Noise::kGaussian && a.stage.has(0))
+    squares[0] = sum_chunks(
+        plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, draw.element(chunk), draw.stream); });
+  if (a.stage.ends(0, squares)) return false;
+  draw.scale = noise_scale(a.noise, a.dimension, squares[0], stream_now(a.counter.stream(kBallRadius)));
+  a.state[kNoiseScale] = draw.scale;
+  return true;
+}
+
 // Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
 // no buffer for z: their norm has to be known before the first element is written.
 void perturb(const PerturbArguments& a) {
-  const Stream stream = stream_now(a.counter.stream(kPerturbation));
-  const Kernels& k = kernels();
   const ChunkPlan plan = plan_of(a.position);
-  const auto element = [&](const Chunk& chunk) {
-    return static_cast<uint64_t>(a.base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
-  };
-  double squares[1] = {0.0};
-  if (a.noise != Noise::kGaussian && a.stage.has(0))
-    squares[0] =
-        sum_chunks(plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), stream); });
-  if (a.stage.ends(0, squares)) return;
-  const double scale = noise_scale(a.noise, a.dimension, squares[0], stream_now(a.counter.stream(kBallRadius)));
-  a.state[kNoiseScale] = scale;
+  Draw draw{a, stream_now(a.counter.stream(kPerturbation)), 0.0};
+  if (!begin_draw(draw, plan)) return;
+  const Kernels& k = kernels();
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
     k.perturb(position.dtype, at(position, chunk), at(origin, chunk), a.save ? at(a.saved[t], chunk) : nullptr,
-              chunk.length, element(chunk), stream, (a.negate ? -scale : scale) * a.radius[t], a.adaptive[t]);
+              chunk.length, draw.element(chunk), draw.stream, draw.factor(t), a.adaptive[t]);
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
@@ -113,6 +131,27 @@ void accumulate(const AccumulateArguments& a) {
   });
 }
 
+// Both in one pass where the mean blends: it waits for memory, the draw for arithmetic. Words: read 3, write 2.
+void accumulate_perturb(const AccumulatePerturbArguments& both) {
+  const AccumulateArguments& mean = both.mean;
+  const PerturbArguments& next = both.next;
+  if (action_of(mean.op, mean.state) != kBlend) {
+    if (next.stage.has(1)) accumulate(mean);
+    perturb(next);
+    return;
+  }
+  const ChunkPlan plan = plan_of(next.position);
+  Draw draw{next, stream_now(next.counter.stream(kPerturbation)), 0.0};
+  if (!begin_draw(draw, plan)) return;
+  const Kernels& k = kernels();
+  for_chunks(plan, [&](int64_t, const Chunk& chunk) {
+    const size_t t = static_cast<size_t>(chunk.tensor);
+    k.blend_perturb(next.position[t].dtype, at(mean.accumulator[t], chunk), at(mean.grads[t], chunk), mean.state[kKeep],
+                    mean.state[kAdd], at(next.position[t], chunk), at(next.saved[t], chunk), chunk.length,
+                    draw.element(chunk), draw.stream, draw.factor(t), next.adaptive[t]);
+  });
+}
+
 // Words: read 1, write 1. Bit for bit, whatever the dtype.
 void restore(const RestoreArguments& a) {
   const Kernels& k = kernels();
@@ -142,6 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("tilt_begin_", TORCH_BOX(&ops::tilt_begin_<cpu::tilt_begin>));
   m.impl("tilt_update_", TORCH_BOX(&ops::tilt_update_<cpu::tilt_update>));
   m.impl("accumulate_", TORCH_BOX(&ops::accumulate_<cpu::accumulate>));
+  m.impl("accumulate_perturb_", TORCH_BOX(&ops::accumulate_perturb_<cpu::accumulate_perturb>));
   m.impl("restore_", TORCH_BOX(&ops::restore_<cpu::restore>));
   m.impl("tilt_summary", TORCH_BOX(&ops::tilt_summary<cpu::summary>));
 }

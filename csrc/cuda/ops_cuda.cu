@@ -94,6 +94,12 @@ void accumulate(const AccumulateArguments& a) {
   });
 }
 
+// One pass after the other: both wait for memory here, and side by side they would move the same words.
+void accumulate_perturb(const AccumulatePerturbArguments& both) {
+  if (both.next.stage.has(1)) accumulate(both.mean);
+  perturb(both.next);
+}
+
 void restore(const RestoreArguments& a) {
   const OnDevice device(a.home);
   const auto entry = [](TablePair&, size_t, size_t) {};
@@ -124,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
   m.impl("tilt_begin_", TORCH_BOX(&tsam::ops::tilt_begin_<tsam::cuda::begin>));
   m.impl("tilt_update_", TORCH_BOX(&tsam::ops::tilt_update_<tsam::cuda::update>));
   m.impl("accumulate_", TORCH_BOX(&tsam::ops::accumulate_<tsam::cuda::accumulate>));
+  m.impl("accumulate_perturb_", TORCH_BOX(&tsam::ops::accumulate_perturb_<tsam::cuda::accumulate_perturb>));
   m.impl("restore_", TORCH_BOX(&tsam::ops::restore_<tsam::cuda::restore>));
   m.impl("tilt_summary", TORCH_BOX(&tsam::ops::tilt_summary<tsam::cuda::summary>));
 }

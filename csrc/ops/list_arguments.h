@@ -74,11 +74,10 @@ struct PerturbArguments {
   Stage stage;
 };
 
-template <void (*run)(const PerturbArguments&)>
-void perturb_(const TensorList& position, const TensorList& saved, Tensor state, Numbers radius, Flags adaptive,
-              Integers base, int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
-              bool save, int64_t stage) {
-  const Op op("perturb_", state);
+inline PerturbArguments perturb_arguments(const Op& op, const TensorList& position, const TensorList& saved,
+                                          const Tensor& state, const Numbers& radius, const Flags& adaptive,
+                                          const Integers& base, int64_t seed, int64_t step, int64_t sample,
+                                          int64_t noise, int64_t dimension, bool negate, bool save, int64_t stage) {
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
   same_layouts(op, "saved", kept, "position", moved);
   same_dtypes(op, "saved", kept, "position", moved);
@@ -91,9 +90,19 @@ void perturb_(const TensorList& position, const TensorList& saved, Tensor state,
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
   in_range({op, "noise"}, noise, 0, 2);
   const Stage part(op, stage, 1, s + kTotal);
-  disjoint(op, {{"position", moved}, {"saved", kept}});
-  run({state, moved, kept, s, radius, adaptive, base, counter, static_cast<Noise>(noise), dimension, negate, save,
-       part});
+  return {state,     moved,  kept, s,   radius, adaptive, base, counter, static_cast<Noise>(noise),
+          dimension, negate, save, part};
+}
+
+template <void (*run)(const PerturbArguments&)>
+void perturb_(const TensorList& position, const TensorList& saved, Tensor state, Numbers radius, Flags adaptive,
+              Integers base, int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
+              bool save, int64_t stage) {
+  const Op op("perturb_", state);
+  const PerturbArguments a = perturb_arguments(op, position, saved, state, radius, adaptive, base, seed, step, sample,
+                                               noise, dimension, negate, save, stage);
+  disjoint(op, {{"position", a.position}, {"saved", a.saved}});
+  run(a);
 }
 
 struct GradNormArguments {
@@ -187,18 +196,46 @@ struct AccumulateArguments {
   bool adopted;
 };
 
-template <void (*run)(const AccumulateArguments&)>
-void accumulate_(const TensorList& accumulator, const TensorList& grads, Tensor state) {
-  const Op op("accumulate_", state);
+inline AccumulateArguments accumulate_arguments(const Op& op, const TensorList& accumulator, const TensorList& grads,
+                                                const Tensor& state) {
   const Runs sums = checked_runs(op, "accumulator", accumulator), gradients = checked_runs(op, "grads", grads);
   const bool adopted = grads.empty() && !sums.empty();
   if (!adopted) {
     same_layouts(op, "grads", gradients, "accumulator", sums);
     same_dtypes(op, "accumulator", sums, "grads", gradients, /*in_compute_type=*/true);
   }
-  double* const s = checked_state(op, state, 0);
-  disjoint(op, {{"accumulator", sums}, {"grads", gradients}});
-  run({op, state, sums, gradients, s, adopted});
+  return {op, state, sums, gradients, checked_state(op, state, 0), adopted};
+}
+
+template <void (*run)(const AccumulateArguments&)>
+void accumulate_(const TensorList& accumulator, const TensorList& grads, Tensor state) {
+  const Op op("accumulate_", state);
+  const AccumulateArguments a = accumulate_arguments(op, accumulator, grads, state);
+  disjoint(op, {{"accumulator", a.accumulator}, {"grads", a.grads}});
+  run(a);
+}
+
+// One sample's accumulate_ and the next one's perturb_, over the same tensors.
+struct AccumulatePerturbArguments {
+  AccumulateArguments mean;
+  PerturbArguments next;
+};
+
+template <void (*run)(const AccumulatePerturbArguments&)>
+void accumulate_perturb_(const TensorList& accumulator, const TensorList& grads, const TensorList& position,
+                         const TensorList& saved, Tensor state, Numbers radius, Flags adaptive, Integers base,
+                         int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
+                         int64_t stage) {
+  const Op op("accumulate_perturb_", state);
+  const PerturbArguments next = perturb_arguments(op, position, saved, state, radius, adaptive, base, seed, step,
+                                                  sample, noise, dimension, negate, /*save=*/false, stage);
+  const AccumulateArguments mean = accumulate_arguments(op, accumulator, grads, state);
+  same_layouts(op, "grads", mean.grads, "position", next.position);
+  same_dtypes(op, "grads", mean.grads, "position", next.position);
+  disjoint(
+      op,
+      {{"position", next.position}, {"saved", next.saved}, {"accumulator", mean.accumulator}, {"grads", mean.grads}});
+  run({mean, next});
 }
 
 struct RestoreArguments {

@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def("tilt_begin_(Tensor(a!) state, Tensor tilt) -> ()");
   m.def("tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
   m.def("accumulate_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor state) -> ()");
+  m.def(
+      "accumulate_perturb_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor(b!)[] position, Tensor[] saved, "
+      "Tensor(c!) state, float[] radius, bool[] adaptive, int[] base, int seed, int step, int sample, int noise, "
+      "int dimension, bool negate, int stage=-1) -> ()");
   m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
 
   // Hamiltonian Monte Carlo, in place over lists. chain: float64, core/metropolis.h gives its slots. prior: core/hmc.h.

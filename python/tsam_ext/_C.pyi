@@ -43,6 +43,23 @@ def ascend_(
 def tilt_begin_(state: Tensor, tilt: Tensor) -> None: ...
 def tilt_update_(state: Tensor, loss: Tensor, log_size: float, row: int, skip_nonfinite: bool, last: bool) -> None: ...
 def accumulate_(accumulator: list[Tensor], grads: list[Tensor], state: Tensor) -> None: ...
+def accumulate_perturb_(
+    accumulator: list[Tensor],
+    grads: list[Tensor],
+    position: list[Tensor],
+    saved: list[Tensor],
+    state: Tensor,
+    radius: list[float],
+    adaptive: list[bool],
+    base: list[int],
+    seed: int,
+    step: int,
+    sample: int,
+    noise: int,
+    dimension: int,
+    negate: bool,
+    stage: int = -1,
+) -> None: ...
 def restore_(position: list[Tensor], saved: list[Tensor]) -> None: ...
 def hmc_place_(
     position: list[Tensor],

@@ -22,6 +22,7 @@ ascend_: Callable[..., None] = _library.ascend_.default
 tilt_begin_: Callable[..., None] = _library.tilt_begin_.default
 tilt_update_: Callable[..., None] = _library.tilt_update_.default
 accumulate_: Callable[..., None] = _library.accumulate_.default
+accumulate_perturb_: Callable[..., None] = _library.accumulate_perturb_.default
 restore_: Callable[..., None] = _library.restore_.default
 hmc_place_: Callable[..., None] = _library.hmc_place_.default
 hmc_begin_: Callable[..., None] = _library.hmc_begin_.default
@@ -45,6 +46,7 @@ LIST_OPS = (
     "tilt_begin_",
     "tilt_update_",
     "accumulate_",
+    "accumulate_perturb_",
     "restore_",
     "hmc_place_",
     "hmc_begin_",

@@ -1,6 +1,7 @@
 """One gradient estimate: the passes of a step, what moves between them, and how everything is put back.
 
 noise:  draw, [closure], weigh            ascent: draw, [closure], norm and ascend, [closure], weigh
+where a sample's weighing and the next one's draw are over the same tensors, one pass does both.
 Words moved per float32 element (s samples): noise 5 s, ascent 9 s, ascent with s = 1 and radius 0 (SAM) 7.
 Invariant: `saved` holds the bits of every parameter that has moved; whatever way a step ends, they go back.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +79,11 @@ class Estimate:
         self._masks: RandomMasks | None = None
         self._statistics: NormStatistics | None = None
         self._tilt = self.state[Slot.TILT]
+        self._drawn = -1  # the sample that the parameters have been moved to already
         self._sums: dict[int, Tensor] = {}  # parameters with a gradient -> its weighted mean so far
         self._forms = [(p, p.stride(), p.dtype) for p in table.parameters]
         self._moved, self._base = taken(table.parameters, table.moves), taken(table.base, table.moves)
-        self._adaptive = taken(table.adaptive, table.moves)
+        self._adaptive, self._radius = taken(table.adaptive, table.moves), taken(table.radius, table.moves)
 
     def passes(self) -> Iterator[Sample]:
         """One item a gradient. Ending early, by break or exception, puts everything back."""
@@ -145,7 +148,8 @@ class Estimate:
     def _prepare(self, index: int, probe: bool) -> None:
         if (probe or not self._ascends) and not self.plain:
             if self.table.draws:
-                self.perturb(index)
+                if self._drawn != index:
+                    self.perturb(index)
             elif self.first_loss is not None:
                 self.restore()
         self.clear_gradients()
@@ -181,7 +185,10 @@ class Estimate:
             last = sample.index == self.num_samples - 1
             skip = self.settings.skip_nonfinite_loss
             self.spread.run(_ops.tilt_update_, (), self.state, sample.loss, log_size, sample.index, skip, last)
-            self._accumulate(gradients, adopt=sample.index == 0, zero=sample.index > 0)
+            if not last and self._merges(gradients):
+                self._accumulate_and_perturb(gradients, sample.index + 1)
+            else:
+                self._accumulate(gradients, adopt=sample.index == 0, zero=sample.index > 0)
 
     @torch.no_grad()
     def gradients(self) -> dict[int, Tensor]:
@@ -201,29 +208,34 @@ class Estimate:
     @torch.no_grad()
     def perturb(self, index: int) -> None:
         """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
-        moves, table = self.table.moves, self.table
+        moves = self.table.moves
         saves = not self._origin
         if saves:
             self._saving(moves)
-        antithetic = self.settings.antithetic
-        self.spread.run(
-            _ops.perturb_,
-            moves,
-            self._moved,
-            taken(self._origin, moves),
-            self.state,
-            taken(table.radius, moves),
-            self._adaptive,
-            self._base,
-            self.seed,
-            self.noise_step,
-            index & ~1 if antithetic else index,
-            NOISES.index(self.settings.noise),
-            table.dimension,
-            antithetic and index % 2 == 1,
-            saves,
-        )
+        saved = taken(self._origin, moves)
+        self.spread.run(_ops.perturb_, moves, self._moved, saved, self.state, *self._draw(index), saves)
         increment_version(self._moved)
+
+    def _draw(self, index: int) -> tuple[Any, ...]:
+        """What an op has to know of the noise of sample ``index``."""
+        settings = self.settings
+        negate = settings.antithetic and index % 2 == 1
+        counter = (self.seed, self.noise_step, index - negate, NOISES.index(settings.noise))
+        return (self._radius, self._adaptive, self._base, *counter, self.table.dimension, negate)
+
+    def _merges(self, gradients: dict[int, Tensor]) -> bool:
+        """Whether the mean of these gradients and the next draw are one pass: over the same tensors, and both due."""
+        same = self._sums.keys() == gradients.keys() and list(gradients) == self.table.moves
+        return same and self.table.draws and not self.plain
+
+    def _accumulate_and_perturb(self, gradients: dict[int, Tensor], index: int) -> None:
+        """Brings the mean up to this sample and moves the parameters to sample ``index``."""
+        moves = self.table.moves
+        mean, saved = taken(self._sums, moves), taken(self._origin, moves)
+        lists = (mean, list(gradients.values()), self._moved, saved)
+        self.spread.run(_ops.accumulate_perturb_, moves, *lists, self.state, *self._draw(index))
+        increment_version(self._moved)
+        self._drawn = index
 
     @torch.no_grad()
     def ascend(self, gradients: dict[int, Tensor], row: int) -> None:

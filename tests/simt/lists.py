@@ -99,6 +99,13 @@ def run_ops(seed: int) -> Lists:
         if x:
             _C.accumulate_(total, grads if row % 2 else lists.fresh(), state)
     out["mean"] = copies(total, [state, _C.tilt_summary(state, 4)])
+    merged = lists.fresh(in_wide=True)
+    _C.tilt_begin_(state, scalar(3.0))
+    for row, loss in enumerate((0.3, 0.9, -0.2)):
+        _C.tilt_update_(state, scalar(loss), 0.0, row, False, row == 2)
+        draw = (lists.radius, flags, base, 5, step, row, row, d, False)
+        _C.accumulate_perturb_(merged, grads, x, saved, state, *draw)
+        out[f"merged {row}{'' if row else ' bits'}"] = copies(x, merged)
     out |= run_single(lists)
     for prior, name in enumerate(("gaussian", "ball")):
         out |= run_hmc(lists, prior, name)

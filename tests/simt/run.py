@@ -32,6 +32,7 @@ OPS = (
     "test_optim_sam.py",
     "test_capturable.py",
     "test_spread.py",
+    "test_merged_pass.py",
     "test_bench_model.py",
 )
 # Optimized, checked by the compiler as strictly as the CPU ops; one set of CPU kernels, for what is not emulated yet.

@@ -21,6 +21,7 @@ from .state import Slot
 
 STAGES = {
     _ops.perturb_: 2,
+    _ops.accumulate_perturb_: 2,
     _ops.grad_norm_: 2,
     _ops.hmc_place_: 2,
     _ops.hmc_begin_: 2,
