@@ -223,7 +223,7 @@ def held_bytes(estimator: Estimator) -> int:
     if isinstance(estimator, TSAM):
         chain = estimator._chain
         positions = [x for held in chain.positions.values() for x in held]
-        kept = [*estimator._saved.values(), *positions, *chain.momenta.values()]
+        kept = [*(copy for _, copy in estimator._saved.values()), *positions, *chain.momenta.values()]
     elif isinstance(estimator, baselines.ForeachTSAM):
         kept = [*estimator.saved, *estimator.noise]
     else:

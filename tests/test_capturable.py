@@ -84,7 +84,7 @@ def lasting(optimizer: TSAM) -> list[Tensor]:
     positions = [buffer for buffers in chain.positions.values() for buffer in buffers]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
-    scratch = [*optimizer._saved.values(), *chain.momenta.values()]
+    scratch = [*(copy for _, copy in optimizer._saved.values()), *chain.momenta.values()]
     return [*parameters, *scratch, *base, *positions, chain.scalars, *counter]
 
 

@@ -155,7 +155,7 @@ def test_the_chain_goes_on_from_step_to_step_and_restarts_where_it_is_unknown(pr
     position = optimizer.chain_position()
     assert not any(torch.equal(a, b) for a, b in zip(before, position, strict=True))
     with optimizer.perturbed():
-        moved = [p - o for p, o in zip(task.copies(), optimizer._saved.values(), strict=True)]
+        moved = [p - o for p, (_, o) in zip(task.copies(), optimizer._saved.values(), strict=True)]
     for a, b in zip(moved, position, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     extra = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))

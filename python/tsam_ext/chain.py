@@ -147,7 +147,7 @@ class Chain:
         found = []
         for i in table.moves:
             if table.parameters[i] not in self.positions:
-                raise RuntimeError(f"TSAM: chain_position(): {table.names[i]} was not perturbed in the last step.")
+                raise RuntimeError(f"TSAM: chain_position(): {table.name(i)} was not perturbed in the last step.")
             parameter = table.parameters[i].detach()
             moved = table.rho[i] / unit * self.position(table.parameters[i])
             found.append((moved * parameter.abs() if table.adaptive[i] else moved).to(parameter.dtype))

@@ -43,7 +43,7 @@ class Estimate:
         self,
         table: Table,
         settings: Settings,
-        saved: dict[Tensor, Tensor],
+        saved: dict[Tensor, tuple[Any, Tensor]],
         *,
         seed: int,
         step: int | Tensor,
@@ -199,7 +199,7 @@ class Estimate:
             if gradient is None:
                 continue
             if gradient.layout is not torch.strided:
-                raise reject(f"{self.table.names[i]}.grad", f"a {gradient.layout} tensor", "a dense gradient")
+                raise reject(f"{self.table.name(i)}.grad", f"a {gradient.layout} tensor", "a dense gradient")
             if gradient.stride() != stride or gradient.dtype != dtype:
                 gradient = torch.empty_like(parameter).copy_(gradient)
             gradients[i] = gradient
@@ -241,11 +241,11 @@ class Estimate:
     def ascend(self, gradients: dict[int, Tensor], row: int) -> None:
         """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved."""
         table = self.table
-        moves = [i for i in table.moves if i in gradients]
+        moves = list(filter(gradients.__contains__, table.moves))
         if not moves:
             return
-        saved = [i for i in moves if i in self._origin]
-        fresh = [i for i in moves if i not in self._origin]
+        saved = list(filter(self._origin.__contains__, moves))
+        fresh = [i for i in moves if i not in self._origin] if len(saved) < len(moves) else []
         # A parameter not yet saved has not moved: it is its own origin.
         origins = [self._origin.get(i, table.parameters[i]) for i in moves]
         adaptive = taken(table.adaptive, moves)
@@ -276,16 +276,11 @@ class Estimate:
         self._saves.append(indices)
         for i in indices:
             parameter = self.table.parameters[i]
-            scratch = self._scratch.get(parameter)
-            if (
-                scratch is None
-                or scratch.dtype != parameter.dtype
-                or scratch.device != parameter.device
-                or scratch.shape != parameter.shape
-                or scratch.stride() != parameter.stride()
-            ):
-                scratch = self._scratch[parameter] = torch.empty_like(parameter, requires_grad=False)
-            self._origin[i] = scratch
+            form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+            found = self._scratch.get(parameter)
+            if found is None or found[0] != form:
+                found = self._scratch[parameter] = form, torch.empty_like(parameter, requires_grad=False)
+            self._origin[i] = found[1]
 
     def _accumulate(self, gradients: dict[int, Tensor], *, adopt: bool, zero: bool) -> None:
         """Brings the mean up to this sample.

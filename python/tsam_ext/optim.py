@@ -161,7 +161,7 @@ class TSAM(WrappingOptimizer):
 
     def _forget(self) -> None:
         """Scratch that is never saved or copied."""
-        self._saved: dict[Tensor, Tensor] = {}
+        self._saved: dict[Tensor, tuple[Any, Tensor]] = {}
         self._estimate: Estimate | None = None
         self._pending = False
         self._inside_perturbed = False

@@ -7,6 +7,7 @@ Invariant: made afresh each step from the groups, so a changed rho, group or req
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ class Table:
     """
 
     parameters: list[Tensor] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    entries: list[tuple[int, int]] = field(default_factory=list)  # group, and place in it
     rho: list[float] = field(default_factory=list)
     radius: list[float] = field(default_factory=list)
     adaptive: list[bool] = field(default_factory=list)
@@ -44,20 +45,25 @@ class Table:
         table, element = cls(), 0
         for g, group in enumerate(groups):
             rho, radius = float(group["rho"]), group["radius"]
-            for i, parameter in enumerate(group["params"]):
-                size = parameter.numel()
-                if parameter.requires_grad:
-                    if rho != 0.0:
-                        table.moves.append(len(table.parameters))
-                        table.dimension += size
-                    table.parameters.append(parameter)
-                    table.names.append(f"param_groups[{g}]['params'][{i}]")
-                    table.rho.append(rho)
-                    table.radius.append(rho if radius is None else float(radius))
-                    table.adaptive.append(group["adaptive"])
-                    table.base.append(element)
-                element += (size + 3) // 4 * 4
+            every = group["params"]
+            sizes = [parameter.numel() for parameter in every]
+            *base, element = itertools.accumulate([(size + 3) // 4 * 4 for size in sizes], initial=element)
+            chosen = [i for i, parameter in enumerate(every) if parameter.requires_grad]
+            count, first = len(chosen), len(table.parameters)
+            if rho != 0.0:
+                table.moves += range(first, first + count)
+                table.dimension += sum(taken(sizes, chosen))
+            table.parameters += taken(every, chosen)
+            table.entries += [(g, i) for i in chosen]
+            table.base += taken(base, chosen)
+            table.rho += [rho] * count
+            table.radius += [rho if radius is None else float(radius)] * count
+            table.adaptive += [group["adaptive"]] * count
         return table
+
+    def name(self, index: int) -> str:
+        """Where a parameter stands in the groups."""
+        return "param_groups[{}]['params'][{}]".format(*self.entries[index])
 
     @property
     def dimension_over_rho(self) -> float:
