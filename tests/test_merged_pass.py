@@ -24,11 +24,15 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = st.lists(st.sampled_from([0, 1, 3, 127, 128, 129, 1000, 70_001]), min_size=0, max_size=4)
 
 
-def lists(sizes: list[int], dtype: torch.dtype) -> list[list[Tensor]]:
-    """Mean, gradients, position and copy: the same numbers at each call, the mean of the compute type."""
+def lists(sizes: list[int], dtype: torch.dtype, begun: bool = True) -> list[list[Tensor]]:
+    """Mean, gradients, position and copy: the same numbers at each call, the mean of the compute type.
+
+    A mean that has not begun may hold anything: here NaN.
+    """
     torch.manual_seed(2)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [[torch.randn(n, dtype=torch.float64).to(wide if role == 0 else dtype) for n in sizes] for role in range(4)]
+    made = [[torch.randn(n, dtype=torch.float64).to(wide if role == 0 else dtype) for n in sizes] for role in range(4)]
+    return made if begun else [[torch.full_like(x, float("nan")) for x in made[0]], *made[1:]]
 
 
 def state_after(losses: list[float]) -> Tensor:
@@ -56,10 +60,10 @@ def test_one_pass_has_the_bits_of_two(
     n = len(sizes)
     base = [shift + sum(-(-size // 4) * 4 for size in sizes[:i]) for i in range(n)]
     draw = ([0.1 + 0.2 * i for i in range(n)], [adaptive] * n, base, 11, 2, 4, noise, sum(sizes), negate)
-    mean, grads, position, saved = lists(sizes, dtype)
+    mean, grads, position, saved = lists(sizes, dtype, len(losses) > 1)
     state = state_after(losses)
     _C.accumulate_perturb_(mean, grads, position, saved, state, *draw)
-    mean_2, grads_2, position_2, saved_2 = lists(sizes, dtype)
+    mean_2, grads_2, position_2, saved_2 = lists(sizes, dtype, len(losses) > 1)
     state_2 = state_after(losses)
     if n:
         _C.accumulate_(mean_2, grads_2, state_2)
