@@ -268,6 +268,8 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "tilt_begin_": lambda: (new_state(1), torch.tensor(1.0)),
     "tilt_update_": lambda: (begun(), torch.tensor(1.0), 0.0, 0, False, True),
     "accumulate_": lambda: (lists(4, 9), lists(4, 9), begun()),
+    "accumulate_perturb_": lambda: (*(lists(4, 9) for _ in range(4)), begun(), [0.1] * 2, [False, True], [0, 4], 3, 1,
+                                    0, 0, 13, False),
     "restore_": lambda: (lists(4, 9), lists(4, 9)),
     "tilt_summary": lambda: (begun(), 1),
     "hmc_place_": lambda: (*(lists(4, 9) for _ in range(5)), chain(), begun(), [0.1] * 2, [False, True], [0, 4], 0, 0,

@@ -53,39 +53,87 @@ TSAM_HD Stream stream_now(const CountedStream& counted) {
   return stream;
 }
 
-// Ten rounds in place. x holds the counters on entry and the random words on return.
-template <int W>
-TSAM_HD void philox_rounds(uint32_t (&x)[4][W], uint64_t seed) {
-  constexpr uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  TSAM_UNROLL
-  for (int round = 0; round < 10; ++round) {
+// The ten round keys of a seed, made once for many draws.
+struct PhiloxKeys {
+  uint64_t word[2][10];
+
+  TSAM_HD explicit PhiloxKeys(uint64_t seed) {
+    uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
     TSAM_UNROLL
-    for (int i = 0; i < W; ++i) {
-      const uint64_t p0 = static_cast<uint64_t>(kMul0) * x[0][i];
-      const uint64_t p1 = static_cast<uint64_t>(kMul1) * x[2][i];
-      x[0][i] = static_cast<uint32_t>(p1 >> 32) ^ x[1][i] ^ key0;
-      x[1][i] = static_cast<uint32_t>(p1);
-      x[2][i] = static_cast<uint32_t>(p0 >> 32) ^ x[3][i] ^ key1;
-      x[3][i] = static_cast<uint32_t>(p0);
+    for (int round = 0; round < 10; ++round) {
+      word[0][round] = key0;
+      word[1][round] = key1;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
     }
-    key0 += kWeyl0;
-    key1 += kWeyl1;
+  }
+};
+
+struct KeyedStream {
+  Stream stream;
+  PhiloxKeys keys;
+
+  TSAM_HD KeyedStream(const Stream& stream) : stream(stream), keys(stream.seed) {}
+};
+
+// How the rounds' words lie: each in the lower half of a 64-bit lane, whose upper half may hold anything. So the product
+// of two words is one lane, both halves of it in place. A processor's own vectors of lanes: cpu/lanes.h.
+struct OneLane {
+  using Type = uint64_t;
+  static constexpr int kCount = 1;
+
+  TSAM_HD static Type product(Type x, uint32_t factor) {
+    return static_cast<uint64_t>(factor) * static_cast<uint32_t>(x);
+  }
+  // N lanes of consecutive quads, and the words of such lanes in the order of their quads.
+  template <int N>
+  TSAM_HD static void count(uint64_t quad, Type (&x)[N]) {
+    TSAM_UNROLL
+    for (int i = 0; i < N; ++i) x[i] = quad + static_cast<uint64_t>(i);
+  }
+  template <int N>
+  TSAM_HD static void words(const Type (&x)[N], uint32_t* out) {
+    TSAM_UNROLL
+    for (int i = 0; i < N; ++i) out[i] = static_cast<uint32_t>(x[i]);
+  }
+};
+
+// Ten rounds in place, written out: a loop would move every word to another register in each round.
+template <int Round, typename Lanes, int N>
+TSAM_HD void philox_rounds(typename Lanes::Type (&x)[4][N], const PhiloxKeys& keys) {
+  if constexpr (Round < 10) {
+    TSAM_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const typename Lanes::Type p0 = Lanes::product(x[0][i], 0xD2511F53u), p1 = Lanes::product(x[2][i], 0xCD9E8D57u);
+      x[0][i] = (p1 >> 32) ^ x[1][i] ^ keys.word[0][Round];
+      x[1][i] = p1;
+      x[2][i] = (p0 >> 32) ^ x[3][i] ^ keys.word[1][Round];
+      x[3][i] = p0;
+    }
+    philox_rounds<Round + 1, Lanes>(x, keys);
   }
 }
 
-// Random words of the W quads that start at `quad`.
-template <int W>
-TSAM_HD void philox(const Stream& stream, uint64_t quad, uint32_t (&x)[4][W]) {
+// Random words of the W quads that start at `quad`; four registers at a time hide each other's latency.
+template <int W, typename Lanes = OneLane>
+TSAM_HD void philox(const KeyedStream& keyed, uint64_t quad, uint32_t (&x)[4][W]) {
+  using Type = typename Lanes::Type;
+  constexpr int N = W < 4 * Lanes::kCount ? W / Lanes::kCount : 4, kQuads = N * Lanes::kCount;
+  static_assert(W % kQuads == 0, "blocks of whole registers");
   TSAM_UNROLL
-  for (int i = 0; i < W; ++i) {
-    const uint64_t q = quad + static_cast<uint64_t>(i);
-    x[0][i] = static_cast<uint32_t>(q);
-    x[1][i] = static_cast<uint32_t>(q >> 32);
-    x[2][i] = stream.step;
-    x[3][i] = stream.word3;
+  for (int at = 0; at < W; at += kQuads) {
+    Type lane[4][N];
+    Lanes::count(quad + static_cast<uint64_t>(at), lane[0]);
+    TSAM_UNROLL
+    for (int i = 0; i < N; ++i) {
+      lane[1][i] = lane[0][i] >> 32;
+      lane[2][i] = Type{} + keyed.stream.step;
+      lane[3][i] = Type{} + keyed.stream.word3;
+    }
+    philox_rounds<0, Lanes>(lane, keyed.keys);
+    TSAM_UNROLL
+    for (int k = 0; k < 4; ++k) Lanes::words(lane[k], &x[k][at]);
   }
-  philox_rounds<W>(x, stream.seed);
 }
 
 TSAM_HD float float_from_bits(uint32_t bits) {
@@ -146,10 +194,10 @@ TSAM_HD void box_muller_direction(uint32_t x, float& c, float& s) {
 }
 
 // Standard normals of the W quads that start at `quad`, in element order: z[4 * lane + component].
-template <int W>
-TSAM_HD void normals(const Stream& stream, uint64_t quad, float (&z)[4 * W]) {
+template <int W, typename Lanes = OneLane>
+TSAM_HD void normals(const KeyedStream& stream, uint64_t quad, float (&z)[4 * W]) {
   uint32_t x[4][W];
-  philox<W>(stream, quad, x);
+  philox<W, Lanes>(stream, quad, x);
   TSAM_UNROLL
   for (int i = 0; i < W; ++i) {
     const float r0 = box_muller_radius(x[0][i]);

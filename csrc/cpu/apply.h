@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
@@ -41,23 +42,24 @@ TSAM_HD void for_blocks(int64_t n, Body body) {
 template <typename Body>
 TSAM_HD void for_noise(int64_t n, uint64_t element, const Stream& stream, Body body) {
   constexpr int W = 4 * kQuads;
+  const KeyedStream keyed(stream);
   float z[W];
   int64_t i = 0;
   const int skip = static_cast<int>(element % 4);
   if (skip != 0 && n > 0) {
     float head[4];
-    normals<1>(stream, element / 4, head);
+    normals<1>(keyed, element / 4, head);
     const int count = n < 4 - skip ? static_cast<int>(n) : 4 - skip;
     for (int k = 0; k < W; ++k) z[k] = k < count ? head[skip + k] : 0.0f;
     body(i, count, z);
     i += count;
   }
   for (; i + W <= n; i += W) {
-    normals<kQuads>(stream, (element + static_cast<uint64_t>(i)) / 4, z);
+    normals<kQuads, VectorLanes>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
     body(i, std::integral_constant<int, W>{}, z);
   }
   if (i < n) {
-    normals<kQuads>(stream, (element + static_cast<uint64_t>(i)) / 4, z);
+    normals<kQuads, VectorLanes>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
     body(i, static_cast<int>(n - i), z);
   }
 }
