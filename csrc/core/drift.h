@@ -90,19 +90,39 @@ TSAM_HD Drift ball_drift(double uu, double uv, double vv, double h) {
   return Drift{a, fma(a, tau, fma(after, keep, sine)), turn, fma(turn, tau, keep), chords + 1.0};
 }
 
-// Applied in float64 and rounded once to C: at d = 1e7 a typical gap 1 - |u|^2 is 1e-7, the size of a float32 rounding
-// of the coefficients, and would be lost.
+// A coefficient as a sum of two numbers of the compute type: at d = 1e7 a typical gap 1 - |u|^2 is 1e-7, the size of a
+// float32 rounding of the coefficients, the same for all elements, which would not average out.
 template <typename C>
 struct DriftMap {
-  double a, b, c, d;
+  C a, b, c, d, a_rest, b_rest, c_rest, d_rest;
 
-  template <int W>
-  TSAM_HD void operator()(C (&u)[W], C (&v)[W]) const {
-    for (int i = 0; i < W; ++i) {
-      const double x = static_cast<double>(u[i]), y = static_cast<double>(v[i]);
-      u[i] = static_cast<C>(fma(a, x, b * y));
-      v[i] = static_cast<C>(fma(c, x, d * y));
-    }
+  TSAM_HD explicit DriftMap(const Drift& map)
+      : a(static_cast<C>(map.a)),
+        b(static_cast<C>(map.b)),
+        c(static_cast<C>(map.c)),
+        d(static_cast<C>(map.d)),
+        a_rest(rest(map.a, a)),
+        b_rest(rest(map.b, b)),
+        c_rest(rest(map.c, c)),
+        d_rest(rest(map.d, d)) {}
+
+  template <typename V>
+  TSAM_HD void operator()(V& u, V& v) const {
+    const V x = u, y = v;
+    u = mapped(a, a_rest, b, b_rest, x, y);
+    v = mapped(c, c_rest, d, d_rest, x, y);
+  }
+
+ private:
+  // Nothing where the coefficient is not finite: the number itself says so.
+  TSAM_HD static C rest(double exact, C rounded) {
+    const C left = static_cast<C>(exact - static_cast<double>(rounded));
+    return left == left ? left : C(0);
+  }
+  template <typename V>
+  TSAM_HD static V mapped(C a, C a_rest, C b, C b_rest, const V& x, const V& y) {
+    if constexpr (sizeof(C) == sizeof(double)) return fused(V(a), x, V(b) * y);
+    return fused(V(a), x, fused(V(b), y, fused(V(a_rest), x, V(b_rest) * y)));
   }
 };
 

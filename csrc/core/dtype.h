@@ -101,6 +101,8 @@ TSAM_HD void store_number(double value, DType dtype, void* to) {
 
 TSAM_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 TSAM_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+TSAM_HD double widened(float x) { return static_cast<double>(x); }
+TSAM_HD double widened(double x) { return x; }
 TSAM_HD float magnitude(float x) { return fabsf(x); }
 TSAM_HD double magnitude(double x) { return fabs(x); }
 

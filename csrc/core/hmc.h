@@ -1,11 +1,11 @@
-// One lane block of HMC's passes, in scaled coordinates: x the position, p the momentum, q the gradient with respect to
+// The elements of HMC's passes, in scaled coordinates: x the position, p the momentum, q the gradient with respect to
 // x.
 //
 //   theta = theta_0 + T x,  T = scale D,  q = T g;   kick p += a q;   drift (x, p) <- four coefficients of (x, p)
 //   scale: rho / sqrt(d) (gaussian prior), rho (ball), 1 (flat);  D = 1 or |theta_0|
 //
-// Invariant: what feeds an accept test or a drift coefficient is summed in float64 lanes; x, p and q are of the compute
-// type. A kick's energy is a p.q + a^2/2 q.q with the momentum before the kick.
+// V is one element of the compute type or lanes of it (cpu/lanes.h). Invariant: what feeds an accept test or a drift
+// coefficient is summed in float64; a kick's energy is a p.q + a^2/2 q.q with the momentum before the kick.
 #pragma once
 
 #include "drift.h"
@@ -31,37 +31,38 @@ struct HmcScale {
   C scale;
   bool adaptive;
 
-  template <int W>
-  TSAM_HD void operator()(const C (&origin)[W], C (&t)[W]) const {
-    for (int i = 0; i < W; ++i) t[i] = adaptive ? scale * magnitude(origin[i]) : scale;
+  template <typename V>
+  TSAM_HD V operator()(const V& origin) const {
+    return adaptive ? V(scale) * magnitude(origin) : V(scale);
   }
 };
 
 // theta from x, one multiply-add.
-template <typename C>
-struct HmcMove {
-  template <int W>
-  TSAM_HD void operator()(const C (&origin)[W], const C (&t)[W], const C (&x)[W], C (&theta)[W]) const {
-    for (int i = 0; i < W; ++i) theta[i] = fused(t[i], x[i], origin[i]);
-  }
-};
+template <typename V>
+TSAM_HD V hmc_move(const V& origin, const V& t, const V& x) {
+  return fused(t, x, origin);
+}
 
 // p += a q, after the dot products of the energy.
 template <typename C>
 struct HmcKick {
   C a;
 
-  template <int W>
-  TSAM_HD void operator()(const C (&t)[W], const C (&grad)[W], C (&p)[W], double (&pq)[W], double (&qq)[W]) const {
-    C q[W];
-    for (int i = 0; i < W; ++i) q[i] = t[i] * grad[i];
-    for (int i = 0; i < W; ++i) {
-      pq[i] = fma(static_cast<double>(p[i]), static_cast<double>(q[i]), pq[i]);
-      qq[i] = fma(static_cast<double>(q[i]), static_cast<double>(q[i]), qq[i]);
-    }
-    for (int i = 0; i < W; ++i) p[i] = fused(a, q[i], p[i]);
+  template <typename V, typename D>
+  TSAM_HD void operator()(const V& t, const V& grad, V& p, D& pq, D& qq) const {
+    const V q = t * grad;
+    const D wide = widened(q);
+    pq = fused(widened(p), wide, pq);
+    qq = fused(wide, wide, qq);
+    p = fused(V(a), q, p);
   }
 };
+
+// sum += x y
+template <typename V, typename D>
+TSAM_HD void add_product(const V& x, const V& y, D& sum) {
+  sum = fused(widened(x), widened(y), sum);
+}
 
 // The factor of T that does not depend on the parameter.
 TSAM_HD double prior_scale(Prior prior, int64_t dimension) {

@@ -76,9 +76,9 @@ struct KeyedStream {
   TSAM_HD KeyedStream(const Stream& stream) : stream(stream), keys(stream.seed) {}
 };
 
-// How the rounds' words lie: each in the lower half of a 64-bit lane, whose upper half may hold anything. So the product
-// of two words is one lane, both halves of it in place. A processor's own vectors of lanes: cpu/lanes.h.
-struct OneLane {
+// How the rounds' words lie: each in the lower half of a 64-bit lane, whose upper half may hold anything. So the
+// product of two words is one lane, both halves of it in place. A processor's own vectors of lanes: cpu/lanes.h.
+struct OneWord {
   using Type = uint64_t;
   static constexpr int kCount = 1;
 
@@ -99,40 +99,40 @@ struct OneLane {
 };
 
 // Ten rounds in place, written out: a loop would move every word to another register in each round.
-template <int Round, typename Lanes, int N>
-TSAM_HD void philox_rounds(typename Lanes::Type (&x)[4][N], const PhiloxKeys& keys) {
+template <int Round, typename Words, int N>
+TSAM_HD void philox_rounds(typename Words::Type (&x)[4][N], const PhiloxKeys& keys) {
   if constexpr (Round < 10) {
     TSAM_UNROLL
     for (int i = 0; i < N; ++i) {
-      const typename Lanes::Type p0 = Lanes::product(x[0][i], 0xD2511F53u), p1 = Lanes::product(x[2][i], 0xCD9E8D57u);
+      const typename Words::Type p0 = Words::product(x[0][i], 0xD2511F53u), p1 = Words::product(x[2][i], 0xCD9E8D57u);
       x[0][i] = (p1 >> 32) ^ x[1][i] ^ keys.word[0][Round];
       x[1][i] = p1;
       x[2][i] = (p0 >> 32) ^ x[3][i] ^ keys.word[1][Round];
       x[3][i] = p0;
     }
-    philox_rounds<Round + 1, Lanes>(x, keys);
+    philox_rounds<Round + 1, Words>(x, keys);
   }
 }
 
 // Random words of the W quads that start at `quad`; four registers at a time hide each other's latency.
-template <int W, typename Lanes = OneLane>
+template <int W, typename Words = OneWord>
 TSAM_HD void philox(const KeyedStream& keyed, uint64_t quad, uint32_t (&x)[4][W]) {
-  using Type = typename Lanes::Type;
-  constexpr int N = W < 4 * Lanes::kCount ? W / Lanes::kCount : 4, kQuads = N * Lanes::kCount;
+  using Type = typename Words::Type;
+  constexpr int N = W < 4 * Words::kCount ? W / Words::kCount : 4, kQuads = N * Words::kCount;
   static_assert(W % kQuads == 0, "blocks of whole registers");
   TSAM_UNROLL
   for (int at = 0; at < W; at += kQuads) {
     Type lane[4][N];
-    Lanes::count(quad + static_cast<uint64_t>(at), lane[0]);
+    Words::count(quad + static_cast<uint64_t>(at), lane[0]);
     TSAM_UNROLL
     for (int i = 0; i < N; ++i) {
       lane[1][i] = lane[0][i] >> 32;
       lane[2][i] = Type{} + keyed.stream.step;
       lane[3][i] = Type{} + keyed.stream.word3;
     }
-    philox_rounds<0, Lanes>(lane, keyed.keys);
+    philox_rounds<0, Words>(lane, keyed.keys);
     TSAM_UNROLL
-    for (int k = 0; k < 4; ++k) Lanes::words(lane[k], &x[k][at]);
+    for (int k = 0; k < 4; ++k) Words::words(lane[k], &x[k][at]);
   }
 }
 
@@ -175,8 +175,8 @@ TSAM_HD float box_muller_radius(uint32_t x) {
 // cos and sin of 2 pi x / 2^32. The nearest quarter turn is taken off in integers, so the remaining angle in
 // [-pi/4, pi/4] carries no cancellation; minimax polynomials of degree 7 and 8.
 TSAM_HD void box_muller_direction(uint32_t x, float& c, float& s) {
-  const uint32_t quarter = (x + 0x20000000u) >> 30;
-  const float a = static_cast<float>(static_cast<int32_t>(x - (quarter << 30))) * 1.4629180792671596e-9f;
+  const uint32_t y = x + 0x20000000u;  // its upper two bits count the quarter turns
+  const float a = static_cast<float>(static_cast<int32_t>((y & 0x3FFFFFFFu) - 0x20000000u)) * 1.4629180792671596e-9f;
   const float a2 = a * a;
   float ps = -0.00019517298f;
   ps = fmaf(ps, a2, 0.008332178f);
@@ -186,18 +186,17 @@ TSAM_HD void box_muller_direction(uint32_t x, float& c, float& s) {
   pc = fmaf(pc, a2, -0.0013887368f);
   pc = fmaf(pc, a2, 0.041666646f);
   const float cosine = fmaf(a2, fmaf(a2, pc, -0.5f), 1.0f);
-  const bool swap = (quarter & 1u) != 0;
-  const uint32_t sin_sign = (quarter & 2u) << 30;
-  const uint32_t cos_sign = ((quarter + 1u) & 2u) << 30;
+  const bool swap = (y & 0x40000000u) != 0;
+  const uint32_t sin_sign = y & 0x80000000u, cos_sign = (y + 0x40000000u) & 0x80000000u;
   c = float_from_bits(bits_from_float(swap ? sine : cosine) ^ cos_sign);
   s = float_from_bits(bits_from_float(swap ? cosine : sine) ^ sin_sign);
 }
 
 // Standard normals of the W quads that start at `quad`, in element order: z[4 * lane + component].
-template <int W, typename Lanes = OneLane>
+template <int W, typename Words = OneWord>
 TSAM_HD void normals(const KeyedStream& stream, uint64_t quad, float (&z)[4 * W]) {
   uint32_t x[4][W];
-  philox<W, Lanes>(stream, quad, x);
+  philox<W, Words>(stream, quad, x);
   TSAM_UNROLL
   for (int i = 0; i < W; ++i) {
     const float r0 = box_muller_radius(x[0][i]);

@@ -55,11 +55,11 @@ TSAM_HD void for_noise(int64_t n, uint64_t element, const Stream& stream, Body b
     i += count;
   }
   for (; i + W <= n; i += W) {
-    normals<kQuads, VectorLanes>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
+    normals<kQuads, VectorWords>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
     body(i, std::integral_constant<int, W>{}, z);
   }
   if (i < n) {
-    normals<kQuads, VectorLanes>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
+    normals<kQuads, VectorWords>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
     body(i, static_cast<int>(n - i), z);
   }
 }

@@ -9,6 +9,7 @@
 #include "../core/leapfrog.h"
 #include "../core/weights.h"
 #include "copy.h"
+#include "hmc_pass.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
@@ -260,91 +261,16 @@ void kick(DType dtype, const void* momentum, const void* grad, cpu::Factor a, vo
   });
 }
 
-// A sum over a run in float64 lanes; blocks of a noise pass may be shorter than the lanes, and add zeros.
-template <int W>
-struct DotSum {
-  double lane[W] = {};
-
-  template <typename C>
-  void add(const C (&x)[W], const C (&y)[W]) {
-    for (int i = 0; i < W; ++i) lane[i] = fma(static_cast<double>(x[i]), static_cast<double>(y[i]), lane[i]);
-  }
-  double total() {
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-  }
-};
-
-template <typename T>
-HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n) {
-  using C = compute_t<T>;
-  constexpr int W = 4 * kQuads;
-  const HmcScale<C> scale{static_cast<C>(pass.scale), pass.adaptive};
-  const HmcKick<C> kick{static_cast<C>(pass.a)};
-  const DriftMap<C> drift{pass.drift.a, pass.drift.b, pass.drift.c, pass.drift.d};
-  const T *origin = static_cast<const T*>(run.origin), *grad = static_cast<const T*>(run.grad);
-  const C *from = static_cast<const C*>(run.from), *start = static_cast<const C*>(run.start);
-  C *momentum = static_cast<C*>(run.momentum), *to = static_cast<C*>(run.to);
-  T* position = static_cast<T*>(run.position);
-  DotSum<W> pq, qq, uu, uv, vv, moved;
-  const auto block = [&](int64_t i, auto count, C(&p)[W]) {
-    C t[W], x[W], o[W];
-    if (grad != nullptr || pass.move) {
-      if (pass.adaptive || pass.move) {
-        load(origin + i, count, o);
-      } else {
-        for (int k = 0; k < W; ++k) o[k] = C(0);
-      }
-      scale(o, t);
-    }
-    if (grad != nullptr) {
-      C g[W];
-      load(grad + i, count, g);
-      kick(t, g, p, pq.lane, qq.lane);
-    }
-    if (pass.products || pass.move) load(from + i, count, x);
-    if (pass.products) {
-      // Lanes beyond the run hold a drawn momentum, but x and g there are zero, and so must p be in p.p.
-      C inside[W];
-      for (int k = 0; k < W; ++k) inside[k] = k < count ? p[k] : C(0);
-      uu.add(x, x);
-      uv.add(x, inside);
-      vv.add(inside, inside);
-    }
-    if (pass.move) {
-      drift(x, p);
-      if (start != nullptr) {
-        C change[W];
-        load(start + i, count, change);
-        for (int k = 0; k < W; ++k) change[k] = k < count ? x[k] - change[k] : C(0);
-        moved.add(change, change);
-      }
-      C theta[W];
-      HmcMove<C>{}(o, t, x, theta);
-      store(x, count, to + i);
-      store(theta, count, position + i);
-    }
-    if (pass.keep_momentum) store(p, count, momentum + i);
-  };
-  if (pass.draw) {
-    for_noise(n, pass.element, pass.stream, [&](int64_t i, auto count, const float (&z)[W]) {
-      C p[W];
-      for (int k = 0; k < W; ++k) p[k] = static_cast<C>(z[k]);
-      block(i, count, p);
-    });
-  } else {
-    for_blocks<W>(n, [&](int64_t i, auto count) {
-      C p[W];
-      load(momentum + i, count, p);
-      block(i, count, p);
-    });
-  }
-  return HmcSums{pq.total(), qq.total(), uu.total(), uv.total(), vv.total(), moved.total()};
-}
-
 HmcSums hmc(DType dtype, const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n) {
-  return for_dtype(dtype, [&](auto* t) { return hmc_run<std::remove_pointer_t<decltype(t)>>(run, pass, n); });
+  return for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const bool measured = run.start != nullptr;
+    if (!pass.move)
+      return pass.products ? hmc_run<HmcKind::kKick, T>(run, pass, n) : hmc_run<HmcKind::kLastKick, T>(run, pass, n);
+    if (run.grad != nullptr)
+      return measured ? hmc_run<HmcKind::kWholeMeasured, T>(run, pass, n) : hmc_run<HmcKind::kWhole, T>(run, pass, n);
+    return measured ? hmc_run<HmcKind::kDriftMeasured, T>(run, pass, n) : hmc_run<HmcKind::kDrift, T>(run, pass, n);
+  });
 }
 
 void hmc_place(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
@@ -355,10 +281,9 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
     constexpr int W = 4 * kQuads;
     const HmcScale<C> functor{static_cast<C>(scale), adaptive};
     const auto block = [&](int64_t i, auto count, const C(&at)[W]) {
-      C o[W], t[W], theta[W];
+      C o[W], theta[W];
       load(static_cast<const T*>(origin) + i, count, o);
-      functor(o, t);
-      HmcMove<C>{}(o, t, at, theta);
+      for (int k = 0; k < W; ++k) theta[k] = hmc_move(o[k], functor(o[k]), at[k]);
       store(theta, count, static_cast<T*>(position) + i);
     };
     if (draw) {

@@ -1,23 +1,25 @@
-// Vectors of 64-bit lanes for Philox's rounds (core/philox.h): the compiler finds no vector form of a product of 32-bit
-// words with both its halves by itself, and the ten rounds are two thirds of a draw.
+// Vectors written out, for what the compiler does not vectorise well by itself: Philox's rounds (no vector form of a
+// product of 32-bit words with both its halves is found; they were two thirds of a draw) and HMC's passes (arrays of
+// lanes between functors went through memory).
 //
-// Layout: of each pair of registers the first holds the even quads, the second the odd ones, so that their words are
-// merged by one shift. Invariant: the same words as OneLane's, which is also what other processors use.
+// Layout: a Vector<E> is one register of the instruction set; Lanes<C> are always 16 elements, in as many registers as
+// they take. Invariant: the bits of one element at a time, on every instruction set; sums in 16 lanes on all of them.
 #pragma once
 
+#include <cmath>
 #include <cstring>
+#include <utility>
 
-#if defined(__SSE2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include "../core/philox.h"
+#include "../core/dtype.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
 namespace cpu_apply {
 
-#if defined(__SSE2__)
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -26,22 +28,77 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-struct VectorLanes {
-  using Type = uint64_t __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kCount = kVectorBytes / 8;
+template <typename E>
+struct VectorOf {
+  typedef E Type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename E>
+using Vector = typename VectorOf<E>::Type;
+template <typename E>
+constexpr int kVectorLanes = kVectorBytes / static_cast<int>(sizeof(E));
 
-  TSAM_HD static Type product(Type x, uint32_t factor) {
-    const Type y = Type{} + factor;
+// What an instruction set has beyond the operators: a product of lower halves, fma, and float32 to float64 and back.
 #if defined(__AVX512F__)
-    // The form without a mask makes g++ 12 warn of its own header.
-    return reinterpret_cast<Type>(
-        _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
+// The form without a mask makes g++ 12 warn of its own header.
+TSAM_HD Vector<uint64_t> lower_product(Vector<uint64_t> x, Vector<uint64_t> y) {
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm512_maskz_mul_epu32(0xFF, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
+}
+TSAM_HD Vector<float> vector_fma(Vector<float> a, Vector<float> b, Vector<float> c) { return _mm512_fmadd_ps(a, b, c); }
+TSAM_HD Vector<double> vector_fma(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+TSAM_HD Vector<double> widen_part(Vector<float> x, int half) {
+  const __m512d pairs = _mm512_castps_pd(x);
+  const __m256d taken =
+      half == 0 ? _mm512_maskz_extractf64x4_pd(0xF, pairs, 0) : _mm512_maskz_extractf64x4_pd(0xF, pairs, 1);
+  return _mm512_maskz_cvtps_pd(0xFF, _mm256_castpd_ps(taken));
+}
 #elif defined(__AVX2__)
-    return reinterpret_cast<Type>(_mm256_mul_epu32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(y)));
+TSAM_HD Vector<uint64_t> lower_product(Vector<uint64_t> x, Vector<uint64_t> y) {
+  return reinterpret_cast<Vector<uint64_t>>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(y)));
+}
+TSAM_HD Vector<float> vector_fma(Vector<float> a, Vector<float> b, Vector<float> c) { return _mm256_fmadd_ps(a, b, c); }
+TSAM_HD Vector<double> vector_fma(Vector<double> a, Vector<double> b, Vector<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+TSAM_HD Vector<double> widen_part(Vector<float> x, int half) {
+  return _mm256_cvtps_pd(half == 0 ? _mm256_castps256_ps128(x) : _mm256_extractf128_ps(x, 1));
+}
 #else
-    return reinterpret_cast<Type>(_mm_mul_epu32(reinterpret_cast<__m128i>(x), reinterpret_cast<__m128i>(y)));
+TSAM_HD Vector<uint64_t> lower_product(Vector<uint64_t> x, Vector<uint64_t> y) {
+  for (int i = 0; i < kVectorLanes<uint64_t>; ++i) x[i] = (x[i] & 0xFFFFFFFFu) * (y[i] & 0xFFFFFFFFu);
+  return x;
+}
+template <typename V>
+TSAM_HD V vector_fma(V a, V b, V c) {
+  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(a[0])); ++i) c[i] = fused(a[i], b[i], c[i]);
+  return c;
+}
+TSAM_HD Vector<double> widen_part(Vector<float> x, int half) {
+  Vector<double> out;
+  for (int i = 0; i < kVectorLanes<double>; ++i) out[i] = static_cast<double>(x[half * kVectorLanes<double> + i]);
+  return out;
+}
 #endif
-  }
+TSAM_HD Vector<double> widen_part(Vector<double> x, int) { return x; }
+
+// The sign bit off, as fabs has it.
+TSAM_HD Vector<float> vector_magnitude(Vector<float> x) {
+  return reinterpret_cast<Vector<float>>(reinterpret_cast<Vector<uint32_t>>(x) & 0x7FFFFFFFu);
+}
+TSAM_HD Vector<double> vector_magnitude(Vector<double> x) {
+  return reinterpret_cast<Vector<double>>(reinterpret_cast<Vector<uint64_t>>(x) & 0x7FFFFFFFFFFFFFFFu);
+}
+
+// Of each pair of registers the first holds the even quads, the second the odd ones, so that one shift merges their
+// words (core/philox.h).
+struct VectorWords {
+  using Type = Vector<uint64_t>;
+  static constexpr int kCount = kVectorLanes<uint64_t>;
+
+  TSAM_HD static Type product(Type x, uint32_t factor) { return lower_product(x, Type{} + factor); }
   template <int N>
   TSAM_HD static void count(uint64_t quad, Type (&x)[N]) {
     static_assert(N % 2 == 0, "registers in pairs");
@@ -57,9 +114,67 @@ struct VectorLanes {
     }
   }
 };
-#else
-using VectorLanes = OneLane;
-#endif
+
+// Sixteen elements of a compute type, with the operations that functors ask of one element. Written without loops, so
+// that the registers stay registers.
+template <typename C>
+class Lanes {
+ public:
+  static constexpr int kCount = 16;
+
+  TSAM_HD explicit Lanes(C all) : Lanes(make([&](int) { return Vector<C>{} + all; })) {}
+  TSAM_HD explicit Lanes(const C* from)
+      : Lanes(make([&](int k) {
+          Vector<C> x;
+          std::memcpy(&x, from + k * kVectorLanes<C>, sizeof x);
+          return x;
+        })) {}
+  TSAM_HD void store(C* to) const { store(to, Registers{}); }
+
+  TSAM_HD friend Lanes operator*(const Lanes& x, const Lanes& y) {
+    return make([&](int k) { return x.vector_[k] * y.vector_[k]; });
+  }
+  TSAM_HD friend Lanes operator-(const Lanes& x, const Lanes& y) {
+    return make([&](int k) { return x.vector_[k] - y.vector_[k]; });
+  }
+  TSAM_HD friend Lanes fused(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return make([&](int k) { return vector_fma(a.vector_[k], b.vector_[k], c.vector_[k]); });
+  }
+  TSAM_HD friend Lanes magnitude(const Lanes& x) {
+    return make([&](int k) { return vector_magnitude(x.vector_[k]); });
+  }
+  TSAM_HD friend Lanes<double> widened(const Lanes& x) {
+    constexpr int parts = sizeof(double) / sizeof(C);
+    return Lanes<double>::make([&](int k) { return widen_part(x.vector_[k / parts], k % parts); });
+  }
+  // Folded in halves, in an order that no instruction set changes.
+  TSAM_HD C total() const {
+    C lane[kCount];
+    store(lane);
+    for (int half = kCount / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+  }
+
+ private:
+  template <typename>
+  friend class Lanes;
+  using Registers = std::make_integer_sequence<int, kCount / kVectorLanes<C>>;
+
+  template <int... K, typename F>
+  TSAM_HD Lanes(std::integer_sequence<int, K...>, const F& of) : vector_{of(K)...} {}
+  template <typename F>
+  TSAM_HD static Lanes make(const F& of) {
+    return Lanes(Registers{}, of);
+  }
+
+  template <int... K>
+  TSAM_HD void store(C* to, std::integer_sequence<int, K...>) const {
+    (std::memcpy(to + K * kVectorLanes<C>, &vector_[K], sizeof(Vector<C>)), ...);
+  }
+
+  Vector<C> vector_[kCount / kVectorLanes<C>];
+};
 
 }  // namespace cpu_apply
 }  // namespace TSAM_ISA

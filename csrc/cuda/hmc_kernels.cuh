@@ -41,23 +41,6 @@ TSAM_DEVICE void draw_lanes(const Stream& stream, uint64_t element, Lanes lanes,
   for (int k = 0; k < W; ++k) x[k] = lanes[k] ? scale * static_cast<C>(second ? z[(k + 2) % 4] : z[k]) : C(0);
 }
 
-template <typename C, int W>
-TSAM_DEVICE void add_dot(const C (&x)[W], const C (&y)[W], double& sum) {
-  for (int k = 0; k < W; ++k) sum = fma(static_cast<double>(x[k]), static_cast<double>(y[k]), sum);
-}
-
-// The kick's two sums, whose lanes the functor keeps apart.
-template <typename C, int W>
-TSAM_DEVICE void kick_lanes(const HmcKick<C>& kick, const C (&t)[W], const C (&grad)[W], C (&p)[W], double& pq,
-                            double& qq) {
-  double pq_lanes[W] = {}, qq_lanes[W] = {};
-  kick(t, grad, p, pq_lanes, qq_lanes);
-  for (int k = 0; k < W; ++k) {
-    pq += pq_lanes[k];
-    qq += qq_lanes[k];
-  }
-}
-
 // Sum k of the block to row k of the partials.
 template <int K>
 TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n) {
@@ -85,7 +68,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(Pla
   for_lanes<4>(chunk.length, draw ? static_cast<int>(element % 4) : 0, aligned(position, saved, x),
                [&](int i, auto lanes) {
                  T raw[4];
-                 C o[4], t[4], at[4], theta[4];
+                 C o[4], at[4], theta[4];
                  load_raw(position + i, lanes, raw);
                  store_raw(raw, lanes, saved + i);
                  widen(raw, o);
@@ -95,8 +78,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(Pla
                  } else {
                    load(x + i, lanes, at);
                  }
-                 scale(o, t);
-                 HmcMove<C>{}(o, t, at, theta);
+                 for (int k = 0; k < 4; ++k) theta[k] = hmc_move(o[k], scale(o[k]), at[k]);
                  store(theta, lanes, position + i);
                });
 }
@@ -142,37 +124,32 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
     });
   }
   for_lanes<W>(chunk.length, skip, whole, [&](int i, auto lanes) {
-    C p[W], o[W] = {}, t[W], x[W];
+    C p[W], o[W] = {}, g[W], x[W], began[W], theta[W];
     if constexpr (draw) {
       memcpy(p, drawn + (i + skip) / W, sizeof p);
     } else {
       load(momentum + i, lanes, p);
     }
     if (moves || adaptive) load(origin + i, lanes, o);
-    scale(o, t);
-    if constexpr (kicks) {
-      C g[W];
-      load(grad + i, lanes, g);
-      kick_lanes(HmcKick<C>{static_cast<C>(scalars->kick)}, t, g, p, sums[0], sums[1]);
-    }
+    if constexpr (kicks) load(grad + i, lanes, g);
     load(from + i, lanes, x);
-    if constexpr (kind == HmcPassKind::kKick) {
-      add_dot(x, x, sums[2]);
-      add_dot(x, p, sums[3]);
-      add_dot(p, p, sums[4]);
+    if (moves && measure) load(start + i, lanes, began);
+    for (int k = 0; k < W; ++k) {
+      const C t = scale(o[k]);
+      if constexpr (kicks) HmcKick<C>{static_cast<C>(scalars->kick)}(t, g[k], p[k], sums[0], sums[1]);
+      if constexpr (kind == HmcPassKind::kKick) {
+        add_product(x[k], x[k], sums[2]);
+        add_product(x[k], p[k], sums[3]);
+        add_product(p[k], p[k], sums[4]);
+      }
+      if constexpr (moves) {
+        // Read again by each group: held in registers they would be spilled.
+        DriftMap<C>(scalars->map)(x[k], p[k]);
+        if (measure) add_product(x[k] - began[k], x[k] - began[k], sums[kPassSums<kind> - 1]);
+        theta[k] = hmc_move(o[k], t, x[k]);
+      }
     }
     if constexpr (moves) {
-      // Read again by each group: held in registers they would be spilled.
-      const Drift& map = scalars->map;
-      DriftMap<C>{map.a, map.b, map.c, map.d}(x, p);
-      if (measure) {
-        C change[W];
-        load(start + i, lanes, change);
-        for (int k = 0; k < W; ++k) change[k] = x[k] - change[k];
-        add_dot(change, change, sums[kPassSums<kind> - 1]);
-      }
-      C theta[W];
-      HmcMove<C>{}(o, t, x, theta);
       store(x, lanes, proposal + i);
       store(theta, lanes, position + i);
     }
@@ -194,12 +171,11 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   const C* const momentum = table.template at<C>(1, chunk);
   double sums[2] = {};
   for_lanes<4>(chunk.length, 0, aligned(origin, momentum, grad), [&](int i, auto lanes) {
-    C p[4], o[4] = {}, t[4], g[4];
+    C p[4], o[4] = {}, g[4];
     load(momentum + i, lanes, p);
     if (adaptive) load(origin + i, lanes, o);
     load(grad + i, lanes, g);
-    scale(o, t);
-    kick_lanes(HmcKick<C>{C(0)}, t, g, p, sums[0], sums[1]);
+    for (int k = 0; k < 4; ++k) HmcKick<C>{C(0)}(scale(o[k]), g[k], p[k], sums[0], sums[1]);
   });
   store_sums(sums, partial, n);
 }

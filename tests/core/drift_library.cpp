@@ -4,6 +4,7 @@
 // own; every function hands its arguments to csrc/core.
 #include "../../csrc/core/drift.h"
 #include "../../csrc/core/metropolis.h"
+#include "../../csrc/cpu/lanes.h"
 
 using namespace tsam;
 
@@ -12,17 +13,21 @@ static void store(const Drift& drift, double* out) {
   std::memcpy(out, values, sizeof values);
 }
 
-// Whole blocks of W elements; the caller's n is a multiple of W.
-template <typename C, int W>
+template <typename C>
 static void apply(const double* drift, int64_t n, C* u, C* v) {
-  const DriftMap<C> map{drift[0], drift[1], drift[2], drift[3]};
-  for (int64_t i = 0; i < n; i += W) {
-    C x[W], y[W];
-    std::memcpy(x, u + i, sizeof x);
-    std::memcpy(y, v + i, sizeof y);
+  const DriftMap<C> map(Drift{drift[0], drift[1], drift[2], drift[3], 0.0});
+  for (int64_t i = 0; i < n; ++i) map(u[i], v[i]);
+}
+
+// n: a multiple of 16.
+static void apply_lanes(const double* drift, int64_t n, float* u, float* v) {
+  using V = cpu_apply::Lanes<float>;
+  const DriftMap<float> map(Drift{drift[0], drift[1], drift[2], drift[3], 0.0});
+  for (int64_t i = 0; i < n; i += V::kCount) {
+    V x(u + i), y(v + i);
     map(x, y);
-    std::memcpy(u + i, x, sizeof x);
-    std::memcpy(v + i, y, sizeof y);
+    x.store(u + i);
+    y.store(v + i);
   }
 }
 
@@ -31,9 +36,9 @@ extern "C" {
 void rotation(double h, double* out) { store(rotation_drift(h), out); }
 void ball(double uu, double uv, double vv, double h, double* out) { store(ball_drift(uu, uv, vv, h), out); }
 
-void apply_float1(const double* drift, int64_t n, float* u, float* v) { apply<float, 1>(drift, n, u, v); }
-void apply_float32(const double* drift, int64_t n, float* u, float* v) { apply<float, 32>(drift, n, u, v); }
-void apply_double1(const double* drift, int64_t n, double* u, double* v) { apply<double, 1>(drift, n, u, v); }
+void apply_float1(const double* drift, int64_t n, float* u, float* v) { apply<float>(drift, n, u, v); }
+void apply_float16(const double* drift, int64_t n, float* u, float* v) { apply_lanes(drift, n, u, v); }
+void apply_double1(const double* drift, int64_t n, double* u, double* v) { apply<double>(drift, n, u, v); }
 
 int chain_slots() { return kChain; }
 void create(double* s, double log_step) { chain_create(s, log_step); }
