@@ -55,13 +55,14 @@ void place(const HmcPlaceArguments& a) {
   if (a.stage.ends(0, squares)) return;
   const double draw_scale =
       normed ? noise_scale(Noise::kBall, scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
+  const bool past_caches = goes_past_caches(scaled.origin);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    const Run& theta = a.position[t];
-    char* const origin = at(scaled.origin[t], chunk);
-    std::memcpy(origin, at(theta, chunk), static_cast<size_t>(chunk.length * item_bytes(theta.dtype)));
-    k.hmc_place(theta.dtype, at(theta, chunk), origin, at(current[t], chunk), scaled.scale(t), scaled.adaptive[t],
-                a.draw, draw_scale, stream, element_of(a.base, chunk), chunk.length);
+    const DType dtype = a.position[t].dtype;
+    char* const theta = at(a.position[t], chunk);  // the copy would have to come back from memory
+    k.copy(at(scaled.origin[t], chunk), theta, chunk.length * item_bytes(dtype), past_caches);
+    k.hmc_place(dtype, theta, theta, at(current[t], chunk), scaled.scale(t), scaled.adaptive[t], a.draw, draw_scale,
+                stream, element_of(a.base, chunk), chunk.length);
   });
   a.state[kSaves] += 1.0;
 }
@@ -197,25 +198,28 @@ void recycle(const HmcRecycleArguments& a) {
 }
 
 // The gradient of the chain's state after a trajectory: grads if the proposal was taken, else what is carried already;
-// with `count` it enters the mean. Words: taken read 2, write 2, otherwise read 2, write 1; without `count` a copy or
-// nothing.
+// with `count` it enters the mean. Words: taken read 2, write 2, otherwise read 2, write 1; a mean that begins reads one
+// less; adopted read 1, write 1; without `count` a copy or nothing.
 void carry(const HmcCarryArguments& a) {
   const double* const s = a.state;
   const bool taken = a.chain[kTaken] != 0.0;
   const int action = a.count ? tilt_action(s) : static_cast<int>(kSkip);
+  if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
   if (!taken && action == kSkip) return;
   const Kernels& k = kernels();
+  const bool past_caches = goes_past_caches(a.carried);
   for_chunks(plan_of(a.carried), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const DType dtype = a.carried[t].dtype;
     char *const held = at(a.carried[t], chunk), *const sum = at(a.accumulator[t], chunk);
-    if (taken) std::memcpy(held, at(a.grads[t], chunk), static_cast<size_t>(chunk.length * item_bytes(dtype)));
+    const char* const from = !taken ? held : a.adopted ? sum : at(a.grads[t], chunk);
+    if (taken) k.copy(held, from, chunk.length * item_bytes(dtype), past_caches);
     if (action == kPoison) {
       k.poison(a.accumulator[t].dtype, sum, chunk.length);
-    } else if (action == kAssign) {
-      k.assign(dtype, sum, held, chunk.length);
+    } else if (action == kAssign && !(a.adopted && taken)) {
+      k.assign(dtype, sum, from, chunk.length);
     } else if (action == kBlend) {
-      k.blend(dtype, sum, held, chunk.length, s[kKeep], s[kAdd]);
+      k.blend(dtype, sum, from, chunk.length, s[kKeep], s[kAdd]);
     }
   });
 }

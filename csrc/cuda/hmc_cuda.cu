@@ -145,10 +145,11 @@ void recycle(const HmcRecycleArguments& a) {
 void carry(const HmcCarryArguments& a) {
   const OnDevice device(a.home);
   const auto entry = [](TensorTable<3>&, size_t, size_t) {};
-  for_shares<3>({&a.accumulator, &a.carried, &a.grads}, 1, entry, [&](const Share<3>& share) {
+  const Runs* const proposal = a.adopted ? &a.accumulator : &a.grads;
+  for_shares<3>({&a.accumulator, &a.carried, proposal}, 1, entry, [&](const Share<3>& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<hmc_carry_chunks<T>>(share.blocks, kThreads, share.table, a.chain, a.state, a.count);
+      device.run<hmc_carry_chunks<T>>(share.blocks, kThreads, share.table, a.chain, a.state, a.count, a.adopted);
     });
   });
 }

@@ -180,13 +180,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   store_sums(sums, partial, n);
 }
 
-// Lists: accumulator (of the compute type), carried, grads. Words: as the CPU's hmc_carry_, decided here.
+// Lists: accumulator (of the compute type), carried, grads (adopted: the accumulator). Words: as the CPU's hmc_carry_,
+// decided here.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count) {
+    hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count,
+                     bool adopted) {
   using C = compute_t<T>;
   const bool taken = chain[kTaken] != 0.0;
-  const int action = count ? tilt_action(state) : static_cast<int>(kSkip);
+  int action = count ? tilt_action(state) : static_cast<int>(kSkip);
+  if (adopted && action == kBlend) action = kPoison;  // the CPU's op refuses it
   if (!taken && action == kSkip) return;
   const Chunk chunk = chunk_of(table);
   const Accumulate<C> functor{static_cast<C>(state[kKeep]), static_cast<C>(state[kAdd])};
@@ -198,7 +201,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     C x[4], g[4];
     load_raw(source + i, lanes, raw);
     if (taken) store_raw(raw, lanes, carried + i);
-    if (action == kSkip) return;
+    if (action == kSkip || (adopted && taken && action == kAssign)) return;
     widen(raw, g);
     if (action == kPoison) {
       for (int k = 0; k < 4; ++k) x[k] = static_cast<C>(kNaN);

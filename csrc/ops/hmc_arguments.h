@@ -230,11 +230,13 @@ void hmc_recycle_(Tensor chain, Tensor state, Tensor loss, double share, int64_t
   run({chain, c, s, value, share, row, static_cast<Part>(part), metropolis, skip_nonfinite, last});
 }
 
+// With no grads for its tensors the accumulator holds the proposal's gradient (`adopted`), and is to begin the mean.
 struct HmcCarryArguments {
+  Op op;
   Tensor home;
   Runs accumulator, carried, grads;
   double *chain, *state;
-  bool count;
+  bool count, adopted;
 };
 
 template <void (*run)(const HmcCarryArguments&)>
@@ -243,14 +245,16 @@ void hmc_carry_(const TensorList& accumulator, const TensorList& carried, const 
   const Op op("hmc_carry_", chain);
   const Runs kept = checked_runs(op, "carried", carried), fresh = checked_runs(op, "grads", grads),
              sums = checked_runs(op, "accumulator", accumulator);
-  same_layouts(op, "grads", fresh, "carried", kept);
-  same_dtypes(op, "grads", fresh, "carried", kept);
+  const bool adopted = grads.empty() && !kept.empty();
+  const char* const proposal = adopted ? "accumulator" : "grads";
+  same_layouts(op, proposal, adopted ? sums : fresh, "carried", kept);
+  same_dtypes(op, proposal, adopted ? sums : fresh, "carried", kept);
   same_layouts(op, "accumulator", sums, "carried", kept);
   same_dtypes(op, "accumulator", sums, "carried", kept, /*in_compute_type=*/true);
   double* const c = checked_chain(op, chain);
   double* const s = checked_state(op, state, 0);
   disjoint(op, {{"accumulator", sums}, {"carried", kept}, {"grads", fresh}});
-  run({chain, sums, kept, fresh, c, s, count});
+  run({op, chain, sums, kept, fresh, c, s, count, adopted});
 }
 
 struct HmcAdaptArguments {

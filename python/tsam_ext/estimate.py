@@ -320,10 +320,15 @@ class Estimate:
         apart = buffer is not None and buffer.data_ptr() != gradient.data_ptr()
         if buffer is not None and apart and buffer.dtype == wide and buffer.stride() == gradient.stride():
             return buffer.zero_() if zero else buffer
-        if adopt and buffer is None and gradient.dtype == wide and is_own(gradient):
+        if adopt and self.adoptable(gradient, buffer):
             return None
         total = torch.empty_like(gradient, dtype=wide)
         return total.zero_() if zero else total
+
+    @staticmethod
+    def adoptable(gradient: Tensor, buffer: Tensor | None) -> bool:
+        """Whether a gradient's memory can become the mean's, where p.grad was ``buffer``."""
+        return buffer is None and gradient.dtype in (torch.float32, torch.float64) and is_own(gradient)
 
     @torch.no_grad()
     def restore(self) -> None:

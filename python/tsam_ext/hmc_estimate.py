@@ -218,21 +218,30 @@ class HmcEstimate(Estimate):
             n = len(self._substeps)
             self._recycle(START, sample, n, self._carried)
             self._recycle(END, sample, n - 1, self._fresh)
+        counted = sample >= 0 and not self._hmc.recycle
+        adopts = counted and not self._sums and all(map(self._adoptable, indices))
+        if adopts:
+            self._sums = {i: self._fresh[i] for i in indices}
         for i in indices:
             if i not in self._sums:
                 total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
                 assert total is not None
                 self._sums[i] = total
+        fresh = [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices]
         self.spread.run(
             _ops.hmc_carry_,
             indices,
             taken(self._sums, indices),
             taken(self._carried, indices),
-            [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices],
+            [] if adopts else fresh,
             self.chain.scalars,
             self.state,
-            sample >= 0 and not self._hmc.recycle,
+            counted,
         )
+
+    def _adoptable(self, index: int) -> bool:
+        """Whether the memory of the proposal's gradient can become the mean's: new memory costs more than a pass."""
+        return index in self._fresh and self.adoptable(self._fresh[index], self._buffers[index])
 
     def _recycle(self, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
         """Counts one state of the trajectory, with its gradient, into the given row of the sample's."""

@@ -155,6 +155,12 @@ def run_hmc(lists: Make, prior: int, name: str) -> Lists:
     leapfrog(carried, 1, 0.5, 1.0, True, True)
     end(0.2, 1, 3)
     _C.hmc_adapt_(chain, math.log(2.0))
+    wides = [i for i, dtype in enumerate(lists.dtypes) if dtype == wide(dtype)]
+    adopting, kept = ([tensors[i].clone() for i in wides] for tensors in (others, carried))
+    _C.tilt_begin_(state, tilt)
+    _C.tilt_update_(state, scalar(0.1), 0.0, 0, False, False)
+    _C.hmc_carry_(adopting, kept, [], chain, state, True)
+    out[f"{name} adopted"] = [*adopting, *kept]
     out[f"{name} chain"] = copies(x, momentum, *buffers, carried, total, [chain, state])
     return out
 

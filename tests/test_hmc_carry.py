@@ -1,0 +1,132 @@
+"""hmc_carry_ where a gradient's memory becomes the mean's, and where TSAM lets it.
+
+Law: the adopting form leaves the bits of the other one, whatever was decided of the trajectory and of its weight; only
+the first counted sample can be adopted, and a buffer that p.grad was is filled, not replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsam_ext import _C, TSAM
+from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext.functional.state import new_state
+
+SIZES = (3, 0, 70_001, 128)
+
+
+def lists(dtype: torch.dtype) -> list[list[Tensor]]:
+    """Carried gradients and those of a proposal."""
+    torch.manual_seed(4)
+    return [[torch.randn(n, dtype=dtype) for n in SIZES] for _ in range(2)]
+
+
+def chain_after(taken: bool) -> Tensor:
+    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    chain[ChainSlot.TAKEN] = taken
+    return chain
+
+
+def state_after(*losses: float, skip: bool = False) -> Tensor:
+    state = new_state(len(losses))
+    _C.tilt_begin_(state, torch.tensor(2.0))
+    for row, loss in enumerate(losses):
+        _C.tilt_update_(state, torch.tensor(loss), 0.0, row, skip, False)
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("loss", [0.3, math.nan])
+def test_adopting_leaves_the_bits_of_the_other_form(dtype: torch.dtype, taken: bool, loss: float) -> None:
+    carried, fresh = lists(dtype)
+    carried_2, fresh_2 = lists(dtype)
+    mean = [torch.full_like(g, 7.0) for g in fresh]
+    _C.hmc_carry_(mean, carried, fresh, chain_after(taken), state_after(loss), True)
+    _C.hmc_carry_(fresh_2, carried_2, [], chain_after(taken), state_after(loss), True)
+    for got, want in zip((*fresh_2, *carried_2), (*mean, *carried), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert carried[2].equal(lists(dtype)[taken][2]), "the chain goes on with the proposal's gradient if it was taken"
+
+
+def test_a_skipped_sample_leaves_the_mean_to_the_next() -> None:
+    carried, fresh = lists(torch.float32)
+    state = state_after(math.inf, skip=True)
+    _C.hmc_carry_(fresh, carried, [], chain_after(True), state, True)
+    assert all(map(torch.equal, carried, fresh))
+    _C.tilt_update_(state, torch.tensor(0.5), 0.0, 0, True, True)
+    _C.hmc_carry_(fresh, carried, [torch.ones(n) for n in SIZES], chain_after(False), state, True)
+    assert all(map(torch.equal, carried, fresh))
+
+
+def test_only_the_first_sample_and_the_same_dtype() -> None:
+    carried, fresh = lists(torch.float32)
+    before = [x.clone() for x in (*carried, *fresh)]
+    with pytest.raises(ValueError, match=r"^tsam\.hmc_carry_: grads: got none, expected gradients: only the first"):
+        _C.hmc_carry_(fresh, carried, [], chain_after(True), state_after(0.3, 0.4), True)
+    half = [g.to(torch.bfloat16) for g in carried]
+    with pytest.raises(ValueError, match=r"^tsam\.hmc_carry_: accumulator\[0\]: got .*float32"):
+        _C.hmc_carry_(fresh, half, [], chain_after(True), state_after(0.3), True)
+    assert all(map(torch.equal, (*carried, *fresh), before))
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"lr": 0.1, "rho": 0.3, "seed": 3, "sampler": "hmc", "delta": 5.0, "num_samples": 3} | changes
+
+
+def gradients_of_a_step(parameter: torch.nn.Parameter, **changes: Any) -> list[int]:
+    """Where each pass's gradient lay."""
+    optimizer, kept = TSAM([parameter], **options(**changes)), []
+
+    def closure() -> Tensor:
+        loss = (parameter**2).sum()
+        loss.backward()
+        kept.append(parameter.grad)
+        return loss
+
+    optimizer.estimate_gradient(closure)
+    return [g.data_ptr() for g in kept]
+
+
+def test_the_first_counted_gradient_s_memory_becomes_the_mean() -> None:
+    parameter = torch.nn.Parameter(torch.randn(1000))
+    passes = gradients_of_a_step(parameter)
+    assert parameter.grad is not None
+    assert parameter.grad.data_ptr() == passes[1]
+    assert passes.count(passes[1]) == 1
+
+
+@pytest.mark.parametrize("why", ["buffer", "half", "view"])
+def test_memory_that_is_another_s_or_narrower_is_not_adopted(why: str) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(1000, dtype=torch.bfloat16 if why == "half" else torch.float32)
+    parameter, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    buffer = torch.ones_like(start) if why == "buffer" else None
+    parameter.grad = buffer
+    bucket = torch.zeros(5, 1001, dtype=start.dtype)
+    optimizer, calls = TSAM([parameter], **options()), []
+
+    def closure() -> Tensor:
+        loss = (parameter**2).sum()
+        (gradient,) = torch.autograd.grad(loss, [parameter])
+        calls.append(gradient)
+        if why == "view":
+            gradient = bucket[len(calls) - 1, 1:].copy_(gradient)
+        parameter.grad = gradient
+        return loss
+
+    optimizer.estimate_gradient(closure)
+    assert parameter.grad is not None
+    assert all(parameter.grad.data_ptr() != g.data_ptr() for g in calls)
+    if why == "buffer":
+        assert parameter.grad is buffer
+    if why == "view":
+        assert parameter.grad.untyped_storage().data_ptr() != bucket.untyped_storage().data_ptr()
+    gradients_of_a_step(plain)
+    assert plain.grad is not None
+    assert parameter.grad.equal(plain.grad), "the same mean"
