@@ -7,7 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -217,7 +216,7 @@ void carry(const HmcCarryArguments& a) {
     if (action == kPoison) {
       k.poison(a.accumulator[t].dtype, sum, chunk.length);
     } else if (action == kAssign && !(a.adopted && taken)) {
-      k.assign(dtype, sum, from, chunk.length);
+      k.assign(dtype, sum, from, chunk.length, past_caches);
     } else if (action == kBlend) {
       k.blend(dtype, sum, from, chunk.length, s[kKeep], s[kAdd]);
     }

@@ -115,13 +115,17 @@ void ascend(DType dtype, void* position, const void* origin, const void* grad, i
   });
 }
 
-void assign(DType dtype, void* accumulator, const void* grad, int64_t n) {
+void assign(DType dtype, void* accumulator, const void* grad, int64_t n, bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using C = compute_t<T>;
-    C* a = static_cast<C*>(accumulator);
-    const T* g = static_cast<const T*>(grad);
-    for (int64_t i = 0; i < n; ++i) a[i] = to_compute(g[i]);
+    if constexpr (std::is_same_v<T, C>) {
+      copy(accumulator, grad, n * static_cast<int64_t>(sizeof(T)), past_caches);
+    } else {
+      C* a = static_cast<C*>(accumulator);
+      const T* g = static_cast<const T*>(grad);
+      for (int64_t i = 0; i < n; ++i) a[i] = to_compute(g[i]);
+    }
   });
 }
 

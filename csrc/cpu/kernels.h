@@ -68,7 +68,8 @@ struct Kernels {
   void (*ascend)(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
-  void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n);
+  // What needs no conversion is a copy, past the caches or not.
+  void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n, bool past_caches);
   void (*blend)(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add);
 
   // accumulator = NaN, in the compute type of dtype. Words: write 1.

@@ -118,13 +118,14 @@ void accumulate(const AccumulateArguments& a) {
   if (action == kSkip || (a.adopted && action == kAssign)) return;
   if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
   const Kernels& k = kernels();
+  const bool past_caches = goes_past_caches(a.accumulator);
   for_chunks(plan_of(a.accumulator), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     char* const sum = at(a.accumulator[t], chunk);
     if (action == kPoison) {
       k.poison(a.accumulator[t].dtype, sum, chunk.length);
     } else if (action == kAssign) {
-      k.assign(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length);
+      k.assign(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length, past_caches);
     } else {
       k.blend(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length, a.state[kKeep], a.state[kAdd]);
     }
