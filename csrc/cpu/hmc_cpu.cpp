@@ -197,8 +197,8 @@ void recycle(const HmcRecycleArguments& a) {
 }
 
 // The gradient of the chain's state after a trajectory: grads if the proposal was taken, else what is carried already;
-// with `count` it enters the mean. Words: taken read 2, write 2, otherwise read 2, write 1; a mean that begins reads one
-// less; adopted read 1, write 1; without `count` a copy or nothing.
+// with `count` it enters the mean. Words: taken read 2, write 2, otherwise read 2, write 1; a mean that begins reads
+// one less; adopted read 1, write 1; without `count` a copy or nothing.
 void carry(const HmcCarryArguments& a) {
   const double* const s = a.state;
   const bool taken = a.chain[kTaken] != 0.0;

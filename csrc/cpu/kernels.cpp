@@ -93,14 +93,26 @@ double sum_squares(DType dtype, const void* grad, const void* origin, int64_t n)
   });
 }
 
-void ascend(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale) {
+// One block as it is: whole blocks past the caches where `past_caches` and the place allow it.
+template <int W, typename T, typename Count>
+void save_block(const T* from, Count count, T* to, bool past_caches) {
+  if (std::is_same_v<Count, std::integral_constant<int, W>> && past_caches && at_line(to)) {
+    stream_lines(to, from, W * static_cast<int64_t>(sizeof(T)));
+  } else {
+    for (int k = 0; k < count; ++k) to[k] = from[k];
+  }
+}
+
+void ascend(DType dtype, void* position, const void* origin, void* saved, const void* grad, int64_t n, double scale,
+            bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using C = compute_t<T>;
-    T* const p = static_cast<T*>(position);
+    T *const p = static_cast<T*>(position), *const kept = static_cast<T*>(saved);
     const T *const g = static_cast<const T*>(grad), *const o = static_cast<const T*>(origin);
     const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
     for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      if (kept != nullptr) save_block<kLanes>(p + i, count, kept + i, past_caches);
       C x[kLanes], d[kLanes], gradient[kLanes];
       load(p + i, count, x);
       load(g + i, count, gradient);
@@ -112,6 +124,7 @@ void ascend(DType dtype, void* position, const void* origin, const void* grad, i
       functor(d, gradient, x);
       store(x, count, p + i);
     });
+    if (kept != nullptr && past_caches) streamed();
   });
 }
 

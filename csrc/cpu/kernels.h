@@ -64,8 +64,9 @@ struct Kernels {
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
 
   // position += scale D^2 g, D = |origin|, which may be position itself, if origin is given. Words: read 2 (3
-  // adaptive), write 1.
-  void (*ascend)(DType dtype, void* position, const void* origin, const void* grad, int64_t n, double scale);
+  // adaptive), write 1, and 1 if `saved` takes the position on the way, past the caches or not.
+  void (*ascend)(DType dtype, void* position, const void* origin, void* saved, const void* grad, int64_t n,
+                 double scale, bool past_caches);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   // What needs no conversion is a copy, past the caches or not.

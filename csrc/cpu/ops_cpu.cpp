@@ -21,11 +21,6 @@ namespace {
 
 using namespace ops;
 
-// One chunk of a list, copied from another list.
-void copy_chunk(const Kernels& k, const Run& to, const Run& from, const Chunk& chunk, bool past_caches) {
-  k.copy(at(to, chunk), at(from, chunk), chunk.length * item_bytes(to.dtype), past_caches);
-}
-
 // The element index of a chunk's first element, and the chunk's factor of the noise.
 struct Draw {
   const PerturbArguments& a;
@@ -90,9 +85,9 @@ void ascend(const AscendArguments& a) {
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
-    if (a.save) copy_chunk(k, a.saved[t], position, chunk, past_caches);
-    k.ascend(position.dtype, at(position, chunk), a.adaptive[t] ? at(origin, chunk) : nullptr, at(a.grads[t], chunk),
-             chunk.length, ascent_scale(a.rho[t], a.state[kGradNorm]));
+    k.ascend(position.dtype, at(position, chunk), a.adaptive[t] ? at(origin, chunk) : nullptr,
+             a.save ? at(a.saved[t], chunk) : nullptr, at(a.grads[t], chunk), chunk.length,
+             ascent_scale(a.rho[t], a.state[kGradNorm]), past_caches);
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
@@ -159,7 +154,8 @@ void restore(const RestoreArguments& a) {
   const bool past_caches = goes_past_caches(a.position);
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    copy_chunk(k, a.position[t], a.saved[t], chunk, past_caches);
+    const Run& to = a.position[t];
+    k.copy(at(to, chunk), at(a.saved[t], chunk), chunk.length * item_bytes(to.dtype), past_caches);
   });
 }
 
