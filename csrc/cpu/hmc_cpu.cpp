@@ -57,11 +57,9 @@ void place(const HmcPlaceArguments& a) {
   const bool past_caches = goes_past_caches(scaled.origin);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    const DType dtype = a.position[t].dtype;
-    char* const theta = at(a.position[t], chunk);  // the copy would have to come back from memory
-    k.copy(at(scaled.origin[t], chunk), theta, chunk.length * item_bytes(dtype), past_caches);
-    k.hmc_place(dtype, theta, theta, at(current[t], chunk), scaled.scale(t), scaled.adaptive[t], a.draw, draw_scale,
-                stream, element_of(a.base, chunk), chunk.length);
+    k.hmc_place(a.position[t].dtype, at(a.position[t], chunk), at(scaled.origin[t], chunk), at(current[t], chunk),
+                scaled.scale(t), scaled.adaptive[t], a.draw, draw_scale, stream, element_of(a.base, chunk),
+                chunk.length, past_caches);
   });
   a.state[kSaves] += 1.0;
 }
@@ -212,13 +210,13 @@ void carry(const HmcCarryArguments& a) {
     const DType dtype = a.carried[t].dtype;
     char *const held = at(a.carried[t], chunk), *const sum = at(a.accumulator[t], chunk);
     const char* const from = !taken ? held : a.adopted ? sum : at(a.grads[t], chunk);
-    if (taken) k.copy(held, from, chunk.length * item_bytes(dtype), past_caches);
+    if (taken && action != kBlend) k.copy(held, from, chunk.length * item_bytes(dtype), past_caches);
     if (action == kPoison) {
       k.poison(a.accumulator[t].dtype, sum, chunk.length);
     } else if (action == kAssign && !(a.adopted && taken)) {
       k.assign(dtype, sum, from, chunk.length, past_caches);
     } else if (action == kBlend) {
-      k.blend(dtype, sum, from, chunk.length, s[kKeep], s[kAdd]);
+      k.blend(dtype, sum, from, taken ? held : nullptr, chunk.length, s[kKeep], s[kAdd], past_caches);
     }
   });
 }

@@ -165,9 +165,17 @@ struct Blend {
   }
 };
 
-void blend(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add) {
+void blend(DType dtype, void* accumulator, const void* grad, void* saved, int64_t n, double keep, double add,
+           bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
-    for_blocks<kLanes>(n, Blend<std::remove_pointer_t<decltype(t)>, kLanes>(accumulator, grad, keep, add));
+    using T = std::remove_pointer_t<decltype(t)>;
+    const Blend<T, kLanes> block(accumulator, grad, keep, add);
+    T* const kept = static_cast<T*>(saved);
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      if (kept != nullptr) save_block<kLanes>(block.grad + i, count, kept + i, past_caches);
+      block(i, count);
+    });
+    if (kept != nullptr && past_caches) streamed();
   });
 }
 
@@ -290,8 +298,8 @@ HmcSums hmc(DType dtype, const cpu::HmcRun& run, const cpu::HmcPass& pass, int64
   });
 }
 
-void hmc_place(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
-               double draw_scale, Stream stream, uint64_t element, int64_t n) {
+void hmc_place(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
+               double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches) {
   for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using C = compute_t<T>;
@@ -299,9 +307,11 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
     const HmcScale<C> functor{static_cast<C>(scale), adaptive};
     const auto block = [&](int64_t i, auto count, const C(&at)[W]) {
       C o[W], theta[W];
-      load(static_cast<const T*>(origin) + i, count, o);
+      T* const from = static_cast<T*>(position) + i;
+      save_block<W>(from, count, static_cast<T*>(saved) + i, past_caches);
+      load(from, count, o);
       for (int k = 0; k < W; ++k) theta[k] = hmc_move(o[k], functor(o[k]), at[k]);
-      store(theta, count, static_cast<T*>(position) + i);
+      store(theta, count, from);
     };
     if (draw) {
       for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
@@ -317,6 +327,7 @@ void hmc_place(DType dtype, void* position, const void* origin, void* x, double 
         block(i, count, at);
       });
     }
+    if (past_caches) streamed();
   });
 }
 

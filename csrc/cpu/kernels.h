@@ -71,7 +71,9 @@ struct Kernels {
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   // What needs no conversion is a copy, past the caches or not.
   void (*assign)(DType dtype, void* accumulator, const void* grad, int64_t n, bool past_caches);
-  void (*blend)(DType dtype, void* accumulator, const void* grad, int64_t n, double keep, double add);
+  // `saved` takes the gradient on the way (write 1), past the caches or not.
+  void (*blend)(DType dtype, void* accumulator, const void* grad, void* saved, int64_t n, double keep, double add,
+                bool past_caches);
 
   // accumulator = NaN, in the compute type of dtype. Words: write 1.
   void (*poison)(DType dtype, void* accumulator, int64_t n);
@@ -93,9 +95,10 @@ struct Kernels {
   // One pass of HMC. Words: what is not null, once each; the momentum of a draw is not read.
   HmcSums (*hmc)(DType dtype, const HmcRun& run, const HmcPass& pass, int64_t n);
 
-  // x = draw_scale z, or x itself (`draw` false); position = origin + T x. Words: read 1 or 2, write 2 or 1.
-  void (*hmc_place)(DType dtype, void* position, const void* origin, void* x, double scale, bool adaptive, bool draw,
-                    double draw_scale, Stream stream, uint64_t element, int64_t n);
+  // saved = position, then position += T x with x = draw_scale z, or x itself (`draw` false). Words: read 2, write 2,
+  // or read 1, write 3.
+  void (*hmc_place)(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
+                    double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches);
 
   // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value an element.
   void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);

@@ -122,7 +122,8 @@ void accumulate(const AccumulateArguments& a) {
     } else if (action == kAssign) {
       k.assign(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length, past_caches);
     } else {
-      k.blend(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length, a.state[kKeep], a.state[kAdd]);
+      k.blend(a.grads[t].dtype, sum, at(a.grads[t], chunk), /*saved=*/nullptr, chunk.length, a.state[kKeep],
+              a.state[kAdd], past_caches);
     }
   });
 }
