@@ -124,7 +124,8 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
     });
   }
   for_lanes<W>(chunk.length, skip, whole, [&](int i, auto lanes) {
-    C p[W], o[W] = {}, g[W], x[W], began[W], theta[W];
+    C p[W], o[W] = {}, x[W];
+    [[maybe_unused]] C g[W], theta[W];
     if constexpr (draw) {
       memcpy(p, drawn + (i + skip) / W, sizeof p);
     } else {
@@ -133,7 +134,6 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
     if (moves || adaptive) load(origin + i, lanes, o);
     if constexpr (kicks) load(grad + i, lanes, g);
     load(from + i, lanes, x);
-    if (moves && measure) load(start + i, lanes, began);
     for (int k = 0; k < W; ++k) {
       const C t = scale(o[k]);
       if constexpr (kicks) HmcKick<C>{static_cast<C>(scalars->kick)}(t, g[k], p[k], sums[0], sums[1]);
@@ -145,11 +145,15 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
       if constexpr (moves) {
         // Read again by each group: held in registers they would be spilled.
         DriftMap<C>(scalars->map)(x[k], p[k]);
-        if (measure) add_product(x[k] - began[k], x[k] - began[k], sums[kPassSums<kind> - 1]);
         theta[k] = hmc_move(o[k], t, x[k]);
       }
     }
     if constexpr (moves) {
+      if (measure) {
+        C began[W];
+        load(start + i, lanes, began);
+        for (int k = 0; k < W; ++k) add_product(x[k] - began[k], x[k] - began[k], sums[kPassSums<kind> - 1]);
+      }
       store(x, lanes, proposal + i);
       store(theta, lanes, position + i);
     }
@@ -183,9 +187,8 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // Lists: accumulator (of the compute type), carried, grads (adopted: the accumulator). Words: as the CPU's hmc_carry_,
 // decided here.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain, const double* state, bool count,
-                     bool adopted) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_carry_chunks(TSAM_PARAMETER(TensorTable<3>) table, const double* chain,
+                                                              const double* state, bool count, bool adopted) {
   using C = compute_t<T>;
   const bool taken = chain[kTaken] != 0.0;
   int action = count ? tilt_action(state) : static_cast<int>(kSkip);
