@@ -26,7 +26,7 @@ TABLE = Path(__file__).with_name("cuda_accesses.txt")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 REGISTERS = 64  # four blocks of 256 threads on an SM
 # Three blocks, rather than a spill (csrc/cuda/device.cuh).
-MORE_REGISTERS = {"hmc_pass": (("sm_100", "sm_120"), 80)}
+MORE_REGISTERS = {"hmc_pass<double": (("sm_100", "sm_120"), 80)}
 
 
 def resources(library: Path) -> dict[Key, dict[str, int]]:
@@ -70,7 +70,7 @@ def wrong(usage: dict[Key, dict[str, int]], counts: dict[Key, Counter[str]]) -> 
                 continue
             if usage[key]["STACK"] or usage[key]["LOCAL"]:
                 faults.append(f"{kernel} on {architecture} uses local memory: {usage[key]}")
-            where, more = MORE_REGISTERS.get(kernel.partition("<")[0], ((), 0))
+            where, more = MORE_REGISTERS.get(kernel.partition(",")[0], ((), 0))
             if usage[key]["REG"] > (more if architecture in where else REGISTERS):
                 faults.append(f"{kernel} on {architecture} takes {usage[key]['REG']} registers")
             loads, stores = WORDS.get(kernel, (0, 0))
