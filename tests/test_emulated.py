@@ -13,6 +13,7 @@ import torch
 from back_ends import Results, agree, results
 
 from tsam_ext import _C
+from tsam_ext.chain import SLOTS
 from tsam_ext.metrics import new_state
 
 pytestmark = pytest.mark.emulated
@@ -66,6 +67,9 @@ def test_adopting_a_second_sample_is_nan() -> None:
         _C.tilt_update_(state, torch.tensor(1.0), 0.0, row, False, False)
     _C.accumulate_(x, [], state)
     assert x[0].isnan().all()
+    mean, carried = [torch.ones(4)], [torch.ones(4)]
+    _C.hmc_carry_(mean, carried, [], torch.zeros(SLOTS, dtype=torch.float64), state, True)
+    assert mean[0].isnan().all() and carried[0].eq(1).all()
 
 
 @pytest.mark.parametrize("adopted", [True, False])

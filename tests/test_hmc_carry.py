@@ -64,11 +64,18 @@ def test_a_skipped_sample_leaves_the_mean_to_the_next() -> None:
     assert all(map(torch.equal, carried, fresh))
 
 
-def test_only_the_first_sample_and_the_same_dtype() -> None:
+@pytest.mark.host_only("a device cannot refuse it: test_emulated.py has what it does")
+def test_only_the_first_sample_can_be_adopted() -> None:
     carried, fresh = lists(torch.float32)
     before = [x.clone() for x in (*carried, *fresh)]
     with pytest.raises(ValueError, match=r"^tsam\.hmc_carry_: grads: got none, expected gradients: only the first"):
         _C.hmc_carry_(fresh, carried, [], chain_after(True), state_after(0.3, 0.4), True)
+    assert all(map(torch.equal, (*carried, *fresh), before))
+
+
+def test_what_is_adopted_has_the_chain_s_dtype() -> None:
+    carried, fresh = lists(torch.float32)
+    before = [x.clone() for x in (*carried, *fresh)]
     half = [g.to(torch.bfloat16) for g in carried]
     with pytest.raises(ValueError, match=r"^tsam\.hmc_carry_: accumulator\[0\]: got .*float32"):
         _C.hmc_carry_(fresh, half, [], chain_after(True), state_after(0.3), True)

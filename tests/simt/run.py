@@ -26,6 +26,7 @@ OPS = (
     "test_dynamics.py",
     "test_hmc_parity.py",
     "test_hmc_chain.py",
+    "test_hmc_carry.py",
     "test_hmc_recycle.py",
     "test_hmc_sample.py",
     "test_optim_laws.py",
