@@ -127,7 +127,12 @@ def _leapfrog(a: Arguments) -> list[Pass]:
 
 
 def _carry(a: Arguments) -> list[Pass]:
-    """Of an accepted trajectory, whose gradient is kept; of a rejected one a word less is written."""
+    """Of an accepted trajectory, whose gradient is kept; of a rejected one a word less is written.
+
+    Without ``grads`` their own memory becomes the mean, and the other way costs the same two words.
+    """
+    if not a["grads"]:
+        return [Pass("hmc_carry_chunks<float>", 3, 1, 1)]
     return [Pass("hmc_carry_chunks<float>", 3, 1 if a["assigns"] else 2, 2)]
 
 

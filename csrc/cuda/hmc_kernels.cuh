@@ -21,10 +21,24 @@ using PlaceTable = TensorTable<kPlaceLists>;
 using LeapfrogTable = TensorTable<kLeapfrogLists>;
 static_assert(sizeof(PlaceTable) + kOtherParameters <= kParameterBytes && kTensorsPerLaunch<kPlaceLists> >= 400);
 
-// In a workspace of the op.
+// In a workspace of the op. `narrow`: the map as float32 lanes take it, which every thread would else work out anew.
 struct PassScalars {
   double kick;
   Drift map;
+  DriftMap<float> narrow;
+
+  TSAM_DEVICE void set(const Drift& drift) {
+    map = drift;
+    narrow = DriftMap<float>(drift);
+  }
+  template <typename C>
+  TSAM_DEVICE DriftMap<C> drift() const {
+    if constexpr (sizeof(C) == sizeof(float)) {
+      return narrow;
+    } else {
+      return DriftMap<C>(map);
+    }
+  }
 };
 constexpr int64_t kPassNumbers = sizeof(PassScalars) / sizeof(double);
 
@@ -144,7 +158,7 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
       }
       if constexpr (moves) {
         // Read again by each group: held in registers they would be spilled.
-        DriftMap<C>(scalars->map)(x[k], p[k]);
+        scalars->template drift<C>()(x[k], p[k]);
         theta[k] = hmc_move(o[k], t, x[k]);
       }
     }

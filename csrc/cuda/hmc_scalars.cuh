@@ -51,7 +51,7 @@ struct SubstepBegin {
   TSAM_DEVICE void operator()(const double*) const {
     if (at.first) trajectory_begin(at.chain);
     at.scalars->kick = kick_length(at.chain, at.prior, at.dimension, at.substep.kick);
-    if (at.prior != Prior::kBall) at.scalars->map = prior_drift(at.prior, at.time(), HmcSums{});
+    if (at.prior != Prior::kBall) at.scalars->set(prior_drift(at.prior, at.time(), HmcSums{}));
   }
 };
 
@@ -65,7 +65,7 @@ struct BallDrift {
     all.uu = sums[2];
     all.uv = sums[3];
     all.vv = sums[4];
-    at.scalars->map = prior_drift(at.prior, at.time(), all);
+    at.scalars->set(prior_drift(at.prior, at.time(), all));
     substep_end(at.chain, at.scalars->kick, all, at.scalars->map, at.prior, at.dimension, /*measure=*/false);
   }
 };
