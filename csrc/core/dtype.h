@@ -1,8 +1,8 @@
 // Storage types and the type each is computed in: float64 in float64, everything else in float32.
 //
 // Conversions are integer arithmetic (round to nearest even, subnormals exact even where the processor flushes them,
-// any NaN the same one: processors differ in sign and payload of those that they make), so that every instruction set
-// and device stores the same bits.
+// any NaN stored as one and read as a quiet one: processors differ in sign and payload of those that they make), so
+// that every instruction set and device has the same bits.
 #pragma once
 
 #include "philox.h"
@@ -47,7 +47,7 @@ TSAM_HD float to_compute(Float16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t subnormal = bits_from_float(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t special = (magnitude << 13) | 0x7F800000u;
+  const uint32_t special = (magnitude << 13) | (magnitude > 0x7C00u ? 0x7FC00000u : 0x7F800000u);
   const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
   return float_from_bits(sign | (magnitude >= 0x7C00u ? special : finite));
 }

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "halves.h"
 #include "kernels.h"
 #include "lanes.h"
 
@@ -17,8 +18,17 @@ namespace cpu_apply {
 constexpr int kLanes = 64;
 constexpr int kQuads = 32;
 
+// A block of float16 that the processor converts.
+template <typename T, typename C, int W, typename Count>
+constexpr bool kWholeHalves = std::is_same_v<T, Float16> && std::is_same_v<C, float> &&
+                              std::is_same_v<Count, std::integral_constant<int, W>> && W % kHalves == 0;
+
 template <typename T, typename C, int W, typename Count>
 TSAM_HD void load(const T* from, Count count, C (&x)[W]) {
+  if constexpr (kWholeHalves<T, C, W, Count>) {
+    for (int i = 0; i < W; i += kHalves) widen_halves(from + i, x + i);
+    return;
+  }
   if constexpr (!std::is_same_v<Count, std::integral_constant<int, W>>) {
     for (int i = 0; i < W; ++i) x[i] = C(0);
   }
@@ -27,6 +37,10 @@ TSAM_HD void load(const T* from, Count count, C (&x)[W]) {
 
 template <typename T, typename C, int W, typename Count>
 TSAM_HD void store(const C (&x)[W], Count count, T* to) {
+  if constexpr (kWholeHalves<T, C, W, Count>) {
+    for (int i = 0; i < W; i += kHalves) narrow_halves(x + i, to + i);
+    return;
+  }
   for (int i = 0; i < count; ++i) from_compute(x[i], to[i]);
 }
 

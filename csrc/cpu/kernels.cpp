@@ -57,8 +57,7 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
     beside(i, count);
     C origin[W], moved[W];
     load(from + i, count, origin);
-    if (saved != nullptr)
-      for (int k = 0; k < count; ++k) saved[i + k] = from[i + k];
+    if (saved != nullptr) std::memcpy(saved + i, from + i, static_cast<size_t>(count) * sizeof(T));
     functor(origin, z, moved);
     store(moved, count, position + i);
   });
@@ -137,7 +136,11 @@ void assign(DType dtype, void* accumulator, const void* grad, int64_t n, bool pa
     } else {
       C* a = static_cast<C*>(accumulator);
       const T* g = static_cast<const T*>(grad);
-      for (int64_t i = 0; i < n; ++i) a[i] = to_compute(g[i]);
+      for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+        C x[kLanes];
+        load(g + i, count, x);
+        store(x, count, a + i);
+      });
     }
   });
 }

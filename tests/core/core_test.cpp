@@ -24,6 +24,8 @@ static void check(bool ok, const char* what) {
   failures += ok ? 0 : 1;
 }
 
+#include "conversions.h"
+
 static uint64_t digest(const void* data, size_t bytes) {
   uint64_t h = 1469598103934665603u;  // FNV-1a
   for (size_t i = 0; i < bytes; ++i) h = (h ^ static_cast<const unsigned char*>(data)[i]) * 1099511628211u;
@@ -119,45 +121,6 @@ static void noise() {
     corners = corners && c == static_cast<float>(ec[quarter]) && s == static_cast<float>(es[quarter]);
   }
   check(corners, "quarter turns are exact");
-}
-
-static void conversions() {
-  bool ok = true;
-  for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const Float16 h{static_cast<uint16_t>(bits)};
-    const float f = to_compute(h);
-    Float16 back{0};
-    from_compute(f, back);
-    ok = ok && back.bits == (f != f ? 0x7e00 : h.bits);
-    const int e = static_cast<int>(bits >> 10 & 31), m = static_cast<int>(bits & 1023);
-    const double value = e == 0 ? std::ldexp(m, -24) : std::ldexp(1024 + m, e - 25);
-    if (e < 31) ok = ok && f == static_cast<float>(bits & 0x8000u ? -value : value);
-  }
-  check(ok, "all 65,536 float16 values survive, with the right value, NaNs as one");
-  ok = true;
-  for (uint32_t bits = 0; bits < 65536; ++bits) {
-    BFloat16 back{0};
-    const float f = float_from_bits(bits << 16);
-    from_compute(f, back);
-    ok = ok && back.bits == (f != f ? 0x7fc0 : bits);
-  }
-  check(ok, "all 65,536 bfloat16 values survive, NaNs as one");
-  const auto half = [](float f) {
-    Float16 h{0};
-    from_compute(f, h);
-    return h.bits;
-  };
-  check(half(65519.0f) == 0x7bff && half(65520.0f) == 0x7c00 && half(2049.0f) == 0x6800 && half(2051.0f) == 0x6802 &&
-            half(0x1p-25f) == 0 && half(0x1.8p-24f) == 2 && half(0x1.002p-14f) == 0x0400 &&
-            half(0x1.006p-14f) == 0x0402,
-        "float16 rounds to nearest even, overflows at 65520, keeps subnormals");
-  const auto brain = [](float f) {
-    BFloat16 b{0};
-    from_compute(f, b);
-    return b.bits;
-  };
-  check(brain(1.00390625f) == 0x3f80 && brain(1.01171875f) == 0x3f82 && brain(3.4e38f) == 0x7f80,
-        "bfloat16 rounds to nearest even");
 }
 
 // Streaming against softmax in long double, one element of gradient a sample.
@@ -346,6 +309,7 @@ int main() {
   known_answers();
   noise();
   conversions();
+  halves();
   streaming();
   values();
   chunks();
