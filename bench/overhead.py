@@ -2,7 +2,8 @@
 
 Parameter lists of real models, gradients that are only copied into p.grad (that time is left out), the ways in turns on
 cold caches. Floor: for each pass the larger of its words over the bandwidth and its draws over the draw rate, both
-measured in the same run. The job fails (exit 1) where a demand of bench/README.md is not met.
+the highest of the same run; beside it the same with the bandwidth right before and after, as a shared machine's
+memory is not always the same. The job fails (exit 1) where a demand of bench/README.md is not met.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Row:
     elements: int
     words: int
     floor: float
+    floor_then: float = 0.0  # by the bandwidth right before and right after
     seconds: list[float] = field(default_factory=list)
     calls: int = 0
     syncs: int = 0
@@ -271,18 +273,25 @@ def run(options: argparse.Namespace) -> int:
         print(f"python -m bench overhead: {error}", file=sys.stderr)
         return 2
     scratch = torch.ones(2 * cache // 4)
-    bandwidths, rates, rows = [program.bandwidths(size, FLOOR_REPEATS)], [floor.draw_rate(FLOOR_REPEATS)], []
+    bandwidths, rates = [program.bandwidths(size, FLOOR_REPEATS)], [floor.draw_rate(FLOOR_REPEATS)]
+    found: list[list[Row]] = []
     with tqdm([(name, *item) for name in names for item in work], unit="task") as bar:
         for name, task, ways in bar:
             bar.set_description(f"{name}, {task.name}")
             torch._dynamo.reset()
-            rows += measure(name, task, ways, rounds, scratch)
+            found.append(measure(name, task, ways, rounds, scratch))
             bandwidths.append(program.bandwidths(size, 4))
             rates.append(floor.draw_rate(4))
     limits = floor.combined(program, size, bandwidths, rates)
     passes = {task.name: task.passes for task in tasks}
-    for row in rows:
-        row.floor = sum(limits.seconds(4 * w * row.elements, n * row.elements) for w, n in passes[row.task])
+    for k, timed in enumerate(found):
+        then = floor.combined(program, size, bandwidths[k : k + 2], rates)
+        for row in timed:
+            row.floor, row.floor_then = (
+                sum(at.seconds(4 * w * row.elements, n * row.elements) for w, n in passes[row.task])
+                for at in (limits, then)
+            )
+    rows = [row for timed in found for row in timed]
     settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
     settings |= {"rounds": rounds, "floor": vars(limits), "load": load, "calls": calls.measure()}
     text = overhead_report.markdown(rows, environment(settings))

@@ -53,7 +53,7 @@ def test_the_words_are_those_of_the_formulas(s: int) -> None:
     # Where p.grad has memory, the first sample is copied into it.
     assert words({"num_samples": s}, keep=True) == 9 * s + 2
     for n in (1, 2, 4):
-        # The start 4, the way back 2; N > 1 reads the start again for the distance; the first mean is a gradient's memory.
+        # Start 4, way back 2; N > 1 reads the start for the distance; the first mean is a gradient's memory, 2 less.
         rest = 4 + 2 + (s if n > 1 else 0) - 2
         options = {"sampler": "hmc", "num_samples": s, "num_leapfrog_steps": n}
         assert words(options) == s * (7 * n + 5) + rest

@@ -141,7 +141,7 @@ def test_the_models_run(name: str) -> None:
 
 
 def row(task: str, way: str, seconds: float, name: str = "resnet18") -> Row:
-    return Row(name, task, way, 10, 27, 1.0, [seconds, seconds])
+    return Row(name, task, way, 10, 27, 1.0, 1.0, [seconds, seconds])
 
 
 @pytest.mark.parametrize(
