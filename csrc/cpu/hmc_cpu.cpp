@@ -111,7 +111,6 @@ void leapfrog(const HmcLeapfrogArguments& a) {
     HmcPass pass{};
     pass.scale = scaled.scale(t);
     pass.adaptive = scaled.adaptive[t];
-    pass.keep_momentum = true;
     pass.stream = stream_now(a.counter.stream(kMomentum));
     pass.element = element_of(a.base, chunk);
     return pass;

@@ -56,6 +56,10 @@ static void for_momenta(const cpu::HmcPass& pass, const C* momentum, int64_t n, 
 
 // What a pass does to an element; only the sums that it needs take registers.
 enum class HmcKind : int { kLastKick, kKick, kWhole, kWholeMeasured, kDrift, kDriftMeasured };
+template <HmcKind kind>
+constexpr bool kKicks = kind != HmcKind::kDrift && kind != HmcKind::kDriftMeasured;
+template <HmcKind kind>
+constexpr bool kMoves = kind != HmcKind::kLastKick && kind != HmcKind::kKick;
 
 // A pass's sums in lanes, and those of a block while it runs.
 struct HmcLanes {
@@ -73,7 +77,7 @@ template <HmcKind kind, int W, typename C>
 TSAM_HD void hmc_block(const HmcBlock<C>& block, const HmcScale<C>& scale, const HmcKick<C>& kick,
                        const DriftMap<C>& drift, HmcLanes& sums) {
   using V = Lanes<C>;
-  constexpr bool kicks = kind<HmcKind::kDrift, moves = kind> HmcKind::kKick, products = kind == HmcKind::kKick,
+  constexpr bool kicks = kKicks<kind>, moves = kMoves<kind>, products = kind == HmcKind::kKick,
                  measured = kind == HmcKind::kWholeMeasured || kind == HmcKind::kDriftMeasured;
   HmcLanes in = sums;
   for (int k = 0; k < W; k += V::kCount) {
@@ -107,7 +111,7 @@ template <HmcKind kind, typename T>
 static HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
-  constexpr bool kicks = kind<HmcKind::kDrift, moves = kind> HmcKind::kKick, keeps = kind != HmcKind::kLastKick;
+  constexpr bool kicks = kKicks<kind>, moves = kMoves<kind>, keeps = kind != HmcKind::kLastKick;
   const HmcScale<C> scale{static_cast<C>(pass.scale), pass.adaptive};
   const HmcKick<C> kick{static_cast<C>(pass.a)};
   const DriftMap<C> drift(pass.drift);

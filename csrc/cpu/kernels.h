@@ -22,7 +22,7 @@ struct Factor {
 struct HmcRun {
   void* position;      // theta, written from the moved x
   const void* origin;  // theta_0
-  void* momentum;      // read, or drawn from `stream`; written with `keep_momentum`
+  void* momentum;      // read, or drawn from `stream`; written but by a last kick
   const void* from;    // x before the drift
   void* to;            // x after it; may be `from`
   const void* start;   // x at the trajectory's start: sum |x' - start|^2
@@ -35,7 +35,6 @@ struct HmcPass {
   double a;       // of the kick
   bool products;  // u.u, u.v, v.v of the kicked momentum
   bool move;      // drift, and write theta
-  bool keep_momentum;
   Drift drift;
   Stream stream;
   uint64_t element;

@@ -130,7 +130,8 @@ void run_hmc(size_t off) {
   const List<C> momentum(sizes, off), x0(sizes, 0), x1(sizes, off), x2(sizes, 1), total(sizes, 0);
   std::vector<double> chain(kChain, 0.0), state(64, 0.5), partial(8, kNaN);
   const double length = 0.1;
-  const PassScalars scalars{0.25, rotation_drift(0.3)};
+  const Drift drift = rotation_drift(0.3);
+  const PassScalars scalars{0.25, drift, DriftMap<float>(drift)};
   PlaceTable places;
   LeapfrogTable table;
   TensorTable<3> triple;
