@@ -154,8 +154,10 @@ void run_hmc(size_t off) {
   fill(triple, sizes, {pointers(total), pointers(carried), pointers(grads)});
   for (const double taken : {0.0, 1.0}) {
     chain[kTaken] = taken;
-    state[kAction] = kBlend;
-    go("hmc_carry_chunks", hmc_carry_chunks<T>, blocks, triple, chain.data(), state.data(), true);
+    for (const bool adopted : {false, true}) {
+      state[kAction] = adopted ? kAssign : kBlend;
+      go("hmc_carry_chunks", hmc_carry_chunks<T>, blocks, triple, chain.data(), state.data(), true, adopted);
+    }
   }
 }
 
