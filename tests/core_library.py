@@ -25,7 +25,7 @@ SIGNATURES = {
     "rotation": [D, DOUBLES],
     "ball": [D, D, D, D, DOUBLES],
     "apply_float1": [DOUBLES, I64, FLOATS, FLOATS],
-    "apply_float16": [DOUBLES, I64, FLOATS, FLOATS],
+    "apply_float_lanes": [DOUBLES, I64, FLOATS, FLOATS],
     "apply_double1": [DOUBLES, I64, DOUBLES, DOUBLES],
     "chain_slots": [],
     "create": [DOUBLES, D],

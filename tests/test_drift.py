@@ -280,7 +280,7 @@ def test_float32_drifts_round_elements_but_not_coefficients(core: Core) -> None:
     drift = core.coefficients(1 - 3e-7, 0.8, 4e6, 1.5 / 2000)
     one, lanes = (u.copy(), v.copy()), (u.copy(), v.copy())
     core.library.apply_float1(drift, len(u), *one)
-    core.library.apply_float16(drift, len(u), *lanes)
+    core.library.apply_float_lanes(drift, len(u), *lanes)
     for row, (x, y) in enumerate(zip(one, lanes, strict=True)):
         np.testing.assert_array_equal(x, y)
         first, second = drift[2 * row] * u.astype(float), drift[2 * row + 1] * v.astype(float)
@@ -305,7 +305,7 @@ def test_float32_lanes_stay_in_the_ball_through_thousands_of_reflections(core: C
         assert uu > 1 - 1e-5, "typical states lie near the wall"
         drift = core.coefficients(uu, uv, vv, math.pi / 2 / math.sqrt(d))
         reflections.append(drift[4])
-        core.library.apply_float16(drift, d, u, v)
+        core.library.apply_float_lanes(drift, d, u, v)
         y = v.astype(float)
         assert abs(y @ y / vv - 1) < 1e-9
     assert np.mean(reflections) > 500

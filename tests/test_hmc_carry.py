@@ -100,12 +100,32 @@ def gradients_of_a_step(parameter: torch.nn.Parameter, **changes: Any) -> list[i
     return [g.data_ptr() for g in kept]
 
 
-def test_the_first_counted_gradient_s_memory_becomes_the_mean() -> None:
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_the_first_counted_gradient_s_memory_becomes_the_mean(burn_in: int) -> None:
     parameter = torch.nn.Parameter(torch.randn(1000))
-    passes = gradients_of_a_step(parameter)
+    passes = gradients_of_a_step(parameter, burn_in=burn_in, chain="fresh" if burn_in else "persistent")
     assert parameter.grad is not None
-    assert parameter.grad.data_ptr() == passes[1]
-    assert passes.count(passes[1]) == 1
+    assert parameter.grad.data_ptr() == passes[1 + burn_in]
+    assert passes.count(passes[1 + burn_in]) == 1
+
+
+@pytest.mark.parametrize("without", [2, 3])
+def test_a_gradient_that_comes_after_the_first_sample_is_not_adopted(without: int) -> None:
+    """The first ``without`` of four passes leave none: the samples that these end count as zero in the mean."""
+    parameter = torch.nn.Parameter(torch.randn(1000))
+    optimizer, calls = TSAM([parameter], **options(delta=0.0, tilt=0.0)), []
+
+    def closure() -> Tensor:
+        loss = (parameter**2).sum()
+        if len(calls) >= without:
+            loss.backward()
+        calls.append(None if parameter.grad is None else parameter.grad.clone())
+        return loss
+
+    optimizer.estimate_gradient(closure)
+    assert parameter.grad is not None
+    total = sum(g for g in calls[1:] if g is not None)
+    torch.testing.assert_close(parameter.grad, total / 3, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("why", ["buffer", "half", "view"])

@@ -114,10 +114,10 @@ struct DriftMap {
   }
 
  private:
-  // Nothing where the coefficient is not finite: the number itself says so.
+  // Nothing where the coefficient is no finite number of the type: the rounded one says so.
   TSAM_HD static C rest(double exact, C rounded) {
     const C left = static_cast<C>(exact - static_cast<double>(rounded));
-    return left == left ? left : C(0);
+    return left - left == C(0) ? left : C(0);
   }
   template <typename V>
   TSAM_HD static V mapped(C a, C a_rest, C b, C b_rest, const V& x, const V& y) {

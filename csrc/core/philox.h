@@ -69,6 +69,7 @@ struct PhiloxKeys {
   }
 };
 
+// From a stream by itself: who draws once pays for the keys there, who draws often keeps one.
 struct KeyedStream {
   Stream stream;
   PhiloxKeys keys;

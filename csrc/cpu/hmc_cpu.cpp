@@ -54,7 +54,7 @@ void place(const HmcPlaceArguments& a) {
   if (a.stage.ends(0, squares)) return;
   const double draw_scale =
       normed ? noise_scale(Noise::kBall, scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
-  const bool past_caches = goes_past_caches(scaled.origin);
+  const bool past_caches = !a.draw && goes_past_caches(scaled.origin);  // a draw leaves memory time enough
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     k.hmc_place(a.position[t].dtype, at(a.position[t], chunk), at(scaled.origin[t], chunk), at(current[t], chunk),

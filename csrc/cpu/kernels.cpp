@@ -1,7 +1,7 @@
 // The kernels of one instruction set: core functors walked by the loops of apply.h. Compiled once per set with
 // TSAM_ISA naming it; words moved per element stand beside each kernel in kernels.h.
 //
-// Invariant: no function here has external linkage but the table, and none is a template of another library.
+// Invariant: nothing but the table is named outside this set's namespace, and none is a template of another library.
 #include "apply.h"
 
 #include <cstring>

@@ -96,6 +96,7 @@ struct Kernels {
 
   // saved = position, then position += T x with x = draw_scale z, or x itself (`draw` false). Words: read 2, write 2,
   // or read 1, write 3.
+  // `past_caches`: for `saved`.
   void (*hmc_place)(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
                     double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches);
 

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #endif
 
@@ -22,7 +22,7 @@ namespace cpu_apply {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -54,7 +54,7 @@ TSAM_HD Vector<double> widen_part(Vector<float> x, int half) {
       half == 0 ? _mm512_maskz_extractf64x4_pd(0xF, pairs, 0) : _mm512_maskz_extractf64x4_pd(0xF, pairs, 1);
   return _mm512_maskz_cvtps_pd(0xFF, _mm256_castpd_ps(taken));
 }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
 TSAM_HD Vector<uint64_t> lower_product(Vector<uint64_t> x, Vector<uint64_t> y) {
   return reinterpret_cast<Vector<uint64_t>>(
       _mm256_mul_epu32(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(y)));
@@ -109,6 +109,7 @@ struct VectorWords {
   template <int N>
   TSAM_HD static void words(const Type (&x)[N], uint32_t* out) {
     for (int n = 0; n < N; n += 2) {
+      static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even quad's word comes first");
       const Type pairs = (x[n] & 0xFFFFFFFFu) | (x[n + 1] << 32);
       std::memcpy(out + n * kCount, &pairs, sizeof pairs);
     }

@@ -1,8 +1,9 @@
 """One step of the sampler hmc: the passes that move its chain, and what they count.
 
 start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
-Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore;
-recycling counts N + 1 states a trajectory instead of one: s (3 N + 1) more.
+Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore,
+less 2 where the mean begins in a gradient's memory; recycling counts N + 1 states a trajectory instead of one:
+s (3 N + 1) more.
 Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
 """
 
@@ -219,11 +220,12 @@ class HmcEstimate(Estimate):
             self._recycle(START, sample, n, self._carried)
             self._recycle(END, sample, n - 1, self._fresh)
         counted = sample >= 0 and not self._hmc.recycle
-        adopts = counted and not self._sums and all(map(self._adoptable, indices))
-        if adopts:
+        # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
+        adopts = sample <= 0 and not self._sums and all(map(self._adoptable, indices))
+        if adopts and counted:
             self._sums = {i: self._fresh[i] for i in indices}
         for i in indices:
-            if i not in self._sums:
+            if i not in self._sums and not adopts:
                 total = self._new_sum(self._carried[i], self._buffers[i], zero=sample > 0, adopt=False)
                 assert total is not None
                 self._sums[i] = total
@@ -231,7 +233,7 @@ class HmcEstimate(Estimate):
         self.spread.run(
             _ops.hmc_carry_,
             indices,
-            taken(self._sums, indices),
+            fresh if adopts else taken(self._sums, indices),
             taken(self._carried, indices),
             [] if adopts else fresh,
             self.chain.scalars,

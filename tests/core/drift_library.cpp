@@ -37,7 +37,7 @@ void rotation(double h, double* out) { store(rotation_drift(h), out); }
 void ball(double uu, double uv, double vv, double h, double* out) { store(ball_drift(uu, uv, vv, h), out); }
 
 void apply_float1(const double* drift, int64_t n, float* u, float* v) { apply<float>(drift, n, u, v); }
-void apply_float16(const double* drift, int64_t n, float* u, float* v) { apply_lanes(drift, n, u, v); }
+void apply_float_lanes(const double* drift, int64_t n, float* u, float* v) { apply_lanes(drift, n, u, v); }
 void apply_double1(const double* drift, int64_t n, double* u, double* v) { apply<double>(drift, n, u, v); }
 
 int chain_slots() { return kChain; }
