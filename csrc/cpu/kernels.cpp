@@ -16,11 +16,6 @@ inline namespace TSAM_ISA {
 namespace cpu_apply {
 namespace {
 
-template <int W, typename C>
-void widen(const float (&z)[4 * kQuads], int offset, C (&x)[W]) {
-  for (int i = 0; i < W; ++i) x[i] = static_cast<C>(z[offset + i]);
-}
-
 double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
   SquareSum sum;
   for_noise(n, element, stream, [&](int64_t, auto count, const float (&z)[4 * kQuads]) {

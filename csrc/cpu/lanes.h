@@ -6,7 +6,6 @@
 // they take. Invariant: the bits of one element at a time, on every instruction set; sums in 16 lanes on all of them.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 #include <utility>
 
