@@ -1,7 +1,7 @@
 """``python -m bench COMMAND``: the command line of the benchmarks, one module a command.
 
-Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage, no g++, or (model) no library or disassembler,
-130 interrupted.
+Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage, no g++, or (gpu-cost) no library or
+disassembler, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, model, ops, overhead, step, train
+from . import gpu, gpu_cost, ops, overhead, step, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     overhead.add_parser(commands)
     step.add_parser(commands)
     gpu.add_parser(commands)
-    model.add_parser(commands)
+    gpu_cost.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from tsam_ext import _cuda
 
 from . import step
-from .models import MODELS
+from .nets import NETS
 from .overhead import TASKS, StandIn, make
-from .report import environment, write_json
+from .record import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
@@ -45,8 +45,8 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--lists", nargs="+", choices=MODELS, default=list(MODELS), help="parameter lists (all)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18", "wrn16-8"], help="whole steps of")
+    parser.add_argument("--lists", nargs="+", choices=NETS, default=list(NETS), help="parameter lists (all)")
+    parser.add_argument("--models", nargs="+", choices=NETS, default=["resnet18", "wrn16-8"], help="whole steps of")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timings of each way ({ROUNDS})")
     parser.add_argument("--no-tests", action="store_true", help="only the timings")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON and Markdown")
@@ -127,7 +127,7 @@ def time_list(
     name: str, device: torch.device, rounds: int, clock: Callable[[Callable[[], Any], torch.device], float] = seconds
 ) -> list[Row]:
     """Estimates on one parameter list, the ways in turns, less the time of the stand-in gradients alone."""
-    params: list[Tensor] = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in MODELS[name].shapes()]
+    params: list[Tensor] = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in NETS[name].shapes()]
     closure, rows = StandIn(params, calls=6), []
     for task in TASKS:
         ways = {way: make(way, task, params) for way in ("ours", *(w for w in task.competitors if w != "compiled"))}
@@ -149,12 +149,12 @@ def time_steps(
     name: str, device: torch.device, rounds: int, clock: Callable[[Callable[[], Any], torch.device], float] = seconds
 ) -> list[Row]:
     """Whole training steps of one model, the ways in turns."""
-    x, y = (t.to(device) for t in MODELS[name].batch(BATCH))
+    x, y = (t.to(device) for t in NETS[name].batch(BATCH))
     ways = {}
     for way in step.WAYS:
         if way != "compiled":
             torch.manual_seed(0)
-            model = MODELS[name].build().to(device)
+            model = NETS[name].build().to(device)
             ways[way] = (step.stepper(way, model)[0], step.Timed(model, x, y))
     times: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(-2, rounds):

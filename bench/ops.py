@@ -25,7 +25,7 @@ from tsam_ext import _C
 from . import floor
 from .op_cases import cases, sizes_of
 from .op_check import Case, Way, disagreement
-from .report import environment, write_json
+from .record import environment, write_json
 
 ELEMENTS, ROUNDS, FLOOR_REPEATS, BETWEEN_REPEATS = 10_000_000, 20, 20, 4
 QUICK_ELEMENTS, QUICK_ROUNDS, QUICK_FLOOR_REPEATS = 1_000_000, 3, 4

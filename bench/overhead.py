@@ -14,11 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,8 +27,9 @@ from tsam_ext import _C, TSAM
 from . import baselines, calls, floor, overhead_report
 from .baselines import Estimator, Tensors
 from .meter import Meter
-from .models import MODELS
-from .report import environment, write_json
+from .nets import NETS
+from .overhead_report import Row
+from .record import environment, write_json
 
 RHO, TILT, SAMPLES = 0.05, 2.0, 3
 SMALL = 20  # estimates in one timing of the small list
@@ -74,34 +74,6 @@ TASKS = (
     Task("noise", {"sampler": "noise"}, [SAVING_DRAW, *[DRAW, BLEND] * (SAMPLES - 1), RESTORE]),
     Task("hmc", {"sampler": "hmc"}, hmc_passes(SAMPLES)),
 )
-
-
-@dataclass
-class Row:
-    """What was measured of one way; ``seconds`` of an estimate without its gradients, one a round."""
-
-    list_name: str
-    task: str
-    way: str
-    elements: int
-    words: int
-    floor: float
-    floor_then: float = 0.0  # by the bandwidth right before and right after
-    seconds: list[float] = field(default_factory=list)
-    calls: int = 0
-    syncs: int = 0
-    extra_memory: float = 0.0  # in units of the parameters' bytes
-    passes: dict[str, list[float]] = field(default_factory=dict)  # the foreach way's, seconds of each call
-
-    @property
-    def best(self) -> float:
-        """The shortest time."""
-        return min(self.seconds)
-
-    def ratio(self, ours: Row) -> tuple[float, float, float]:
-        """Median and quartiles of this way's time over ours, round by round."""
-        low, middle, high = np.quantile(np.array(self.seconds) / np.array(ours.seconds), (0.25, 0.5, 0.75))
-        return float(middle), float(low), float(high)
 
 
 class StandIn:
@@ -181,7 +153,7 @@ def timed_passes(estimator: baselines.ForeachTSAM, into: dict[str, list[float]])
 
 def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor) -> list[Row]:
     """Times the ways of one task on one list, in turns."""
-    params: Tensors = [torch.nn.Parameter(torch.zeros(shape)) for shape in MODELS[name].shapes()]
+    params: Tensors = [torch.nn.Parameter(torch.zeros(shape)) for shape in NETS[name].shapes()]
     elements = sum(p.numel() for p in params)
     rows, estimators = [], []
     closure = StandIn(params, calls=2 * SAMPLES)
@@ -241,7 +213,7 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--lists", nargs="+", choices=MODELS, default=list(MODELS), help="parameter lists (all)")
+    parser.add_argument("--lists", nargs="+", choices=NETS, default=list(NETS), help="parameter lists (all)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only tasks whose name contains one of these")
     parser.add_argument("--rounds", type=int, help=f"timings of each way ({ROUNDS})")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -313,7 +285,7 @@ def run(options: argparse.Namespace) -> int:
 def command_of(options: argparse.Namespace) -> str:
     """The command line that does this again."""
     words = ["python -m bench overhead"]
-    words += [f"--lists {' '.join(options.lists)}"] if options.lists != list(MODELS) else []
+    words += [f"--lists {' '.join(options.lists)}"] if options.lists != list(NETS) else []
     words += [f"--tasks {' '.join(options.tasks)}"] if options.tasks else []
     words += [f"--rounds {options.rounds}"] if options.rounds else []
     words += [flag for flag, on in (("--no-compile", options.no_compile), ("--quick", options.quick)) if on]

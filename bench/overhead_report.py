@@ -6,13 +6,14 @@ by the best time, those on ratios by the median.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from . import calls
-
-if TYPE_CHECKING:
-    from .overhead import Row
+from .baselines import ForeachTSAM
 
 WAYS = {
     "ours": "tsam_ext",
@@ -28,6 +29,34 @@ SPEEDUP = {"loop": 12.0, "foreach": 5.0, "compiled": 2.0}
 SMALL_SPEEDUP = {"loop": 20.0}
 BANDWIDTH_SHARE = 0.7  # what each pass of the foreach way should reach of the bandwidth
 BUSY = 0.5
+
+
+@dataclass
+class Row:
+    """What was measured of one way; ``seconds`` of an estimate without its gradients, one a round."""
+
+    list_name: str
+    task: str
+    way: str
+    elements: int
+    words: int
+    floor: float
+    floor_then: float = 0.0  # by the bandwidth right before and right after
+    seconds: list[float] = field(default_factory=list)
+    calls: int = 0
+    syncs: int = 0
+    extra_memory: float = 0.0  # in units of the parameters' bytes
+    passes: dict[str, list[float]] = field(default_factory=dict)  # the foreach way's, seconds of each call
+
+    @property
+    def best(self) -> float:
+        """The shortest time."""
+        return min(self.seconds)
+
+    def ratio(self, ours: Row) -> tuple[float, float, float]:
+        """Median and quartiles of this way's time over ours, round by round."""
+        low, middle, high = np.quantile(np.array(self.seconds) / np.array(ours.seconds), (0.25, 0.5, 0.75))
+        return float(middle), float(low), float(high)
 
 
 def ours_of(rows: list[Row], row: Row) -> Row:
@@ -79,8 +108,6 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 def pass_table(rows: list[Row], bandwidth: float) -> list[str]:
     """Each pass of the foreach way: GB/s, and those below the share of the bandwidth that a good pass reaches."""
-    from .baselines import ForeachTSAM
-
     shown = [row for row in rows if row.way == "foreach" and row.list_name != "mlp" and row.task == "ascent"]
     if not shown:
         return []

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from tsam_ext import TSAM
 
 from .data import load
-from .methods import BATCH, LEARNING_RATE, MOMENTUM, initial
-from .report import write_json
+from .record import write_json
 from .run import accuracy
+from .training_methods import BATCH, LEARNING_RATE, MOMENTUM, initial
 
 EPOCHS, QUICK_EPOCHS, SEED = 20, 6, 11
 RHO, DELTA, TILT_OVER_DELTA, NUM_SAMPLES = 0.3, 300.0, 1.1, 3

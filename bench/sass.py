@@ -1,8 +1,8 @@
 """The machine code of the CUDA library, as cuobjdump prints it: kernels, their accesses, what a loop's turn costs.
 
-Read by tests/cuda_gates.py and ``python -m bench model``. No torch here. A float32 kernel's vector loop is the one with
-its 128-bit accesses: a turn of it is LANES elements. Invariant: WORDS is the most that any way through a loop moves;
-what one launch moves (model.py) may be less, and never more.
+Read by tests/cuda_gates.py and ``python -m bench gpu-cost``. No torch here. A float32 kernel's vector loop is the
+one with its 128-bit accesses: a turn of it is LANES elements. Invariant: WORDS is the most that any way through a loop moves;
+what one launch moves (gpu_cost.py) may be less, and never more.
 """
 
 from __future__ import annotations

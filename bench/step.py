@@ -24,9 +24,9 @@ from tqdm import tqdm
 from tsam_ext import _C, TSAM
 
 from . import baselines
-from .models import MODELS
+from .nets import NETS
 from .overhead_report import BUSY
-from .report import environment, write_json
+from .record import environment, write_json
 
 BATCH, BUDGET, ROUNDS = 64, 120.0, 10
 RHO, TILT, SAMPLES, LEARNING_RATE = 0.05, 2.0, 3, 0.01
@@ -114,11 +114,11 @@ def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
 
 def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, bar: Any) -> list[Row]:
     """Steps of all ways in turns: one to warm up, then rounds while the budget lasts, at least one."""
-    x, y = MODELS[name].batch(batch)
+    x, y = NETS[name].batch(batch)
     rows, steps = [], []
     for way in ways:
         torch.manual_seed(0)
-        model = MODELS[name].build()
+        model = NETS[name].build()
         run, gradients = stepper(way, model)
         rows.append(Row(name, way, gradients, batch))
         steps.append((run, Timed(model, x, y)))
@@ -145,7 +145,7 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp", "wrn16-8", "distilbert"],
+    parser.add_argument("--models", nargs="+", choices=NETS, default=["mlp", "wrn16-8", "distilbert"],
                         help="models (mlp wrn16-8 distilbert; the others take minutes a step)")  # fmt: skip
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways (all)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"rows of a batch ({BATCH})")

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from . import sampler
 from .data import DATASETS
-from .methods import EPOCHS, LEARNING_RATE, LEARNING_RATES, METHODS, Method, grid
-from .report import finals as finals_of
-from .report import mean_and_error, paired, picture, read_json, table, verdict, write_json
+from .record import write_json
 from .run import Job, Result, run_all
+from .train_report import finals as finals_of
+from .train_report import mean_and_error, paired, picture, read_json, table, verdict
+from .training_methods import EPOCHS, LEARNING_RATE, LEARNING_RATES, METHODS, Method, grid
 
 SEEDS: tuple[int, ...] = (11, 12, 13, 14, 15, 16, 17, 18)
 QUICK_SEEDS: tuple[int, ...] = (11, 12, 13, 14)

@@ -18,8 +18,8 @@ pytest.importorskip("matplotlib")
 from bench import baselines, gpu, overhead, overhead_report, step
 from bench.__main__ import main
 from bench.meter import Meter
-from bench.models import MODELS
-from bench.overhead import Row
+from bench.nets import NETS
+from bench.overhead_report import Row
 
 ASCENT, SAM = overhead.TASKS[0], overhead.TASKS[3]
 SETTINGS: dict[str, Any] = {"rho": 0.3, "radius": 0.4, "tilt": 3.0, "num_samples": 3}
@@ -102,7 +102,7 @@ def test_words_are_those_of_the_mathematics() -> None:
 
 def test_what_an_estimate_does_is_counted() -> None:
     """The loops read a norm a tensor and a loss a sample on the host and keep s gradients; ours reads nothing."""
-    scratch, n = torch.ones(1), len(MODELS["mlp"].shapes())
+    scratch, n = torch.ones(1), len(NETS["mlp"].shapes())
     ours, loop, foreach = overhead.measure("mlp", ASCENT, ["ours", "loop", "foreach"], 1, scratch)
     assert (ours.syncs, loop.syncs, foreach.syncs) == (0, 3 * (n + 1), 0)
     assert ours.calls < foreach.calls < loop.calls
@@ -128,16 +128,16 @@ def test_the_meter_sees_syncs_and_memory_that_is_gone() -> None:
      ("distilbert", 78, 66.07)],
 )  # fmt: skip
 def test_the_lists_are_those_of_the_models(name: str, tensors: int, millions: float) -> None:
-    shapes = MODELS[name].shapes()
+    shapes = NETS[name].shapes()
     assert len(shapes) == tensors
     assert sum(shape.numel() for shape in shapes) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["mlp", "wrn16-8"])
 def test_the_models_run(name: str) -> None:
-    x, y = MODELS[name].batch(2)
-    assert MODELS[name].build()(x).shape == (2, MODELS[name].classes)
-    assert int(y.max()) < MODELS[name].classes
+    x, y = NETS[name].batch(2)
+    assert NETS[name].build()(x).shape == (2, NETS[name].classes)
+    assert int(y.max()) < NETS[name].classes
 
 
 def row(task: str, way: str, seconds: float, name: str = "resnet18") -> Row:

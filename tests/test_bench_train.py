@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import data, report
+from bench import data, train_report
 from bench.__main__ import main
-from bench.methods import METHODS, initial
 from bench.run import Job, Result, train_once
+from bench.training_methods import METHODS, initial
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,11 +29,11 @@ def results(scores: dict[str, list[float]], finite: bool = True) -> list[Result]
 
 
 def test_differences_are_paired() -> None:
-    scores = report.finals(results({"ERM": [60.0, 70.0, 80.0], "SAM": [62.0, 72.0, 81.0]}))
-    difference, error = report.paired(scores, "SAM", "ERM")
+    scores = train_report.finals(results({"ERM": [60.0, 70.0, 80.0], "SAM": [62.0, 72.0, 81.0]}))
+    difference, error = train_report.paired(scores, "SAM", "ERM")
     assert difference == pytest.approx(5 / 3)
     assert error == pytest.approx(1 / 3)
-    assert report.mean_and_error(list(scores["ERM"].values())) == pytest.approx((70.0, 10 / 3**0.5))
+    assert train_report.mean_and_error(list(scores["ERM"].values())) == pytest.approx((70.0, 10 / 3**0.5))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_differences_are_paired() -> None:
     ],
 )
 def test_verdict(sam: list[float], finite: bool, shown: bool) -> None:
-    wrong = report.verdict(results({"ERM": [60.0, 70.0, 80.0], "SAM": sam}, finite))
+    wrong = train_report.verdict(results({"ERM": [60.0, 70.0, 80.0], "SAM": sam}, finite))
     assert (not wrong) is shown, wrong
 
 
 def test_a_single_seed_shows_nothing() -> None:
-    assert report.verdict(results({"ERM": [60.0], "SAM": [90.0]}))
+    assert train_report.verdict(results({"ERM": [60.0], "SAM": [90.0]}))
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
@@ -88,10 +88,10 @@ def test_exit_codes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "minus ERM" in printed
     assert "SAM" in printed
     assert (tmp_path / "train.png").stat().st_size > 10_000
-    kept = report.read_json(tmp_path / "train.json")
+    kept = train_report.read_json(tmp_path / "train.json")
     assert len(kept) == 4
     main([*short, "--methods", "ERM", "SAM", "--resume"])
-    assert report.read_json(tmp_path / "train.json") == kept  # seconds included: nothing ran again
+    assert train_report.read_json(tmp_path / "train.json") == kept  # seconds included: nothing ran again
 
 
 @pytest.mark.parametrize("arguments", [[], ["train", "--label-noise", "2"], ["train", "--seeds", "0"], ["dance"]])

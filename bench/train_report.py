@@ -1,4 +1,4 @@
-"""From results to what a person reads: the table, the verdict, the picture and a JSON file.
+"""From results to what a person reads: the table, the verdict, the picture; and back from a file.
 
 Differences are paired by seed: data, label noise, order and initial weights are the same for all methods of a seed.
 Standard errors are sample standard deviations over √seeds.
@@ -7,19 +7,13 @@ Standard errors are sample standard deviations over √seeds.
 from __future__ import annotations
 
 import json
-import platform
-from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-import tsam_ext
-
-from .methods import Method
+from .record import environment
 from .run import Result
+from .training_methods import Method
 
 Finals = dict[str, dict[int, float]]
 
@@ -73,27 +67,6 @@ def verdict(results: list[Result]) -> list[str]:
     return wrong
 
 
-def environment(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a figure has to be quoted with."""
-    return {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tsam_ext": tsam_ext.__version__,
-        **settings,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
 def picture(results: list[Result], methods: list[Method], path: Path, title: str) -> None:
     """Curves with a band of one standard error, and each seed's final accuracy, paired, beside them."""
     import matplotlib as mpl
@@ -128,17 +101,8 @@ def picture(results: list[Result], methods: list[Method], path: Path, title: str
     plt.close(figure)
 
 
-def write_json(path: Path, results: Sequence[object], settings: dict[str, Any]) -> None:
-    """Everything that was measured, with where and when."""
-    rows = [dict(r) if isinstance(r, dict) else vars(r) for r in results]
-    text = json.dumps({"environment": environment(settings), "results": rows}, indent=1) + "\n"
-    draft = path.with_suffix(".part")
-    draft.write_text(text)
-    draft.replace(path)  # a kill in mid-write leaves the file of the run before
-
-
 def read_json(path: Path) -> list[Result]:
-    """The results in a file of :func:`write_json` by these versions of torch and tsam_ext; none if it is not there."""
+    """The results in a file of write_json by these versions of torch and tsam_ext; none if it is not there."""
     if not path.exists():
         return []
     found, here = json.loads(path.read_text()), environment({})

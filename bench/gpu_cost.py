@@ -1,4 +1,4 @@
-"""``python -m bench model``: what the CUDA back end launches, moves and computes in a step, counted and not measured.
+"""``python -m bench gpu-cost``: launches, words and instructions of a step on the CUDA back end, counted and not measured.
 
 An estimate runs on stand-in parameters, on the CPU, and each op call is translated into the launches of csrc/cuda
 (PASSES), with the words that this way through the kernel moves; instructions come from the library's machine code
@@ -25,8 +25,8 @@ from tsam_ext import TSAM
 from . import sass
 from .baselines import LoopTSAM
 from .meter import SYNCS, Meter
-from .models import MODELS
-from .report import write_json
+from .nets import NETS
+from .record import write_json
 
 # One H100 SXM, from its data sheet: SMs, warp schedulers an SM, lanes, boost clock; bytes a second of its memory.
 GPU, ARCHITECTURE = "H100 SXM", "sm_90"
@@ -202,7 +202,7 @@ def record(options: dict[str, Any], tensors: int, mode: Recorder | None = None, 
 
 def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]:
     """The rows of one parameter list: each sampler, and the flow of public TSAM scripts."""
-    sizes = [shape.numel() for shape in MODELS[name].shapes()]
+    sizes = [shape.numel() for shape in NETS[name].shapes()]
     elements, rows = sum(sizes), []
     for sampler, options in SAMPLERS.items():
         seen = record(options, len(sizes))
@@ -260,14 +260,14 @@ def markdown(rows: list[dict[str, Any]], instructions: dict[str, float]) -> str:
 def add_parser(commands: Any) -> None:
     """Adds the command to ``python -m bench``."""
     parser = commands.add_parser(
-        "model",
+        "gpu-cost",
         help="count what the CUDA ops launch, move and compute in a step; no GPU is needed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     own = Path(tsam_ext.__file__).with_name(sass.LIBRARY)
     parser.add_argument("--library", type=Path, default=own, help="a wheel or libtsam_cuda.so (the installed one)")
-    parser.add_argument("--lists", nargs="+", choices=MODELS, default=list(LISTS), help=f"({' '.join(LISTS)})")
+    parser.add_argument("--lists", nargs="+", choices=NETS, default=list(LISTS), help=f"({' '.join(LISTS)})")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON and Markdown")
     parser.set_defaults(run=run)
 
@@ -279,12 +279,12 @@ def run(options: argparse.Namespace) -> int:
             instructions = sass.costs(sass.library_in(options.library, Path(scratch)), ARCHITECTURE)
         rows = [row for name in options.lists for row in estimates(name, instructions)]
     except sass.SassError as error:
-        print(f"python -m bench model: {error}", file=sys.stderr)
+        print(f"python -m bench gpu-cost: {error}", file=sys.stderr)
         return 2
     settings = {"model": GPU, "architecture": ARCHITECTURE, "issue_rate": ISSUE_RATE, "bandwidth": BANDWIDTH}
     settings |= {"instructions": instructions}
     options.out.mkdir(parents=True, exist_ok=True)
-    stem, text = options.out / "model", markdown(rows, instructions)
+    stem, text = options.out / "gpu-cost", markdown(rows, instructions)
     write_json(stem.with_suffix(".json"), rows, settings)
     stem.with_suffix(".md").write_text(text)
     print(f"{text}\nfiles: {stem}.json, .md")

@@ -1,4 +1,4 @@
-"""``python -m bench model``: the words of MATHEMATICS 6, the launches of csrc/cuda, floors that no kernel can beat.
+"""``python -m bench gpu-cost``: the words of MATHEMATICS 6, the launches of csrc/cuda, floors that no kernel can beat.
 
 A pass never moves more than the disassembled kernel can (bench/sass.py, WORDS). Launches are held against the emulated
 CUDA ops, call by call, also for lists of more tensors than a table takes. Loops are found in a listing written by hand.
@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import model, sass
+from bench import gpu_cost, sass
 from bench.__main__ import main
-from bench.model import PASSES, SAMPLERS, Pass, Recorder, record
+from bench.gpu_cost import PASSES, SAMPLERS, Pass, Recorder, record
 from tsam_ext import _C
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +81,8 @@ def test_a_table_takes_what_the_source_says() -> None:
     parameters, others = map(int, re.findall(r"kParameterBytes = (\d+), kOtherParameters = (\d+);", text)[0])
     room, pointer, rest = map(int, re.findall(r"kOtherParameters - (\d+)\) / \((\d+) \* L \+ (\d+)\)", text)[0])
     for lists in (1, 2, 3, 5, 7):
-        assert model.tensors_per_launch(lists) == (parameters - others - room) // (pointer * lists + rest)
-    full = model.tensors_per_launch(2)
+        assert gpu_cost.tensors_per_launch(lists) == (parameters - others - room) // (pointer * lists + rest)
+    full = gpu_cost.tensors_per_launch(2)
     assert [Pass("k", 2).launches(n) for n in (1, full, full + 1)] == [1, 1, 2]
     assert Pass("k").launches(10_000) == 1
 
@@ -115,7 +115,7 @@ CASES |= {
 
 
 def test_the_long_lists_tell_the_numbers_of_lists_apart() -> None:
-    fits = [[model.tensors_per_launch(lists) >= n for lists in (2, 3, 5, 7)] for n in (400, 500, 600, 700)]
+    fits = [[gpu_cost.tensors_per_launch(lists) >= n for lists in (2, 3, 5, 7)] for n in (400, 500, 600, 700)]
     assert [sum(row) for row in fits] == [3, 2, 1, 0]
 
 
@@ -132,8 +132,8 @@ def test_each_op_launches_what_the_model_says(case: str, tensors: int) -> None:
 def test_floors_are_never_below_the_memory_and_grow_with_instructions() -> None:
     kernels = {p.kernel for options in SAMPLERS.values() for p in passes(options)}
     few, many = (dict.fromkeys(kernels, cost) for cost in (0.0, 1000.0))
-    for cheap, dear in zip(model.estimates("mlp", few), model.estimates("mlp", many), strict=True):
-        memory = cheap["words"] * 4 * cheap["elements"] / model.BANDWIDTH
+    for cheap, dear in zip(gpu_cost.estimates("mlp", few), gpu_cost.estimates("mlp", many), strict=True):
+        memory = cheap["words"] * 4 * cheap["elements"] / gpu_cost.BANDWIDTH
         assert cheap["floor"] == pytest.approx(memory) == pytest.approx(dear["memory"])
         loops = cheap["estimate"].startswith("loops")
         assert (dear["floor"] == memory) if loops else (dear["floor"] > 5 * memory)
@@ -191,7 +191,7 @@ def test_a_turn_is_the_vector_loop_and_the_draw() -> None:
 
 
 def command(*arguments: str | Path) -> int:
-    return main(["model", *map(str, arguments)])
+    return main(["gpu-cost", *map(str, arguments)])
 
 
 def test_without_a_library_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,9 +241,9 @@ def test_the_command_writes_what_it_prints(
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / sass.LIBRARY).touch()
     assert command("--library", tmp_path / sass.LIBRARY, "--lists", "mlp", "--out", tmp_path / "out") == 0
-    text = (tmp_path / "out" / "model.md").read_text()
+    text = (tmp_path / "out" / "gpu-cost.md").read_text()
     assert text in capsys.readouterr().out and "a model" in text.lower() and "not a measurement" in text
-    found = json.loads((tmp_path / "out" / "model.json").read_text())
+    found = json.loads((tmp_path / "out" / "gpu-cost.json").read_text())
     assert [row["estimate"] for row in found["results"]][:-1] == list(SAMPLERS)
     assert set(found["environment"]["instructions"].values()) == {2.0}
     assert torch.tensor([row["floor"] for row in found["results"]]).min() > 0
