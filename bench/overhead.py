@@ -1,21 +1,18 @@
-"""``python -m bench overhead``: what a gradient estimate costs beside its gradients, ours against every competitor.
+"""Times what a gradient estimate costs beside its gradients, ours against every competitor.
 
 Parameter lists of real models, gradients that are only copied into p.grad (that time is left out), the ways in turns on
 cold caches. Floor: for each pass the larger of its words over the bandwidth and its draws over the draw rate, both
 the highest of the same run; beside it the same with the bandwidth right before and after, as a shared machine's
-memory is not always the same. The job fails (exit 1) where a demand of bench/README.md is not met.
+memory is not always the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +23,16 @@ from tsam_ext import _C, TSAM
 
 from . import baselines, calls, floor, overhead_report
 from .baselines import Estimator, Tensors
+from .command import add_command, add_nets, add_no_compile, add_rounds, cannot_run, conclude, rounds_of
 from .meter import Meter
 from .nets import NETS
 from .overhead_report import Row
-from .record import environment, write_json
+from .record import begin, environment, keep
 
 RHO, TILT, SAMPLES = 0.05, 2.0, 3
 SMALL = 20  # estimates in one timing of the small list
 ROUNDS, QUICK_ROUNDS, FLOOR_REPEATS = 12, 3, 10
-Pass = tuple[int, int]  # words read or written an element, draws an element
+Pass = tuple[int, int]  # words read or written per element, draws per element
 SAVING_DRAW, DRAW, NORM, ASCEND, BLEND, RESTORE = (3, 1), (2, 1), (1, 0), (3, 0), (3, 0), (2, 0)
 
 
@@ -60,7 +58,7 @@ class Task:
 
     @property
     def words(self) -> int:
-        """Words an element of ours."""
+        """Words per element of ours."""
         return sum(words for words, _ in self.passes)
 
 
@@ -206,44 +204,48 @@ def held_bytes(estimator: Estimator) -> int:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command to ``python -m bench``."""
-    parser = commands.add_parser(
+    """Adds the command to python -m bench."""
+    parser = add_command(
+        commands,
         "overhead",
-        help="time what an estimate costs beside its gradients, against four competitors",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        __doc__,
+        summary="time what an estimate costs beside its gradients, against four competitors",
+        targets="how near the floor ours is and how much longer the others take (bench/README.md)",
     )
-    parser.add_argument("--lists", nargs="+", choices=NETS, default=list(NETS), help="parameter lists (all)")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only tasks whose name contains one of these")
-    parser.add_argument("--rounds", type=int, help=f"timings of each way ({ROUNDS})")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="the small lists, 3 rounds, no torch.compile, no verdict")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, Markdown and PNG")
-    parser.set_defaults(run=run)
+    add_nets(parser, "--lists", list(NETS), "parameter lists")
+    told = "only estimates whose name contains one of these, of: " + "; ".join(task.name for task in TASKS)
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=told)
+    add_rounds(parser, ROUNDS, QUICK_ROUNDS)
+    add_no_compile(parser)
+    parser.add_argument("--quick", action="store_true", help="two small lists, no torch.compile, no targets")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     names = ["mlp", "wrn16-8"] if options.quick else options.lists
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     tasks = [t for t in TASKS if not options.tasks or any(name in t.name for name in options.tasks)]
     skipped = {"compiled"} if options.quick or options.no_compile else set()
-    if not tasks or rounds < 1:
-        print("python -m bench overhead: no task's name contains that, or --rounds is below 1", file=sys.stderr)
-        return 2
+    if not tasks:
+        return cannot_run(options, f"no estimate's name contains {' or '.join(options.tasks)}")
+    if options.strict and options.quick:
+        return cannot_run(options, "--quick has no targets: leave --strict out")
+    settings = begin(options)
     work = [(t, ["ours", *(w for w in t.competitors if w not in skipped)]) for t in tasks]
-    for task, ways in work:
-        for way in ways:
-            if reason := wrong(task, way):
-                print(f"NOT SHOWN: {task.name}: {way} computes something else: {reason}")
-                return 1
+    differs = [
+        f"{task.name}: {way} computes something else: {reason}"
+        for task, ways in work
+        for way in ways
+        if (reason := wrong(task, way))
+    ]
+    if differs:
+        return conclude(differs)
     try:
         program = floor.Program()
-        cache, load = floor.cache_bytes(), os.getloadavg()[0]
+        cache = floor.cache_bytes()
         size = floor.array_bytes(cache, floor.physical_memory())
     except floor.FloorError as error:
-        print(f"python -m bench overhead: {error}", file=sys.stderr)
-        return 2
+        return cannot_run(options, error)
     scratch = torch.ones(2 * cache // 4)
     bandwidths, rates = [program.bandwidths(size, FLOOR_REPEATS)], [floor.draw_rate(FLOOR_REPEATS)]
     found: list[list[Row]] = []
@@ -251,7 +253,7 @@ def run(options: argparse.Namespace) -> int:
         for name, task, ways in bar:
             bar.set_description(f"{name}, {task.name}")
             torch._dynamo.reset()
-            found.append(measure(name, task, ways, rounds, scratch))
+            found.append(measure(name, task, ways, rounds_of(options), scratch))
             bandwidths.append(program.bandwidths(size, 4))
             rates.append(floor.draw_rate(4))
     limits = floor.combined(program, size, bandwidths, rates)
@@ -264,29 +266,11 @@ def run(options: argparse.Namespace) -> int:
                 for at in (limits, then)
             )
     rows = [row for timed in found for row in timed]
-    settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
-    settings |= {"rounds": rounds, "floor": vars(limits), "load": load, "calls": calls.measure()}
+    settings |= {"rounds": rounds_of(options), "floor": vars(limits), "calls": calls.measure()}
     text = overhead_report.markdown(rows, environment(settings))
-    options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / ("overhead-quick" if options.quick else "overhead")
-    write_json(stem.with_suffix(".json"), rows, settings)
-    stem.with_suffix(".md").write_text(text)
-    overhead_report.picture(rows, stem.with_suffix(".png"))
-    print(f"\n{text}\nfiles: {stem}.json, .md, .png")
+    keep(stem, rows, settings, text, lambda path: overhead_report.picture(rows, path))
     if options.quick:
-        print("no verdict with --quick")
+        print("no targets with --quick")
         return 0
-    missing = overhead_report.verdict(rows, _C.__isa__)
-    for line in missing:
-        print(f"NOT SHOWN: {line}")
-    return 1 if missing else 0
-
-
-def command_of(options: argparse.Namespace) -> str:
-    """The command line that does this again."""
-    words = ["python -m bench overhead"]
-    words += [f"--lists {' '.join(options.lists)}"] if options.lists != list(NETS) else []
-    words += [f"--tasks {' '.join(options.tasks)}"] if options.tasks else []
-    words += [f"--rounds {options.rounds}"] if options.rounds else []
-    words += [flag for flag, on in (("--no-compile", options.no_compile), ("--quick", options.quick)) if on]
-    return " ".join(words)
+    return conclude([], overhead_report.missed(rows, _C.__isa__), strict=options.strict)

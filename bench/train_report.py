@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .record import environment
+from .record import chart, environment
 from .run import Result
 from .training_methods import Method
 
@@ -55,50 +55,46 @@ def table(results: list[Result], methods: list[Method]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def verdict(results: list[Result]) -> list[str]:
-    """What has gone wrong: diverged runs, and methods that do not beat ERM by more than two standard errors."""
-    wrong = [f"{r.method}, seed {r.seed}: the loss is not finite" for r in results if not r.finite]
-    scores = finals(results)
+def diverged(results: list[Result]) -> list[str]:
+    """Runs whose loss has not stayed finite."""
+    return [f"{r.method}, seed {r.seed}: the loss is not finite" for r in results if not r.finite]
+
+
+def behind(results: list[Result]) -> list[str]:
+    """Methods that do not beat ERM by more than two standard errors."""
+    scores, found = finals(results), []
     for method in scores:
         if method != "ERM" and "ERM" in scores:
             difference, error = paired(scores, method, "ERM")
             if not difference > 2 * error:
-                wrong.append(f"{method} minus ERM is {difference:+.2f} ± {error:.2f}: not above two standard errors")
-    return wrong
+                found.append(f"{method} minus ERM is {difference:+.2f} ± {error:.2f}: not above two standard errors")
+    return found
 
 
 def picture(results: list[Result], methods: list[Method], path: Path, title: str) -> None:
     """Curves with a band of one standard error, and each seed's final accuracy, paired, beside them."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(3, 2), layout="constrained")
     scores = finals(results)
-    for i, m in enumerate(methods):
-        curves = np.array([r.accuracy for r in results if r.method == m.name])
-        epochs = next(r.epochs for r in results if r.method == m.name)
-        center = curves.mean(0)
-        error = curves.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.zeros_like(center)
-        cost = f"{m.gradients} gradient{'s' if m.gradients > 1 else ''}/step"
-        left.plot(epochs, center, color=f"C{i}", marker="o", markersize=3, label=f"{m.name} ({cost})")
-        left.fill_between(epochs, center - error, center + error, color=f"C{i}", alpha=0.2, linewidth=0)
-        values = list(scores[m.name].values())
-        right.plot([i] * len(values), values, "o", color=f"C{i}", zorder=3)
-        right.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color=f"C{i}", linewidth=2)
-    for seed in sorted({r.seed for r in results}):
-        line = [scores[m.name].get(seed, np.nan) for m in methods]
-        right.plot(range(len(methods)), line, color="0.8", linewidth=0.8, zorder=1)
-    left.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-    left.legend(frameon=False)
-    right.set(title="last epoch, one line a seed", xticks=range(len(methods)))
-    right.set_xticklabels([m.name for m in methods])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="0.92")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with chart(path, 2, (10, 4.2), width_ratios=(3, 2)) as (left, right):
+        for i, m in enumerate(methods):
+            curves = np.array([r.accuracy for r in results if r.method == m.name])
+            epochs = next(r.epochs for r in results if r.method == m.name)
+            center = curves.mean(0)
+            error = curves.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.zeros_like(center)
+            cost = f"{m.gradients} gradient{'s' if m.gradients > 1 else ''}/step"
+            left.plot(epochs, center, color=f"C{i}", marker="o", markersize=3, label=f"{m.name} ({cost})")
+            left.fill_between(epochs, center - error, center + error, color=f"C{i}", alpha=0.2, linewidth=0)
+            values = list(scores[m.name].values())
+            right.plot([i] * len(values), values, "o", color=f"C{i}", zorder=3)
+            right.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color=f"C{i}", linewidth=2)
+        for seed in sorted({r.seed for r in results}):
+            line = [scores[m.name].get(seed, np.nan) for m in methods]
+            right.plot(range(len(methods)), line, color="0.8", linewidth=0.8, zorder=1)
+        left.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+        left.legend(frameon=False)
+        right.set(title="last epoch, one line per seed", xticks=range(len(methods)))
+        right.set_xticklabels([m.name for m in methods])
+        for axes in (left, right):
+            axes.grid(axis="y", color="0.92")
 
 
 def read_json(path: Path) -> list[Result]:
