@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsam_ext
-from tsam_ext import TSAM
+from tsam_ext import HMC, TSAM, Ascent
 
 from . import sass
 from .baselines import LoopTSAM
@@ -37,10 +37,10 @@ LISTS = ("resnet18", "vit-b16", "distilbert")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noise, s=3": {"sampler": "noise", "num_samples": SAMPLES},
     "ascent, s=3": {"num_samples": SAMPLES},
-    "ascent, sphere, s=3": {"num_samples": SAMPLES, "noise": "sphere"},
+    "ascent, sphere, s=3": {"num_samples": SAMPLES, "sampler": Ascent(noise="sphere")},
     "SAM (s=1, radius 0)": {"num_samples": 1, "radius": 0.0},
     "hmc gaussian, N=1, s=3": {"sampler": "hmc", "num_samples": SAMPLES},
-    "hmc ball, N=1, s=3": {"sampler": "hmc", "prior": "ball", "num_samples": SAMPLES},
+    "hmc ball, N=1, s=3": {"sampler": HMC(prior="ball"), "num_samples": SAMPLES},
 }
 BALL_PRIOR, GAUSSIAN = 1, 0  # as the ops number priors, and noises
 

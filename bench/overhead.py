@@ -12,6 +12,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tsam_ext import _C, TSAM
+from tsam_ext import _C, TSAM, Ascent
 
 from . import baselines, calls, floor, overhead_report
 from .baselines import Estimator, Tensors
@@ -67,7 +68,7 @@ NO_NOISE = [(4, 0), *[RESTORE] * (SAMPLES - 1), *[NORM] * SAMPLES, *[ASCEND] * (
 TASKS = (
     Task("ascent", {}, ascent_passes(SAMPLES), TSAM_WAYS),
     Task("ascent without noise", {"radius": 0.0}, [*NO_NOISE, RESTORE], TSAM_WAYS),
-    Task("ascent, sphere", {"noise": "sphere"}, ascent_passes(SAMPLES, 2)),
+    Task("ascent, sphere", {"sampler": Ascent(noise="sphere")}, ascent_passes(SAMPLES, 2)),
     Task("SAM", {"num_samples": 1, "radius": 0.0}, [NORM, (4, 0), RESTORE], ("wrapper", "library")),
     Task("noise", {"sampler": "noise"}, [SAVING_DRAW, *[DRAW, BLEND] * (SAMPLES - 1), RESTORE]),
     Task("hmc", {"sampler": "hmc"}, hmc_passes(SAMPLES)),
@@ -110,7 +111,7 @@ class StandIn:
 
 def make(way: str, task: Task, params: Tensors) -> Estimator:
     """The estimator of one way."""
-    options: dict[str, Any] = {"rho": RHO, "tilt": TILT, "num_samples": SAMPLES, "radius": RHO, **task.options}
+    options: dict[str, Any] = {"rho": RHO, "tilt": TILT, "num_samples": SAMPLES, **task.options}
     if way == "ours":
         return TSAM(params, lr=0.0, seed=1, **options)
     if way == "wrapper":
@@ -118,7 +119,7 @@ def make(way: str, task: Task, params: Tensors) -> Estimator:
     if way == "library":
         return baselines.LibrarySAM(params, rho=RHO)
     kind = baselines.LoopTSAM if way == "loop" else baselines.ForeachTSAM
-    estimator = kind(params, **options)
+    estimator = kind(params, **{"radius": RHO, **options})
     return (
         baselines.compiled(estimator)
         if way == "compiled" and isinstance(estimator, baselines.ForeachTSAM)
@@ -157,21 +158,24 @@ def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor
     closure = StandIn(params, calls=2 * SAMPLES)
     for way in ways:
         row = Row(name, task.name, way, elements, task.words, 0.0)
-        estimator = make(way, task, params)
+        meter = Meter() if way != "compiled" else None  # a dispatch mode sees no compiled op
+        with meter or nullcontext():
+            estimator = make(way, task, params)
+            for _ in range(2):  # scratch is made, passes are compiled, the chain starts
+                closure.begin()
+                estimator.estimate_gradient(closure)
         if isinstance(estimator, baselines.ForeachTSAM):
             row.words = estimator.words
-        for _ in range(2):  # scratch is made, passes are compiled, the chain starts
-            closure.begin()
-            estimator.estimate_gradient(closure)
         closure.begin()
         gc.collect()
-        if way != "compiled":  # a dispatch mode sees no compiled op
+        if meter is not None:
             closure.fresh = True
-            with Meter() as meter:
+            meter.restart()
+            with meter:
                 estimator.estimate_gradient(closure)
             closure.fresh = False
             row.calls, row.syncs = meter.calls - closure.calls * (1 + len(params)), meter.syncs
-            row.extra_memory = (meter.peak + held_bytes(estimator)) / (4 * elements) - 1  # one gradient is anybody's
+            row.extra_memory = meter.peak / (4 * elements) - 1  # one gradient is needed by every way
         if way == "foreach":
             timed_passes(estimator, row.passes)  # type: ignore[arg-type]
         rows.append(row)
@@ -188,19 +192,6 @@ def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor
                 passed += time.perf_counter() - start - closure.seconds
             row.seconds.append(passed / repeats)
     return rows
-
-
-def held_bytes(estimator: Estimator) -> int:
-    """Bytes that an estimator keeps between steps, beside the parameters."""
-    if isinstance(estimator, TSAM):
-        chain = estimator._chain
-        positions = [x for held in chain.positions.values() for x in held]
-        kept = [*(copy for _, copy in estimator._saved.values()), *positions, *chain.momenta.values()]
-    elif isinstance(estimator, baselines.ForeachTSAM):
-        kept = [*estimator.saved, *estimator.noise]
-    else:
-        kept = []
-    return sum(x.numel() * x.element_size() for x in kept)
 
 
 def add_parser(commands: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from tsam_ext import TSAM
+from tsam_ext import HMC, TSAM
 
 from .command import conclude
 from .data import load
@@ -34,10 +34,10 @@ COLUMNS = ("acceptance", "distance / rho", "ESS", "1 - ESS/s", "sampled loss", "
 
 
 def _optimizer(model: nn.Module, rate: float, delta: float, seed: int = SEED) -> TSAM:
-    options: dict[str, Any] = {"sampler": "hmc", "rho": RHO, "num_samples": NUM_SAMPLES, "seed": seed}
-    tilt = TILT_OVER_DELTA * delta
+    options: dict[str, Any] = {"rho": RHO, "num_samples": NUM_SAMPLES, "seed": seed}
+    options |= {"sampler": HMC(delta=delta), "tilt": TILT_OVER_DELTA * delta}
     momentum = MOMENTUM if rate else 0.0
-    return TSAM(model.parameters(), torch.optim.SGD, lr=rate, momentum=momentum, delta=delta, tilt=tilt, **options)
+    return TSAM(model.parameters(), torch.optim.SGD, lr=rate, momentum=momentum, **options)
 
 
 def _closure(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:

@@ -19,22 +19,24 @@ import torch
 from bench import gpu_cost, sass
 from bench.__main__ import main
 from bench.gpu_cost import PASSES, SAMPLERS, Pass, Recorder, record
-from tsam_ext import _C
+from tsam_ext import _C, HMC, Ascent, Noise
 
 ROOT = Path(__file__).parents[1]
-HMC = {"sampler": "hmc", "num_samples": 3}
 # Every way through an op that the model knows.
 CASES: dict[str, dict[str, Any]] = {
     **SAMPLERS,
-    "sphere": {"noise": "sphere"},
-    "ball": {"noise": "ball", "sampler": "noise"},
-    "antithetic": {"antithetic": True},
+    "sphere": {"sampler": Ascent(noise="sphere")},
+    "ball": {"sampler": Noise(noise="ball")},
+    "antithetic": {"sampler": Ascent(antithetic=True)},
     "adaptive": {"adaptive": True},
     "adaptive SAM": {"adaptive": True, "radius": 0.0},
-    "hmc, N=3": {**HMC, "num_leapfrog_steps": 3},
-    "hmc ball, N=2": {**HMC, "num_leapfrog_steps": 2, "prior": "ball"},
-    "hmc ball, adaptive, fresh": {**HMC, "num_leapfrog_steps": 2, "prior": "ball", "adaptive": True, "chain": "fresh"},
-    "hmc, delta from the gradient": {**HMC, "delta": "auto"},
+    "hmc, N=3": {"sampler": HMC(num_leapfrog_steps=3)},
+    "hmc ball, N=2": {"sampler": HMC(num_leapfrog_steps=2, prior="ball")},
+    "hmc ball, adaptive, fresh": {
+        "sampler": HMC(num_leapfrog_steps=2, prior="ball", chain="fresh"),
+        "adaptive": True,
+    },
+    "hmc, delta from the gradient": {"sampler": HMC(delta="auto")},
 }
 
 
@@ -55,9 +57,9 @@ def test_the_words_are_those_of_the_formulas(s: int) -> None:
     for n in (1, 2, 4):
         # Start 4, way back 2; N > 1 reads the start for the distance; the first mean is a gradient's memory, 2 less.
         rest = 4 + 2 + (s if n > 1 else 0) - 2
-        options = {"sampler": "hmc", "num_samples": s, "num_leapfrog_steps": n}
-        assert words(options) == s * (7 * n + 5) + rest
-        assert words({**options, "prior": "ball"}) == s * (10 * n + 5) + rest
+        for prior, passes_each in (("gaussian", 7), ("ball", 10)):
+            sampler = HMC(num_leapfrog_steps=n, prior=prior)
+            assert words({"sampler": sampler, "num_samples": s}) == s * (passes_each * n + 5) + rest
 
 
 def test_the_words_of_sam() -> None:
@@ -109,8 +111,8 @@ SHORT = [(case, 2) for case in CASES]
 LONG = [(case, tensors) for case in ("ascent, s=1", "sphere, s=1", "hmc, s=1") for tensors in (400, 500, 600, 700)]
 CASES |= {
     "ascent, s=1": {"num_samples": 1},
-    "sphere, s=1": {"num_samples": 1, "noise": "sphere", "sampler": "noise"},
-    "hmc, s=1": {"sampler": "hmc", "num_samples": 1, "prior": "ball", "chain": "fresh", "delta": "auto"},
+    "sphere, s=1": {"num_samples": 1, "sampler": Noise(noise="sphere")},
+    "hmc, s=1": {"num_samples": 1, "sampler": HMC(prior="ball", chain="fresh", delta="auto")},
 }
 
 
@@ -149,7 +151,7 @@ def test_a_read_on_the_host_is_counted() -> None:
 
 def test_all_ops_of_an_estimate_are_known() -> None:
     called = {op for options in CASES.values() for op, _ in record(options, 2).calls}
-    adapted = {op for op, _ in record({**HMC, "adapt_step_size": True}, 2).calls}
+    adapted = {op for op, _ in record({"sampler": HMC(adapt_step_size=True)}, 2).calls}
     assert called | adapted == PASSES.keys()
 
 
