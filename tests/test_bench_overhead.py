@@ -189,10 +189,19 @@ def test_a_way_that_computes_something_else_is_wrong(
     assert not list(tmp_path.iterdir())
 
 
+class FakeProgram:
+    stores = ""
+
+    def bandwidths(self, size: int, repeats: int) -> dict[str, float]:
+        return dict.fromkeys(overhead.floor.WORDS, 1e9)
+
+
 @pytest.mark.parametrize("floor_seconds", [1e-9, 1e9])
 def test_strict_fails_on_a_missed_target(
     floor_seconds: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(overhead.floor, "Program", FakeProgram)
+    monkeypatch.setattr(overhead.floor, "draw_rate", lambda repeats: 1e9)
     monkeypatch.setattr(overhead.floor.Floor, "seconds", lambda self, moved, draws: floor_seconds)
     monkeypatch.setattr(overhead_report, "OVER_FLOOR", {"SAM": (1.2, 1.2)})
     monkeypatch.setattr(overhead, "_C", SimpleNamespace(__isa__="avx512"))
