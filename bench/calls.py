@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _ops
-from tsam_ext.functional.state import new_state
+from tsam_ext.engine.state import new_state
 
 LENGTHS = (1, 60, 200)
 ELEMENTS = 16  # of each tensor

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tsam_ext import _ops
-from tsam_ext.metrics import new_state
+from tsam_ext.engine.state import new_state
 
 SOURCE = Path(__file__).with_name("floor.cpp")
 WORDS = {"copy": 2, "triad": 3, "add": 3, "read": 1}  # in the order of floor.cpp

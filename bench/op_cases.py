@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tsam_ext
 from tsam_ext import _ops
-from tsam_ext.metrics import Slot, new_state
+from tsam_ext.engine.state import Slot, new_state
 
 from . import dynamics_cases, scalar_cases
 from .op_check import Case, Way, returned

@@ -223,7 +223,7 @@ def measure(name: str, task: Task, ways: list[str], rounds: int, scratch: Tensor
 def held_bytes(estimator: Estimator) -> int:
     """Bytes that an estimator keeps between steps, beside the parameters."""
     if isinstance(estimator, TSAM):
-        chain = estimator._chain
+        chain = estimator._progress.memory
         positions = [x for held in chain.positions.values() for x in held]
         kept = [*(copy for _, copy in estimator._saved.values()), *positions, *chain.momenta.values()]
     elif isinstance(estimator, baselines.ForeachTSAM):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tsam_ext
 from tsam_ext import _ops
-from tsam_ext.metrics import HEADER, Slot
+from tsam_ext.engine.state import HEADER, Slot
 
 from .op_check import Case, Way, returned
 
