@@ -7,7 +7,7 @@ are checked by the kernels themselves (csrc/ops/checks.h); tsam_ext.functional i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,28 +16,97 @@ from . import _C  # noqa: F401  (its import registers the ops)
 
 _library = torch.ops.tsam
 
-perturb_: Callable[..., None] = _library.perturb_.default
-grad_norm_: Callable[..., None] = _library.grad_norm_.default
-ascend_: Callable[..., None] = _library.ascend_.default
-tilt_begin_: Callable[..., None] = _library.tilt_begin_.default
-tilt_update_: Callable[..., None] = _library.tilt_update_.default
-accumulate_: Callable[..., None] = _library.accumulate_.default
-accumulate_perturb_: Callable[..., None] = _library.accumulate_perturb_.default
-restore_: Callable[..., None] = _library.restore_.default
-hmc_place_: Callable[..., None] = _library.hmc_place_.default
-hmc_begin_: Callable[..., None] = _library.hmc_begin_.default
-hmc_leapfrog_: Callable[..., None] = _library.hmc_leapfrog_.default
-hmc_end_: Callable[..., None] = _library.hmc_end_.default
-hmc_recycle_: Callable[..., None] = _library.hmc_recycle_.default
-hmc_carry_: Callable[..., None] = _library.hmc_carry_.default
-hmc_adapt_: Callable[..., None] = _library.hmc_adapt_.default
-tilted_loss: Callable[[Tensor, float], Tensor] = _library.tilted_loss.default
-tilted_weights: Callable[[Tensor, float], Tensor] = _library.tilted_weights.default
-tilted_reduce: Callable[[Tensor, Tensor, float], Tensor] = _library.tilted_reduce.default
-leapfrog: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _library.leapfrog.default
-kick: Callable[[Tensor, Tensor, Tensor], Tensor] = _library.kick.default
-perturb: Callable[[Tensor, Tensor, int, int, int, int], Tensor] = _library.perturb.default
-tilt_summary: Callable[[Tensor, int], Tensor] = _library.tilt_summary.default
+# With the signatures of _C.pyi, so that a type checker sees two arguments that have been exchanged.
+if TYPE_CHECKING:
+    from ._C import (
+        accumulate_ as accumulate_,
+    )
+    from ._C import (
+        accumulate_perturb_ as accumulate_perturb_,
+    )
+    from ._C import (
+        ascend_ as ascend_,
+    )
+    from ._C import (
+        grad_norm_ as grad_norm_,
+    )
+    from ._C import (
+        hmc_adapt_ as hmc_adapt_,
+    )
+    from ._C import (
+        hmc_begin_ as hmc_begin_,
+    )
+    from ._C import (
+        hmc_carry_ as hmc_carry_,
+    )
+    from ._C import (
+        hmc_end_ as hmc_end_,
+    )
+    from ._C import (
+        hmc_leapfrog_ as hmc_leapfrog_,
+    )
+    from ._C import (
+        hmc_place_ as hmc_place_,
+    )
+    from ._C import (
+        hmc_recycle_ as hmc_recycle_,
+    )
+    from ._C import (
+        kick as kick,
+    )
+    from ._C import (
+        leapfrog as leapfrog,
+    )
+    from ._C import (
+        perturb as perturb,
+    )
+    from ._C import (
+        perturb_ as perturb_,
+    )
+    from ._C import (
+        restore_ as restore_,
+    )
+    from ._C import (
+        tilt_begin_ as tilt_begin_,
+    )
+    from ._C import (
+        tilt_summary as tilt_summary,
+    )
+    from ._C import (
+        tilt_update_ as tilt_update_,
+    )
+    from ._C import (
+        tilted_loss as tilted_loss,
+    )
+    from ._C import (
+        tilted_reduce as tilted_reduce,
+    )
+    from ._C import (
+        tilted_weights as tilted_weights,
+    )
+else:
+    perturb_ = _library.perturb_.default
+    grad_norm_ = _library.grad_norm_.default
+    ascend_ = _library.ascend_.default
+    tilt_begin_ = _library.tilt_begin_.default
+    tilt_update_ = _library.tilt_update_.default
+    accumulate_ = _library.accumulate_.default
+    accumulate_perturb_ = _library.accumulate_perturb_.default
+    restore_ = _library.restore_.default
+    hmc_place_ = _library.hmc_place_.default
+    hmc_begin_ = _library.hmc_begin_.default
+    hmc_leapfrog_ = _library.hmc_leapfrog_.default
+    hmc_end_ = _library.hmc_end_.default
+    hmc_recycle_ = _library.hmc_recycle_.default
+    hmc_carry_ = _library.hmc_carry_.default
+    hmc_adapt_ = _library.hmc_adapt_.default
+    tilted_loss = _library.tilted_loss.default
+    tilted_weights = _library.tilted_weights.default
+    tilted_reduce = _library.tilted_reduce.default
+    leapfrog = _library.leapfrog.default
+    kick = _library.kick.default
+    perturb = _library.perturb.default
+    tilt_summary = _library.tilt_summary.default
 
 LIST_OPS = (
     "perturb_",

@@ -1,82 +1,84 @@
 """The optimizer that TSAM wraps: built or taken, and refused where it cannot be wrapped.
 
-Invariant: what base_of returns steps once from p.grad, has no option named like one of ours, and holds parameters
-that the kernels can move in place.
+Our keys in its groups are rho, radius and adaptive; where the base has an option of that name, tsam_rho and so on.
+Invariant: what base_of returns steps once from p.grad and holds parameters that the kernels can move in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .settings import GROUP_KEYS, check_group, check_parameters, reject
+from ._cuda import why_not
+from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
+from .samplers import Sampler, owner_of
+from .settings import GROUP_KEYS, check_group_options, check_group_values
+
+OPTIMIZER = "a torch.optim.Optimizer class or instance"
 
 
-def base_of(params: Iterable[Any] | None, base: object, kwargs: dict[str, Any]) -> Optimizer:
+def base_of(params: Any, base: object, kwargs: dict[str, Any], sampler: Sampler) -> Optimizer:
     """The base optimizer from its class or instance; refuses those that TSAM cannot wrap."""
-    expected = "a torch.optim.Optimizer class or instance"
-    if isinstance(base, type):
-        if not issubclass(base, Optimizer):
-            raise reject("base_optimizer", base, expected, TypeError)
+    if isinstance(params, Optimizer):  # TSAM(SGD(...)), where base is the default
+        if base is not torch.optim.SGD:
+            raise refuse(TSAM, "base_optimizer", shown(base), "nothing beside an optimizer as params", TypeError)
+        params, base = None, params
+    if isinstance(base, type) and issubclass(base, Optimizer):
         _refuse_kind(base)
+        _refuse_sampler_options(base, kwargs, sampler)
         if params is None:
-            raise reject("params", None, "parameters, as base_optimizer is a class", TypeError)
-        instance = cast(Callable[..., Optimizer], base)(params, **kwargs)
-    elif isinstance(base, Optimizer):
-        _refuse_kind(type(base))
-        if kwargs:
-            raise reject(
-                next(iter(kwargs)),
-                kwargs[next(iter(kwargs))],
-                "no base options beside an instance",
-                TypeError,
-            )
-        instance = base
-        if params is not None:
-            given = [p for item in list(params) for p in _flat(item)]
-            held = [p for group in base.param_groups for p in group["params"]]
-            if len(given) != len(held) or any(a is not b for a, b in zip(given, held, strict=True)):
-                raise reject(
-                    "params",
-                    "other tensors or another order",
-                    "None, or the tensors of base_optimizer",
-                )
-    else:
-        raise reject("base_optimizer", base, expected, TypeError)
-    for key in GROUP_KEYS:
-        if key in instance.defaults:
-            raise reject(
-                "base_optimizer",
-                type(instance).__name__,
-                f"an optimizer without an option '{key}' (TSAM may hold it already)",
-            )
-    return instance
+            raise refuse(TSAM, "params", "None", "parameters, as base_optimizer is a class", TypeError)
+        return cast(Callable[..., Optimizer], base)(params, **kwargs)
+    if not isinstance(base, Optimizer):
+        raise refuse(TSAM, "base_optimizer", shown(base), OPTIMIZER, TypeError)
+    _refuse_kind(type(base))
+    _refuse_sampler_options(type(base), kwargs, sampler)
+    for name, value in kwargs.items():
+        raise refuse(TSAM, name, shown(value), "no base options beside an instance", TypeError)
+    if params is not None:
+        given = [p for item in list(params) for p in _flat(item)]
+        held = [p for group in base.param_groups for p in group["params"]]
+        if len(given) != len(held) or any(a is not b for a, b in zip(given, held, strict=True)):
+            expected = "None, or the tensors of base_optimizer"
+            raise refuse(TSAM, "params", "other tensors or another order", expected)
+    if base.defaults.keys() >= set(GROUP_KEYS):
+        got = f"{type(base).__name__} with options {', '.join(GROUP_KEYS)}"
+        raise refuse(TSAM, "base_optimizer", got, "an optimizer that no TSAM holds already")
+    return base
 
 
 def _flat(item: Any) -> list[Any]:
+    """The tensors of an entry of ``params``: a tensor, a (name, tensor) pair, or a group of either."""
     if isinstance(item, dict):
         params = item["params"]
-        return [params] if isinstance(params, Tensor) else list(params)
-    return [item]
+        entries = [params] if isinstance(params, Tensor) else list(params)
+        return [tensor for entry in entries for tensor in _flat(entry)]
+    return [item[1]] if isinstance(item, tuple) and len(item) == 2 else [item]
 
 
 def _refuse_kind(kind: type[Optimizer]) -> None:
     if issubclass(kind, (torch.optim.LBFGS, torch.optim.SparseAdam)) or hasattr(kind, "estimate_gradient"):
-        raise reject(
-            "base_optimizer",
-            kind.__name__,
-            "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)",
-        )
+        expected = "an optimizer that steps once from p.grad (not LBFGS, SparseAdam)"
+        raise refuse(TSAM, "base_optimizer", kind.__name__, expected)
 
 
-def check_groups(groups: list[dict[str, Any]]) -> None:
+def _refuse_sampler_options(kind: type[Optimizer], kwargs: dict[str, Any], sampler: Sampler) -> None:
+    taken = inspect.signature(kind).parameters
+    for name in kwargs:
+        if name not in taken and (owner := owner_of(name, sampler)):
+            raise TypeError(f"TSAM: {name} belongs to the sampler: sampler={owner}({name}=...)")
+
+
+def check_groups(groups: list[dict[str, Any]], names: dict[str, str]) -> None:
     """Checks our keys in each group and that the kernels can take every parameter."""
     for g, group in enumerate(groups):
-        check_group(group, f"param_groups[{g}].")
+        check_group_values(group, f"param_groups[{g}].", names)
     check_parameters(
         (f"param_groups[{g}]['params'][{i}]", p)
         for g, group in enumerate(groups)
@@ -84,12 +86,35 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     )
 
 
+def check_parameters(named: Iterator[tuple[str, Tensor]]) -> None:
+    """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
+    spans: list[tuple[int, int, str]] = []
+    for name, parameter in named:
+        if parameter.layout is not torch.strided:
+            raise refuse(TSAM, name, f"a {parameter.layout} tensor", "a dense tensor")
+        if parameter.dtype not in DTYPES:
+            expected = "a float32, float64, bfloat16 or float16 tensor"
+            raise refuse(TSAM, name, f"a {parameter.dtype} tensor", expected)
+        if (cause := why_not(parameter.device)) is not None:
+            raise refuse(TSAM, name, f"a tensor on {parameter.device}", f"one that kernels run on ({cause})")
+        if not is_dense(parameter):
+            got = f"strides {parameter.stride()} for shape {tuple(parameter.shape)}"
+            raise refuse(TSAM, name, got, "a dense tensor")
+        if parameter.numel():
+            begin = parameter.data_ptr()
+            spans.append((begin, begin + parameter.numel() * parameter.element_size(), name))
+    spans.sort()
+    for (_, end, before), (begin, _, after) in itertools.pairwise(spans):
+        if begin < end:
+            raise refuse(TSAM, after, f"memory shared with {before}", "parameters that do not overlap")
+
+
 def make_capturable(base: Optimizer, *, own: bool) -> None:
     """Has a base on a GPU that was made here (``own``) count its steps there too; refuses another that does not."""
     for g, group in enumerate(base.param_groups):
         if group.get("capturable") is False and any(p.device.type == "cuda" for p in group["params"]):
             if not own:
-                raise reject(f"param_groups[{g}].capturable", False, "True, as TSAM's capturable is True")
+                raise refuse(TSAM, f"param_groups[{g}].capturable", False, "True, as TSAM's capturable is True")
             group["capturable"] = base.defaults["capturable"] = True
 
 
@@ -103,10 +128,34 @@ def with_capturable(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict
 
 
 class WrappingOptimizer(Optimizer):
-    """An optimizer whose groups, state and defaults are those of the one in ``_base``, with some keys of its own."""
+    """An optimizer whose groups, state and defaults are those of a base optimizer, with keys of its own in each group.
 
-    _base: Optimizer | None
-    _own_defaults: dict[str, Any]
+    ``own``: values of our keys where a group does not set them. ``given``: those that the user has set for all groups.
+    ``foreign``: the base came as an instance, whose groups may hold whatever its owner has put there.
+    """
+
+    def __init__(
+        self, base: Optimizer, sampler: Sampler, *, own: dict[str, Any], given: dict[str, Any], foreign: bool
+    ) -> None:
+        self.group_names = {key: f"tsam_{key}" if key in base.defaults else key for key in GROUP_KEYS}
+        self._sampler, self._given = sampler, given
+        self._base_options = set(base.defaults)
+        if foreign:
+            self._base_options.update(*base.param_groups)
+        sampler.check_lengths("", given, {})
+        for g, group in enumerate(base.param_groups):
+            self._check_new_group(group, f"param_groups[{g}].")
+        check_groups(base.param_groups, self.group_names)
+        self._base: Optimizer | None = None
+        super().__init__(base.param_groups, {})
+        self._base = base
+        self._own_defaults = {self.group_names[key]: value for key, value in own.items()}
+        self.set_group_keys()
+
+    def _check_new_group(self, group: dict[str, Any], where: str) -> None:
+        check_group_options(group, where, self._sampler, self._base_options)
+        own = {key: group[name] for key, name in self.group_names.items() if name in group}
+        self._sampler.check_lengths(where, own, self._given)
 
     # The groups, the state and the defaults are the base optimizer's own. Properties, since both objects rebind them
     # in load_state_dict; the setters do nothing while Optimizer.__init__ runs.
@@ -139,7 +188,7 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with rho, radius and adaptive among them."""
+        """The base optimizer's defaults, with our keys among them."""
         return self._base.defaults if self._base is not None else {}
 
     @defaults.setter
@@ -147,21 +196,28 @@ class WrappingOptimizer(Optimizer):
         if self._base is not None:
             self._base.defaults = defaults
 
-    def _set_own_keys(self) -> None:
-        for key, value in self._own_defaults.items():
-            self.base_optimizer.defaults[key] = value
+    def set_group_keys(self) -> None:
+        """Our keys in the base's defaults, and in the groups that do not have them."""
+        for name, value in self._own_defaults.items():
+            self.base_optimizer.defaults[name] = value
             for group in self.base_optimizer.param_groups:
-                group.setdefault(key, value)
+                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as the base optimizer does; the group may set rho, radius and adaptive."""
+        """Adds a group, as the base optimizer does; the group may set rho, radius and adaptive of its own."""
         if self._base is None:
             return
         index = len(self._base.param_groups)
-        check_group(param_group, f"param_groups[{index}].")
+        self._check_new_group(param_group, f"param_groups[{index}].")
+        check_group_values(param_group, f"param_groups[{index}].", self.group_names)
         self._base.add_param_group(param_group)
         try:
-            check_groups(self._base.param_groups)
+            check_groups(self._base.param_groups, self.group_names)
         except (TypeError, ValueError):
             del self._base.param_groups[index]
             raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not the hooks and patches that schedulers and wrappers have put on this object.
+        keep = ("_base", "_sampler", "_given", "_base_options", "_own_defaults", "group_names")
+        return {key: self.__dict__[key] for key in keep}

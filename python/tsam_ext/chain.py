@@ -1,69 +1,64 @@
-"""What the sampler hmc keeps from step to step: where its Markov chain stands, and its step size.
+"""A Markov chain that lasts from step to step: where it stands in scaled coordinates, and its step size.
 
-Layout: three position buffers a parameter, in scaled coordinates; `scalars` (csrc/core/metropolis.h) says which holds
-the chain's state. Invariant: the host never learns which; a checkpoint holds the position alone, and no scratch.
+Layout: three position buffers per parameter; `scalars` (csrc/core/metropolis.h) says which holds the chain's state.
+A checkpoint holds, per parameter, the position alone, and in every group the prior, the log step size and the running
+gradient scale. Invariant: the host never learns which buffer is current; no scratch is saved.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .settings import HmcSettings
+from .engine.checks import TSAM, check_choice, refuse, shown
+from .engine.state import CHAIN_SLOTS, ChainSlot
+from .memory import Memory, Saved
+from .phase_space import PRIORS
 from .table import Table
 
-SLOTS = 30
+# What one step leaves for the next beside positions, by its name in a checkpoint.
+KEPT = {
+    "log_step_size": ChainSlot.LOG_STEP,
+    "gradient_scale": ChainSlot.GRAD_SCALE,
+    "gradient_scales": ChainSlot.GRAD_SCALES,
+}
+POSITION, PRIOR = "position", "prior"
 
 
-class ChainSlot:
-    """Indices into a chain's scalars, as csrc/core/metropolis.h has them (a test compares the two)."""
-
-    DELTA = 0
-    LOG_STEP = 1
-    CURRENT = 2
-    LOSS = 3
-    ENERGY = 4
-    ACCEPTANCE = 5
-    TRAJECTORIES = 6
-    ACCEPTED = 7
-    DIVERGENT = 8
-    START = 9
-    MOVED = 11
-    REFLECTIONS = 12
-    GRAD_SCALE = 13
-    GRAD_SCALES = 14
-    ROUNDING = 15
-    TAKEN = 16
-    ALPHA = 21
-    REJECTED = 22
-    CHAIN_STEP = 24
-    TOTALS = 25
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
-KEPT = (ChainSlot.LOG_STEP, ChainSlot.GRAD_SCALE, ChainSlot.GRAD_SCALES)  # of one step for the next, beside positions
+class Chain(Memory):
+    """The chain on one ``prior``. With ``adapts`` the step size moves, up to ``highest_step_size``."""
 
-
-class Chain:
-    """What lasts from step to step: the chain's position in scaled coordinates, and its step size."""
-
-    def __init__(self, settings: HmcSettings, device: torch.device) -> None:
-        self.settings = settings
-        self.scalars = torch.zeros(SLOTS, dtype=torch.float64, device=device)
-        self.scalars[ChainSlot.LOG_STEP].fill_(math.log(settings.first_step_size))
+    def __init__(
+        self, device: torch.device, *, prior: str, step_size: float, highest_step_size: float, adapts: bool
+    ) -> None:
+        self.prior, self.adapts = prior, adapts
+        self.highest_log_step = math.log(highest_step_size)
+        self._first_log_step = math.log(step_size)
+        self.scalars = torch.zeros(CHAIN_SLOTS, dtype=torch.float64, device=device)
+        self.scalars[ChainSlot.LOG_STEP].fill_(self._first_log_step)
         self.positions: dict[Tensor, list[Tensor]] = {}
         self.momenta: dict[Tensor, Tensor] = {}  # scratch: kept, as new memory costs more than a pass over it
         self.started = False
+
+    @property
+    def prior_number(self) -> int:
+        """The prior as the ops take it."""
+        return PRIORS.index(self.prior)
 
     def buffers(self, parameter: Tensor) -> list[Tensor]:
         """The three buffers of a parameter; makes them, and thereby restarts the chain, where there are none."""
         held = self._held(parameter)
         if held is None:
             self.started = False
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            held = [torch.zeros_like(parameter, dtype=wide, requires_grad=False) for _ in range(3)]
+            held = [torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False) for _ in range(3)]
             self.positions[parameter] = held
             self.momenta.pop(parameter, None)
         return held
@@ -73,9 +68,9 @@ class Chain:
         held = self.positions.get(parameter)
         if held is None:
             return None
-        first, wide = held[0], torch.promote_types(parameter.dtype, torch.float32)
+        first = held[0]
         alike = first.shape == parameter.shape and first.stride() == parameter.stride()
-        return held if alike and first.dtype == wide and first.device == parameter.device else None
+        return held if alike and first.dtype == _wide(parameter) and first.device == parameter.device else None
 
     def momentum(self, parameter: Tensor) -> Tensor:
         """Memory for a parameter's momentum, like a position; holds whatever the last trajectory left."""
@@ -104,34 +99,52 @@ class Chain:
         if len(moved) != len(self.momenta):
             self.momenta = {parameter: self.momenta[parameter] for parameter in moved}
 
-    def pack(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
-        """The chain for a checkpoint: the scalars that last, and one position a parameter, None where there is none."""
-        scalars = torch.zeros_like(self.scalars)
-        for slot in KEPT:
-            scalars[slot] = self.scalars[slot]
-        parameters = [p for group in groups for p in group["params"]]
+    def save(self, parameters: Sequence[Tensor]) -> Saved:
+        """The prior, the scalars that last, and one position per parameter that moves."""
+        numbers: dict[str, float | str] = {name: float(self.scalars[slot]) for name, slot in KEPT.items()}
         positions = [self.position(p) if self.started and self._held(p) else None for p in parameters]
-        return {"prior": self.settings.prior, "scalars": scalars, "positions": positions}
+        return Saved({PRIOR: self.prior, **numbers}, {POSITION: positions})
+
+    def check(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
+        """ValueError unless ``saved`` is a chain's, or nothing's."""
+        numbers, where = saved.numbers, "load_state_dict"
+        if PRIOR in numbers:
+            check_choice(TSAM, f"{where}: {PRIOR}", numbers[PRIOR], PRIORS)
+            for name in KEPT:
+                value = numbers.get(name)
+                if not isinstance(value, float) or not math.isfinite(value):
+                    raise refuse(TSAM, f"{where}: {name}", shown(value), "a finite number")
+        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
+            if position is None:
+                continue
+            got: str | None = shown(position)
+            if isinstance(position, Tensor):
+                got = f"a {position.layout} {position.dtype} tensor of shape {tuple(position.shape)}"
+                got += f" on {position.device.type}"
+                dense = position.layout is torch.strided and position.device.type != "meta"
+                if dense and position.dtype == _wide(parameter) and position.shape == parameter.shape:
+                    got = None if bool(position.isfinite().all()) else "a position that is not finite"
+            if got is not None:
+                expected = f"a finite {_wide(parameter)} tensor of shape {tuple(parameter.shape)}"
+                raise refuse(TSAM, f"{where}: {POSITION} of parameter {i}", got, expected)
 
     @torch.no_grad()
-    def unpack(self, groups: list[dict[str, Any]], saved: dict[str, Any] | None) -> None:
-        """Takes what :meth:`pack` gave; the chain starts anew if that was nothing, or a chain on another prior.
+    def load(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
+        """Takes what :meth:`save` gave; the chain starts anew if that was nothing, or a chain on another prior.
 
         The step size is the saved one only where this chain adapts it, and within its own bound.
         """
         held, self.positions, self.started = self.positions, {}, False
-        first = math.log(self.settings.first_step_size)
-        if saved is None or saved["prior"] != self.settings.prior:
-            self.scalars.zero_()
-            self.scalars[ChainSlot.LOG_STEP] = first
+        self.scalars.zero_()
+        self.scalars[ChainSlot.LOG_STEP] = self._first_log_step
+        if saved.numbers.get(PRIOR) != self.prior:
             return
-        self.scalars.copy_(saved["scalars"])
-        if self.settings.adapt_step_size:
-            self.scalars[ChainSlot.LOG_STEP].clamp_(max=self.settings.highest_log_step)
-        else:
-            self.scalars[ChainSlot.LOG_STEP] = first
-        parameters = [p for group in groups for p in group["params"]]
-        for parameter, position in zip(parameters, saved["positions"], strict=True):
+        for name, slot in KEPT.items():
+            if slot != ChainSlot.LOG_STEP or self.adapts:
+                self.scalars[slot] = float(saved.numbers[name])
+        if self.adapts:
+            self.scalars[ChainSlot.LOG_STEP].clamp_(max=self.highest_log_step)
+        for parameter, position in zip(parameters, saved.tensors.get(POSITION, ()), strict=False):
             if position is not None:
                 if parameter in held:  # the same memory, which a captured step may know
                     self.positions[parameter] = held[parameter]
@@ -143,7 +156,9 @@ class Chain:
 
         RuntimeError where the chain has not been, as a parameter moves that did not in the last step.
         """
-        unit = math.sqrt(max(table.dimension, 1)) if self.settings.prior == "gaussian" else 1.0
+        if not self.started:
+            raise RuntimeError("TSAM: chain_position() needs a step before it.")
+        unit = math.sqrt(max(table.dimension, 1)) if self.prior == "gaussian" else 1.0
         found = []
         for i in table.moves:
             if table.parameters[i] not in self.positions:

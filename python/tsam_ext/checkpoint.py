@@ -1,89 +1,98 @@
 """What a checkpoint holds beside the base optimizer's state, and when it may be loaded.
 
-Invariant: everything is checked before anything is changed; plain values only, so ``weights_only=True`` loads it.
+Layout: the base's state dict; in every entry of param_groups the numbers, with names that begin with tsam_ (version,
+noise scheme, base class, shapes, step, seed, a sampler's own); in state, beside each parameter's, a sampler's tensors.
+Invariant: everything is checked before anything is changed; plain values only, so ``weights_only=True`` loads it; the
+base optimizer never sees an entry of ours.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .chain import KEPT, SLOTS
-from .settings import PRIORS, Settings, checked_int, reject
+from .engine.checks import TSAM, check_int, refuse, shown
+from .memory import Memory, Saved
 
-KEY = "tsam"
-STATE_VERSION = 1
+PREFIX = "tsam_"
+STATE_VERSION = 2
 NOISE_SCHEME = "philox4x32-10/box-muller/1"
+WHERE = "load_state_dict"
 
 
-def _identity(base: Optimizer) -> dict[str, Any]:
+def _identity(base: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     """What has to be equal here and there for a state to mean the same."""
     return {
         "version": STATE_VERSION,
         "noise_scheme": NOISE_SCHEME,
         "base_optimizer": type(base).__name__,
-        "shapes": [[list(p.shape) for p in group["params"]] for group in base.param_groups],
+        "shapes": " ".join(str(tuple(p.shape)) for p in group["params"]),
     }
 
 
-def pack(base: Optimizer, settings: Settings, *, step: int, seed: int, chain: dict[str, Any] | None) -> dict[str, Any]:
-    """The base's state dict with one more key."""
-    own = {**_identity(base), "step": step, "seed": seed, "settings": settings.describe()}
-    if chain is not None:
-        own["chain"] = chain
-    return {**base.state_dict(), KEY: own}
+def _parameters(base: Optimizer) -> list[Tensor]:
+    return [p for group in base.param_groups for p in group["params"]]
 
 
-def unpack(base: Optimizer, state: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int, Any] | None]:
-    """The base's own part of ``state``, and (step, seed, chain) if TSAM saved it; ValueError if it does not fit."""
-    own = state.get(KEY)
-    rest = {key: value for key, value in state.items() if key != KEY}
-    if own is None:
-        return rest, None
-    if not isinstance(own, dict):
-        raise reject(f"load_state_dict: {KEY}", own, "a dict, as state_dict() writes it")
-    for key, value in _identity(base).items():
-        if own.get(key) != value:
-            raise reject(f"load_state_dict: {key}", own.get(key), f"{value!r} as here")
-    step = checked_int("load_state_dict: step", own.get("step"), 0, (1 << 63) - 1)
-    seed = checked_int("load_state_dict: seed", own.get("seed"), 0, (1 << 64) - 1)
-    chain = own.get("chain")
-    if chain is not None:
-        _check_chain(base, chain)
-    return rest, (step, seed, chain)
+def pack(base: Optimizer, memory: Memory, *, step: int, seed: int) -> dict[str, Any]:
+    """The base's state dict with our entries beside its own."""
+    kept, packed = memory.save(_parameters(base)), base.state_dict()
+    numbers = {"step": step, "seed": seed, **kept.numbers}
+    groups = []
+    for group, here in zip(packed["param_groups"], base.param_groups, strict=True):
+        ours = {**_identity(base, here), **numbers}
+        groups.append({**group, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
+    state = dict(packed["state"])
+    indices = [index for group in packed["param_groups"] for index in group["params"]]
+    for name, tensors in kept.tensors.items():
+        for index, tensor in zip(indices, tensors, strict=True):
+            if tensor is not None:
+                state[index] = {**state.get(index, {}), f"{PREFIX}{name}": tensor}
+    return {**packed, "state": state, "param_groups": groups}
 
 
-def _check_chain(base: Optimizer, chain: Any) -> None:
-    where = "load_state_dict: chain"
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    if not isinstance(chain, dict) or chain.keys() != {"prior", "scalars", "positions"}:
-        raise reject(where, chain, "a dict of prior, scalars and positions")
-    if chain["prior"] not in PRIORS:
-        raise reject(f"{where}: prior", chain["prior"], " or ".join(map(repr, PRIORS)))
-    scalars, positions = chain["scalars"], chain["positions"]
-    if not isinstance(scalars, Tensor) or scalars.shape != (SLOTS,) or scalars.dtype != torch.float64:
-        raise reject(f"{where}: scalars", scalars, f"a float64 tensor of shape ({SLOTS},)")
-    rest = [slot for slot in range(SLOTS) if slot not in KEPT]
-    if not bool(scalars.isfinite().all()) or bool(scalars[rest].any()):
-        raise reject(f"{where}: scalars", scalars.tolist(), f"finite numbers, 0 but at {', '.join(map(str, KEPT))}")
-    if not isinstance(positions, list) or len(positions) != len(parameters):
-        got = f"{len(positions)} positions" if isinstance(positions, list) else positions
-        raise reject(where, got, f"a list of {len(parameters)}, one a parameter")
-    for i, (position, parameter) in enumerate(zip(positions, parameters, strict=True)):
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        if position is None:
-            continue
-        got = position
-        if isinstance(position, Tensor):
-            shape, place = tuple(position.shape), position.device.type
-            got = f"a {position.layout} {position.dtype} tensor of shape {shape} on {place}"
-            dense = position.layout is torch.strided and position.device.type != "meta"
-            if dense and position.dtype == wide and position.shape == parameter.shape:
-                got = None
-        if got is not None:
-            raise reject(f"{where}: positions[{i}]", got, f"None or a {wide} tensor of shape {tuple(parameter.shape)}")
-        if not bool(position.isfinite().all()):
-            raise reject(f"{where}: positions[{i}]", "a position that is not finite", "finite numbers")
+def unpack(
+    base: Optimizer, memory: Memory, group_names: dict[str, str], saved: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[int, int, Saved] | None]:
+    """The base's own part, and (step, seed, a sampler's part) if TSAM saved it; ValueError if it does not fit."""
+    if "tsam" in saved:
+        got = "a checkpoint of version 1, which an older tsam_ext has written"
+        raise refuse(TSAM, WHERE, got, f"one of version {STATE_VERSION}: it cannot be converted")
+    theirs = set(group_names.values())  # of these, tsam_rho and its like are group keys
+    groups, found = [], []
+    for group in saved["param_groups"]:
+        ours = {k.removeprefix(PREFIX): v for k, v in group.items() if k.startswith(PREFIX) and k not in theirs}
+        groups.append({k: v for k, v in group.items() if not k.startswith(PREFIX) or k in theirs})
+        found.append(ours)
+    state, tensors = {}, dict[str, dict[Any, Tensor]]()
+    for index, entry in saved["state"].items():
+        rest = {name: value for name, value in entry.items() if not name.startswith(PREFIX)}
+        for name, value in entry.items():
+            if name.startswith(PREFIX):
+                tensors.setdefault(name.removeprefix(PREFIX), {})[index] = value
+        if rest or not entry:
+            state[index] = rest
+    own = {**saved, "state": state, "param_groups": groups}
+    if not any(found):
+        return own, None
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    if len(found) != len(base.param_groups):
+        raise refuse(TSAM, WHERE, f"{len(found)} parameter groups", f"{len(base.param_groups)} as here")
+    for g, (ours, group) in enumerate(zip(found, base.param_groups, strict=True)):
+        for key, value in _identity(base, group).items():
+            if ours.get(key) != value:
+                where = f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
+                raise refuse(TSAM, where, repr(ours.get(key)), f"{value!r} as here")
+    numbers = found[0]
+    for g, ours in enumerate(found):
+        for key in numbers.keys() - {"shapes"}:
+            if ours.get(key) != numbers[key]:
+                where = f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
+                raise refuse(TSAM, where, shown(ours.get(key)), f"{numbers[key]!r} as in param_groups[0]")
+    step = check_int(TSAM, f"{WHERE}: step", numbers.get("step"), 0, (1 << 63) - 1)
+    seed = check_int(TSAM, f"{WHERE}: seed", numbers.get("seed"), 0, (1 << 64) - 1)
+    kept = Saved(numbers, {name: [by_index.get(i) for i in indices] for name, by_index in tensors.items()})
+    memory.check(kept, _parameters(base))
+    return own, (step, seed, kept)

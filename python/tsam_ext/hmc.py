@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
 from ._cuda import why_not
-from .chain import SLOTS, ChainSlot
-from .functional.checks import (
+from .engine.checks import (
     check_each,
     check_flag,
     check_int,
@@ -30,14 +28,15 @@ from .functional.checks import (
     check_seed,
     refuse,
 )
-from .functional.state import new_state
+from .engine.spread import Spread
+from .engine.state import CHAIN_SLOTS, ChainSlot, new_state
 from .integrators import LEAPFROG, MCLACHLAN, substeps
+from .phase_space import FLAT, PhaseSpace
 
 __all__ = ["LEAPFROG", "MCLACHLAN", "Trace", "sample"]
 
 LogDensity = Callable[[list[Tensor]], Tensor]
 OP = "hmc.sample"
-FLAT = 2  # csrc/core/hmc.h
 
 
 @dataclass(frozen=True)
@@ -176,14 +175,14 @@ def sample(
     with torch.inference_mode(False), torch.no_grad():
         walk = _Walk(log_density, tensors, scales, plan, log_step, key, metropolis)
         draws = [tensor.new_empty((num_samples, *tensor.shape)) for tensor in tensors]
-        scalars = walk.chain.new_empty((num_samples, SLOTS))
+        scalars = walk.scalars.new_empty((num_samples, CHAIN_SLOTS))
         for transition in transitions:
             walk.transition(transition)
             if transition < burn_in and adapt_step_size:
-                _ops.hmc_adapt_(walk.chain, math.inf)
+                walk.adapt()
             kept, skipped = divmod(transition - burn_in + 1, thin)
             if transition >= burn_in and skipped == 0:
-                scalars[kept - 1] = walk.chain
+                scalars[kept - 1] = walk.scalars
                 for draw, here in zip(draws, walk.kept, strict=True):
                     draw[kept - 1] = here
     return Trace(
@@ -197,7 +196,7 @@ def sample(
 
 
 class _Walk:
-    """One chain: the buffers of the hmc_* ops, and the gradient and position of the state it is in."""
+    """One chain: where it is, and the gradient there."""
 
     def __init__(
         self,
@@ -209,99 +208,76 @@ class _Walk:
         seed: int,
         metropolis: bool,
     ) -> None:
-        self._log_density, self._metropolis, self._seed = log_density, metropolis, seed
-        self._rho, self._adaptive = scales, [False] * len(scales)
+        self._log_density, self._metropolis = log_density, metropolis
         self._substeps, self._last_kick = plan
         self.kept = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in start]
-        self._theta = [torch.zeros_like(tensor) for tensor in self.kept]
-        self._origin = [torch.zeros_like(tensor) for tensor in self.kept]
-        wide = [torch.float64 if tensor.dtype == torch.float64 else torch.float32 for tensor in self.kept]
-        self._x = [[torch.zeros_like(t, dtype=w) for t, w in zip(self.kept, wide, strict=True)] for _ in range(3)]
-        self._momentum = [torch.zeros_like(x) for x in self._x[0]]
         self._fresh, self._carried = ([torch.zeros_like(t) for t in self.kept] for _ in range(2))
-        for x, tensor, scale in zip(self._x[0], self.kept, scales, strict=True):
-            x.copy_(tensor).div_(scale)
+        wide = [torch.float64 if tensor.dtype == torch.float64 else torch.float32 for tensor in self.kept]
+
+        def buffers() -> list[Tensor]:
+            return [torch.zeros_like(t, dtype=w) for t, w in zip(self.kept, wide, strict=True)]
+
+        x = buffers(), buffers(), buffers()
+        for first, tensor, scale in zip(x[0], self.kept, scales, strict=True):
+            first.copy_(tensor).div_(scale)
         # The noise's element indices, each tensor's rounded up to whole quads.
         sizes = [-(-tensor.numel() // 4) * 4 for tensor in self.kept]
-        self._base = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._dimension = sum(tensor.numel() for tensor in self.kept)
         device = self.kept[0].device  # torch's default device may be another
-        self.chain = torch.zeros(SLOTS, dtype=torch.float64, device=device)
-        self.chain[ChainSlot.LOG_STEP] = log_step
-        self._state, self._one = new_state(0, device), self.chain.new_ones(())
+        self.scalars = torch.zeros(CHAIN_SLOTS, dtype=torch.float64, device=device)
+        self.scalars[ChainSlot.LOG_STEP] = log_step
+        self._one = self.scalars.new_ones(())
+        self._phase = PhaseSpace(
+            spread=Spread(self.kept),
+            indices=list(range(len(self.kept))),
+            position=[torch.zeros_like(tensor) for tensor in self.kept],
+            saved=[torch.zeros_like(tensor) for tensor in self.kept],
+            x=x,
+            momentum=[torch.zeros_like(first) for first in x[0]],
+            scalars=self.scalars,
+            state=new_state(0, device),
+            rho=scales,
+            adaptive=[False] * len(scales),
+            base=[sum(sizes[:i]) for i in range(len(sizes))],
+            seed=seed,
+            step=0,
+            dimension=sum(tensor.numel() for tensor in self.kept),
+            prior=FLAT,
+        )
         self._place()
+
+    def adapt(self) -> None:
+        """Moves the step size towards an acceptance of 0.8."""
+        self._phase.adapt(math.inf)
 
     def transition(self, step: int) -> None:
         """One trajectory and its decision; ``step`` numbers the noise, and the counts start anew."""
-        self._begin(self.chain[ChainSlot.LOSS].clone())
+        phase = self._phase
+        phase.step = step
+        self._begin(self.scalars[ChainSlot.LOSS].clone())
         for n, (kick, drift) in enumerate(self._substeps):
-            _ops.hmc_leapfrog_(
-                self._theta,
-                self._origin,
-                self._momentum,
-                *self._x,
-                self._fresh if n else self._carried,
-                self.chain,
-                self._rho,
-                self._adaptive,
-                self._base,
-                self._seed,
-                step,
-                0,
-                self._dimension,
-                FLAT,
-                kick,
-                drift,
-                n == 0,
-                False,
-            )
-            torch.autograd.graph.increment_version(self._theta)
+            gradients = self._fresh if n else self._carried
+            phase.leapfrog(gradients, trajectory=0, kick=kick, drift=drift, first=n == 0, measure=False)
             value = self._evaluate(self._fresh)
-        _ops.hmc_end_(
-            self._origin,
-            self._momentum,
+        phase.end(
             self._fresh,
-            self.chain,
-            self._state,
             value,
-            self._rho,
-            self._adaptive,
-            self._seed,
-            step,
-            0,
-            self._dimension,
-            FLAT,
-            self._last_kick,
-            -1,
-            self._metropolis,
-            False,
-            True,
+            trajectory=0,
+            kick=self._last_kick,
+            row=-1,
+            metropolis=self._metropolis,
+            skip_nonfinite=False,
+            last=True,
         )
         # The momenta stand in for the accumulator, which is not written as nothing is counted.
-        _ops.hmc_carry_(self._momentum, self._carried, self._fresh, self.chain, self._state, False)
-        taken = self.chain[ChainSlot.TAKEN] > 0.0
-        for kept, theta in zip(self.kept, self._theta, strict=True):
+        phase.carry(phase.indices, phase.momentum, self._carried, self._fresh, count=False)
+        taken = self.scalars[ChainSlot.TAKEN] > 0.0
+        for kept, theta in zip(self.kept, phase.position, strict=True):
             torch.where(taken, theta, kept, out=kept)
 
     def _place(self) -> None:
         """theta = T x, and the log density and its gradient there, which must be finite."""
-        _ops.hmc_place_(
-            self._theta,
-            self._origin,
-            *self._x,
-            self.chain,
-            self._state,
-            self._rho,
-            self._adaptive,
-            self._base,
-            self._seed,
-            0,
-            self._dimension,
-            FLAT,
-            False,
-        )
-        torch.autograd.graph.increment_version([*self._theta, *self._origin])
-        for kept, theta in zip(self.kept, self._theta, strict=True):
+        self._phase.place(draw=False)
+        for kept, theta in zip(self.kept, self._phase.position, strict=True):
             kept.copy_(theta)  # T may have rounded the start
         value = self._evaluate(self._carried, start=True)
         if not bool(value.isfinite()):
@@ -313,24 +289,11 @@ class _Walk:
         self._begin(value)
 
     def _begin(self, value: Tensor) -> None:
-        _ops.hmc_begin_(
-            self._origin,
-            self._carried,
-            self.chain,
-            self._state,
-            value,
-            self._one,
-            self._one,
-            False,
-            self._rho,
-            self._adaptive,
-            self._dimension,
-            FLAT,
-        )
+        self._phase.begin(self._carried, value, tilt=self._one, delta=self._one, automatic=False)
 
     def _evaluate(self, gradients: list[Tensor], start: bool = False) -> Tensor:
         """The log density at theta, and its gradient into ``gradients``: zero for what it does not depend on."""
-        leaves = [theta.detach().requires_grad_() for theta in self._theta]
+        leaves = [theta.detach().requires_grad_() for theta in self._phase.position]
         with torch.enable_grad():
             value = self._log_density(list(leaves))
             if not isinstance(value, Tensor):

@@ -7,13 +7,14 @@ Invariant: after a completed step both are as after one forward; after an except
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from .engine.notices import warn
 
 
 class RandomMasks:
@@ -87,9 +88,7 @@ class TrainingNormWatch:
         """Takes the hook away and warns if there is reason to."""
         self._handle.remove()
         if self._seen:
-            warnings.warn(
-                "TSAM: a training normalisation layer with running statistics ran several times in one step, and "
-                "its statistics moved each time; pass model=... to TSAM to have them move once.",
-                UserWarning,
-                stacklevel=4,
+            warn(
+                "a training normalisation layer with running statistics ran several times in one step, and its "
+                "statistics moved each time; pass model=... to TSAM to have them move once."
             )

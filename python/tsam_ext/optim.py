@@ -1,29 +1,35 @@
-"""TSAM: a thin optimizer around any torch optimizer. It decides when, the ops do what.
+"""TSAM: a thin optimizer around any torch optimizer. It decides when, the sampler and the ops do what.
 
-One step = one gradient estimate (estimate.py) into ``p.grad``, then the base optimizer's own step.
-Invariant: no arithmetic over elements here, no host sync, and after any exception the parameters are what they were.
+One step = one gradient estimate (estimates/) into ``p.grad``, then the base optimizer's own step.
+Invariant: no arithmetic over elements here, no host sync, no sampler's name; after any exception the parameters are
+what they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import WrappingOptimizer, base_of, check_groups, make_capturable, with_capturable
-from .chain import Chain
-from .estimate import Estimate
-from .hmc_estimate import HmcEstimate
-from .metrics import Diagnostics
+from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
+from .diagnostics import Diagnostics
+from .engine.checks import TSAM as OPTIMIZER
+from .engine.checks import check_int, refuse, shown
+from .estimates import Estimate, PlainEstimate, Sample, Step
 from .module_state import TrainingNormWatch
-from .sample import Sample
-from .settings import Settings, Tilt, check_group, checked_int, reject
+from .progress import Progress
+from .samplers import Sampler, SamplerName
+from .settings import GROUP_KEYS, Settings, Tilt, check_group_values
 from .table import Table
+
+RHO = 0.05
+OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
 class TSAM(WrappingOptimizer):
@@ -34,49 +40,30 @@ class TSAM(WrappingOptimizer):
     (1/t) log E exp(t L(θ+ε)) (T. Li, T. Zhou, J. Bilmes, "Tilted Sharpness-Aware Minimization", ICML 2025).
 
     Args:
-        params: parameters or parameter groups, as for the base class; ``None`` if ``base_optimizer`` is an instance.
-            A group may set ``rho``, ``radius`` and ``adaptive`` of its own. Dense float32, float64, bfloat16 or
-            float16 tensors on the CPU, a GPU or several devices.
+        params: parameters or parameter groups, as for the base class; or a base optimizer itself; ``None`` if
+            ``base_optimizer`` is an instance. Dense float32, float64, bfloat16 or float16 tensors on the CPU, a GPU or
+            several devices. A group may set ``rho``, ``radius`` and ``adaptive`` of its own; where the base has an
+            option of that name, ours is ``tsam_rho`` and so on.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
             losses. A float, a 0-dim tensor, or a function of the step. Default 1.
-        num_samples: s, perturbations a step. Default 3.
-        sampler: ``"ascent"`` (default; noise, then an ascent of length rho along the gradient there: 2 gradients a
-            sample), ``"noise"`` (1 gradient a sample) or ``"hmc"`` (Hamiltonian Monte Carlo on the density
-            ∝ prior(ε) exp(delta · L(θ+ε)): 1 + num_leapfrog_steps · (num_samples + burn_in) gradients a step).
-        radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
-        noise: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the ball).
+        num_samples: s, perturbations per step. Default 3.
+        sampler: ``"ascent"`` (default), ``"noise"`` or ``"hmc"``, or an object with options: :class:`Ascent`,
+            :class:`Noise`, :class:`HMC`, whose pages say what they do and cost.
         adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves.
+        radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
         batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
             cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
         every: sample each ``every``-th step, starting with the first; the others take the plain gradient. Default 1.
-        antithetic: every second sample takes −z of the one before. Default False.
         skip_nonfinite_loss: leave samples with a non-finite loss out instead of returning NaN. Default False.
         same_masks: all passes of a step see the same random numbers (dropout), as one forward would. Default True.
         model: module whose normalisation layers shall see each step as one forward. Default ``None``.
         seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
             same noise bits on every machine.
-        delta: for ``hmc``, δ, how far the samples lean towards high losses; they then weigh by exp((tilt − δ) L). A
-            float, a 0-dim tensor, ``None`` (default: δ = tilt, so that all weigh the same) or ``"auto"``:
-            delta_scale · √d / ‖T∇L‖ with the norm a running mean on the device, T = rho D. A heuristic: with
-            delta_scale 1 the sampled losses are lifted by about one standard deviation.
-        delta_scale: see delta. Default 1.
-        num_leapfrog_steps: for ``hmc``, N, gradients a trajectory. Default 1.
-        step_size: for ``hmc``, the angle (gaussian prior) or length (ball) of one drift; ``None``: π/(2N).
-        adapt_step_size: move step_size towards an acceptance of 0.8 after each step, never above π/(2N) or a larger
-            step_size of the user's. Default True.
-        prior: for ``hmc``, ``"gaussian"`` (default; ε = rho D x/√d with x standard normal) or ``"ball"`` (‖ε/(rho D)‖
-            ≤ 1, the paper's constraint).
-        metropolis: accept or reject each trajectory, which makes the samples exact. Default True.
-        chain: ``"persistent"`` (default; goes on from the last step's ε, which checkpoints hold) or ``"fresh"`` (starts
-            each step from the prior: biased towards it unless burn_in is long).
-        burn_in: trajectories before the first sample of a step. Default 0.
-        recycle: for ``hmc``, count all N states of a trajectory and its start, each by its chance of being accepted (of
-            not moving on), instead of the one that it ends with: more states for the same gradients. Default False.
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
-            ``same_masks=False`` (a capture rewinds no generator; with hmc: no dropout), ``every=1``, a tilt that is no
-            function, and of a base instance its own ``capturable=True`` if it has that option. Default False.
+            ``same_masks=False`` (a capture rewinds no generator), ``every=1``, a tilt that is no function, and of a
+            base instance its own ``capturable=True`` if it has that option. Default False.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -98,87 +85,77 @@ class TSAM(WrappingOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any] | None,
+        params: Iterable[Any] | Optimizer | None,
         base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
         *,
-        rho: float = 0.05,
+        rho: float = RHO,
         tilt: Tilt = 1.0,
         num_samples: int = 3,
-        sampler: str = "ascent",
-        radius: float | None = None,
-        noise: str = "gaussian",
+        sampler: Sampler | SamplerName = "ascent",
         adaptive: bool = False,
-        batch: str = "whole",
+        radius: float | None = None,
+        batch: Literal["whole", "split"] = "whole",
         every: int = 1,
-        antithetic: bool = False,
         skip_nonfinite_loss: bool = False,
         same_masks: bool = True,
         model: nn.Module | None = None,
         seed: int | None = None,
-        delta: float | str | Tensor | None = None,
-        delta_scale: float = 1.0,
-        num_leapfrog_steps: int = 1,
-        step_size: float | None = None,
-        adapt_step_size: bool = True,
-        prior: str = "gaussian",
-        metropolis: bool = True,
-        chain: str = "persistent",
-        burn_in: int = 0,
-        recycle: bool = False,
         capturable: bool = False,
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
-        check_group(own)
-        hmc = {"delta": delta, "delta_scale": delta_scale, "num_leapfrog_steps": num_leapfrog_steps}
-        hmc |= {"step_size": step_size, "adapt_step_size": adapt_step_size, "prior": prior}
-        hmc |= {"metropolis": metropolis, "chain": chain, "burn_in": burn_in, "recycle": recycle}
-        values = {"tilt": tilt, "num_samples": num_samples, "sampler": sampler, "noise": noise, "batch": batch}
-        values |= {"every": every, "antithetic": antithetic, "skip_nonfinite_loss": skip_nonfinite_loss}
-        values |= {"same_masks": same_masks, "capturable": capturable}
-        self._settings = Settings.checked(hmc, values)
+        check_group_values(own, "", OWN_NAMES)
+        given = {key: own[key] for key, default in (("rho", RHO), ("radius", None)) if own[key] != default}
+        self._settings = Settings(
+            tilt=tilt,
+            num_samples=num_samples,
+            sampler=sampler,  # type: ignore[arg-type]  # a name becomes its sampler there
+            batch=batch,
+            every=every,
+            skip_nonfinite_loss=skip_nonfinite_loss,
+            same_masks=same_masks,
+            capturable=capturable,
+        )
+        chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
-            raise reject("model", model, "a torch.nn.Module or None", TypeError)
+            raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
         if seed is not None:
-            seed = checked_int("seed", seed, 0, (1 << 64) - 1)
-        base = base_of(params, base_optimizer, base_kwargs)
-        check_groups(base.param_groups)
+            seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)
+        base = base_of(params, base_optimizer, base_kwargs, chosen)
+        built = isinstance(base_optimizer, type) and not isinstance(params, Optimizer)
+        super().__init__(base, chosen, own=own, given=given, foreign=not built)
         if capturable:
-            make_capturable(base, own=isinstance(base_optimizer, type))
-
-        self._base: Optimizer | None = None
-        super().__init__(base.param_groups, {})
-        self._base = base
-        self._own_defaults = own
-        self._set_own_keys()
+            make_capturable(base, own=built)
         self.model = model
-        self.seed = int(torch.randint(0, (1 << 63) - 1, ())) if seed is None else seed
-        self._tilt_is_own = not (isinstance(tilt, (int, float)) and tilt in (0.0, 1.0))
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        self._step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0
-        self._chain = Chain(self._settings.hmc, device)
-        self._forget()
+        key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
+        self._progress = Progress(chosen.memory(device), key, device, capturable=capturable)
 
-    def _forget(self) -> None:
-        """Scratch that is never saved or copied."""
-        self._saved: dict[Tensor, tuple[Any, Tensor]] = {}
-        self._estimate: Estimate | None = None
-        self._pending = False
-        self._inside_perturbed = False
-        self._watched = False
-        self._diagnostics = Diagnostics()
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold for all groups, read-only; rho, radius and adaptive stand in ``param_groups``."""
+        return self._settings
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise: what was given, drawn, or loaded."""
+        return self._progress.seed
 
     @property
     def diagnostics(self) -> Diagnostics:
         """Device tensors that describe the last completed step."""
-        return self._diagnostics
+        return self._progress.diagnostics
+
+    def __repr__(self) -> str:
+        base = "\n".join(f"    {line}" for line in repr(self.base_optimizer).splitlines())
+        return f"TSAM (\n    {self._settings.shown()}\n{base}\n)"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
-        The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once a
-        gradient: s times for ``noise``, 2s for ``ascent``, once on plain steps of ``every``. ``p.grad`` is cleared
-        before each run.
+        The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once per
+        gradient: once or twice per sample, as the sampler's page says, and once on plain steps of ``every``. ``p.grad``
+        is cleared before each run.
 
         Raises:
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
@@ -187,14 +164,14 @@ class TSAM(WrappingOptimizer):
         loss = None
         if closure is not None:
             loss = self.estimate_gradient(closure)
-        elif not self._pending:
+        elif not self._progress.pending:
             raise RuntimeError(
                 "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
                 "or the samples() loop before it. Nothing was updated."
             )
         self.base_optimizer.step()
-        self._pending = False
-        self._step += 1
+        self._progress.pending = False
+        self._progress.step += 1
         return loss
 
     def apply(self) -> None:
@@ -209,11 +186,12 @@ class TSAM(WrappingOptimizer):
         for sample in self.samples():
             with sample, torch.enable_grad():
                 sample.record(closure())
-        assert self._estimate is not None and self._estimate.first_loss is not None
-        return self._estimate.first_loss
+        estimate = self._progress.estimate
+        assert estimate is not None and estimate.first_loss is not None
+        return estimate.first_loss
 
     def samples(self) -> Iterator[Sample]:
-        """The same estimate as a loop, one item a gradient, the same body for each; then :meth:`apply`.
+        """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
         ::
 
@@ -224,42 +202,43 @@ class TSAM(WrappingOptimizer):
                     sample.record(loss)
             opt.apply()
 
-        Several backward calls an item accumulate. Leaving the loop early, by break or exception, restores everything.
+        Several backward calls per item accumulate. Leaving the loop early, by break or exception, restores everything.
         """
         self._refuse_inside_perturbed("a step")
-        table = Table.of(self.param_groups)
-        self._end_estimate()
-        estimate = self._estimate = self._new_estimate(table, plain=self._settings.is_plain(self._step))
-        watch = TrainingNormWatch() if self.model is None and not self._watched and estimate.repeats else None
+        progress, settings = self._progress, self._settings
+        progress.abort()
+        plain = settings.is_plain(progress.step)
+        estimate = progress.estimate = self._new_estimate(plain=plain, tilt=settings.tilt_at(progress.step))
+        watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
         try:
             yield from estimate.passes()
         finally:
             if watch is not None:
-                self._watched = True
+                progress.watched = True
                 watch.close()
             estimate.current = None
-        self._pending = True
-        inert = estimate.plain or (isinstance(estimate, HmcEstimate) and self._settings.hmc.delta is None)
-        own_tilt = self._tilt_is_own and not inert  # with delta = tilt equal weights are meant
-        chain = self._chain.scalars.clone() if isinstance(estimate, HmcEstimate) else None
-        rows = (estimate.num_samples, estimate.rows_per_sample)
-        self._diagnostics._attach(estimate.state, rows, own_tilt, chain, table.dimension_over_rho)
+        progress.pending = True
+        report = estimate.report
+        progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
 
-    def _new_estimate(self, table: Table, plain: bool) -> Estimate:
-        seed = self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
-        if isinstance(self._step, Tensor) and table.parameters:
-            self._step = self._step.to(table.parameters[0].device)  # the model may have moved since
-        common: dict[str, Any] = {"seed": seed, "step": self._step, "plain": plain, "model": self.model}
-        if self._settings.sampler == "hmc" and not plain:
-            return HmcEstimate(table, self._settings, self._saved, chain=self._chain, **common)
-        return Estimate(table, self._settings, self._saved, **common)
-
-    def _end_estimate(self) -> None:
-        """Undoes what is left of an estimate that nobody finished."""
-        self._pending = False
-        if self._estimate is not None:
-            self._estimate.abort()
-        self._estimate = None
+    def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
+        progress, settings = self._progress, self._settings
+        table = Table.of(self.param_groups, self.group_names)
+        if table.parameters:
+            progress.step_to(table.parameters[0].device)  # the model may have moved since
+        step = Step(
+            table=table,
+            scratch=progress.scratch,
+            seed=progress.signed_seed,
+            count=progress.step,
+            num_samples=1 if plain else settings.num_samples,
+            tilt=0.0 if plain else tilt,
+            split=settings.split and not plain,
+            skip_nonfinite_loss=settings.skip_nonfinite_loss,
+            same_masks=settings.same_masks,
+            model=self.model,
+        )
+        return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.memory)
 
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
@@ -276,10 +255,9 @@ class TSAM(WrappingOptimizer):
         rows = len(batch[0])
         for i, rest in enumerate(batch):
             if len(rest) != rows:
-                raise reject(f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
-        begin, end = 0, rows
-        if self._estimate is not None and not self._estimate.closed:
-            begin, end = self._estimate.part_bounds(rows)
+                raise refuse(OPTIMIZER, f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
+        running = self._progress.running
+        begin, end = (0, rows) if running is None else running.rows(rows)
         parts = batch if (begin, end) == (0, rows) else tuple(item[begin:end] for item in batch)
         return parts[0] if len(parts) == 1 else parts
 
@@ -287,41 +265,34 @@ class TSAM(WrappingOptimizer):
     def perturbed(self, sample: int = 0) -> Iterator[None]:
         """The parameters at θ+ε inside the block, θ bit for bit after it, exceptions included.
 
-        ε is the noise of ``sample`` in the coming step; with the sampler ``ascent`` and gradients in ``p.grad``, the
-        ascent along them as well; with ``hmc`` it is where the chain stands. ``p.grad`` is left alone.
+        ε is the noise of ``sample`` in the coming step; where the sampler ascends and ``p.grad`` holds gradients, the
+        ascent along them as well; where it keeps a chain, where that stands. ``p.grad`` is left alone.
         """
-        checked_int("sample", sample, 0, self._settings.num_samples - 1)
+        check_int(OPTIMIZER, "sample", sample, 0, self._settings.num_samples - 1)
         self._refuse_inside_perturbed("perturbed()")
-        if self._estimate is not None and not self._estimate.closed:
+        if self._progress.running is not None:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
-        estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
-        self._inside_perturbed = True
+        estimate = self._new_estimate()
+        self._progress.inside_perturbed = True
         try:
-            if isinstance(estimate, HmcEstimate):
-                estimate.place(fresh=False)
-            elif estimate.table.draws:
-                estimate.perturb(sample)
-            if self._settings.sampler == "ascent":
-                estimate.ascend(estimate.gradients(), sample)
+            estimate.visit(sample)
             yield
         finally:
-            self._inside_perturbed = False
+            self._progress.inside_perturbed = False
             estimate.undo()
 
     def chain_position(self) -> list[Tensor]:
-        """ε where the chain of the sampler ``hmc`` stands, one tensor a perturbed parameter, like it.
+        """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
 
         Raises:
-            RuntimeError: with another sampler, inside a step, or before the first step.
+            RuntimeError: with a sampler that keeps no chain, inside a step, or before the first step.
         """
-        if self._settings.sampler != "hmc" or not self._chain.started:
-            raise RuntimeError("TSAM: chain_position() needs sampler='hmc' and a step.")
-        if self._inside_perturbed or (self._estimate is not None and not self._estimate.closed):
+        if self._progress.inside_perturbed or self._progress.running is not None:
             raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
-        return self._chain.perturbations(Table.of(self.param_groups))
+        return self._progress.memory.perturbations(Table.of(self.param_groups, self.group_names))
 
     def _refuse_inside_perturbed(self, what: str) -> None:
-        if self._inside_perturbed:
+        if self._progress.inside_perturbed:
             raise RuntimeError(f"TSAM: {what} inside perturbed(): what is there now is not where the step starts.")
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -332,13 +303,13 @@ class TSAM(WrappingOptimizer):
         """
         self._check_two_steps("first_step")
         self._refuse_inside_perturbed("first_step()")
-        self._end_estimate()
-        estimate = self._estimate = self._new_estimate(Table.of(self.param_groups), plain=False)
+        self._progress.abort()
+        estimate = self._progress.estimate = self._new_estimate()
         try:
-            estimate.ascend(estimate.gradients(), 0)
+            estimate.visit(0)
         except BaseException:
             estimate.undo()
-            self._estimate = None
+            self._progress.estimate = None
             raise
         if zero_grad:
             self.zero_grad()
@@ -350,51 +321,51 @@ class TSAM(WrappingOptimizer):
             RuntimeError: without a first_step before it.
         """
         self._check_two_steps("second_step")
-        if self._estimate is None or self._estimate.closed:
+        running = self._progress.running
+        if running is None:
             raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
-        self._estimate.undo()
-        self._estimate = None
-        self._pending = True
+        running.undo()
+        self._progress.estimate = None
+        self._progress.pending = True
         self.apply()
         if zero_grad:
             self.zero_grad()
 
     def _check_two_steps(self, name: str) -> None:
-        if not self._settings.two_steps or Table.of(self.param_groups).draws:
+        if not self._settings.two_steps or Table.of(self.param_groups, self.group_names).draws:
             raise RuntimeError(
-                f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, sampler='ascent', "
+                f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict with one more key, ``"tsam"``; no scratch."""
-        chain = self._chain.pack(self.param_groups) if self._settings.sampler == "hmc" else None
-        return checkpoint.pack(self.base_optimizer, self._settings, step=int(self._step), seed=self.seed, chain=chain)
+        """The base optimizer's state dict, with numbers named ``tsam_...`` in each group and no scratch.
+
+        A sampler that keeps something per parameter has it beside that parameter's state.
+        """
+        progress = self._progress
+        return checkpoint.pack(self.base_optimizer, progress.memory, step=int(progress.step), seed=progress.seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 
         A state dict of the base optimizer alone loads too: step and seed stay as they are. The settings are those of
-        this object, not the saved ones.
+        this object.
 
         Raises:
-            ValueError: before anything changes, if the base class, the shapes or the noise scheme differ.
+            ValueError: before anything changes, if the version, base class, shapes or noise scheme differ.
         """
-        rest, own = checkpoint.unpack(self.base_optimizer, state_dict)
+        progress = self._progress
+        rest, own = checkpoint.unpack(self.base_optimizer, progress.memory, self.group_names, state_dict)
         rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
         self.base_optimizer.load_state_dict(rest)
-        self._set_own_keys()
-        self._end_estimate()
+        self.set_group_keys()
+        progress.abort()
         if own is not None:
-            step, self.seed, chain = own
-            self._step = self._step.fill_(step) if isinstance(self._step, Tensor) else step
-            if self._settings.sampler == "hmc":
-                self._chain.unpack(self.param_groups, chain)
+            step, progress.seed, kept = own
+            progress.set_step(step)
+            progress.memory.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("_base", "_settings", "_own_defaults", "model", "seed", "_tilt_is_own", "_step", "_chain")
-        return {key: self.__dict__[key] for key in keep}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}
+        return super().__getstate__() | own

@@ -40,11 +40,11 @@ class Table:
     dimension: int = 0
 
     @classmethod
-    def of(cls, groups: list[dict[str, Any]]) -> Table:
-        """The table of the optimizer's parameter groups as they are now."""
+    def of(cls, groups: list[dict[str, Any]], names: Mapping[str, str]) -> Table:
+        """The table of the optimizer's parameter groups as they are now; ``names``: what our keys are called there."""
         table, element = cls(), 0
         for g, group in enumerate(groups):
-            rho, radius = float(group["rho"]), group["radius"]
+            rho, radius = float(group[names["rho"]]), group[names["radius"]]
             every = group["params"]
             sizes = [parameter.numel() for parameter in every]
             *base, element = itertools.accumulate([(size + 3) // 4 * 4 for size in sizes], initial=element)
@@ -58,7 +58,7 @@ class Table:
             table.base += taken(base, chosen)
             table.rho += [rho] * count
             table.radius += [rho if radius is None else float(radius)] * count
-            table.adaptive += [group["adaptive"]] * count
+            table.adaptive += [group[names["adaptive"]]] * count
         return table
 
     def name(self, index: int) -> str:

@@ -7,9 +7,10 @@ refused.
 In place over lists of tensors, without derivatives (names end in _): what TSAM is made of.
 """
 
+from tsam_ext.engine.state import Slot, new_state
+
 from .dynamics import kick, leapfrog, perturb
 from .in_place import accumulate_, ascend_, grad_norm_, perturb_, restore_, tilt_begin_, tilt_update_
-from .state import Slot, new_state
 from .tilted import tilted_loss, tilted_reduce, tilted_weights
 
 __all__ = [

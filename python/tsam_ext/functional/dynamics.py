@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tsam_ext import _ops
-
-from .checks import (
+from tsam_ext.engine.checks import (
     check_alike,
     check_int,
     check_noise,
@@ -26,6 +25,7 @@ from .checks import (
     refuse,
     shown,
 )
+
 from .transforms import apply, loop_of_vmap
 
 __all__ = ["kick", "leapfrog", "perturb"]

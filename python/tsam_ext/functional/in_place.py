@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
-
-from .checks import (
+from tsam_ext.engine.checks import (
     check_alike,
     check_any_number,
     check_each,
@@ -36,8 +35,8 @@ from .checks import (
     check_writable,
     refuse,
 )
-from .spread import Spread
-from .state import HEADER, ROW, STEP_HELD, Slot
+from tsam_ext.engine.spread import Spread
+from tsam_ext.engine.state import HEADER, ROW, STEP_HELD, Slot
 
 __all__ = ["accumulate_", "ascend_", "grad_norm_", "perturb_", "restore_", "tilt_begin_", "tilt_update_"]
 

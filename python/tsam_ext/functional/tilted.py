@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tsam_ext import _ops
+from tsam_ext.engine.checks import check_alike, check_tensor, check_tilt, refuse
 
-from .checks import check_alike, check_tensor, check_tilt, refuse
 from .transforms import apply, loop_of_vmap
 
 __all__ = ["tilted_loss", "tilted_reduce", "tilted_weights"]

@@ -1,65 +1,71 @@
 """Diagnostics of one step, computed from the step's float64 state tensor when they are read.
 
-Layout of the state: functional/state.py.
+Layout of the state: engine/state.py. Which of them say something of a step its estimate knows (Report.names).
 Invariant: everything here is a device tensor of its own; the only host syncs are in the warnings, at a user's read.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from . import _ops
-from .chain import ChainSlot
-from .functional.state import HEADER, ROW, Slot, new_state
+from .engine.notices import warn
+from .engine.state import HEADER, ROW, ChainSlot, Slot, new_state
+from .estimates import Report
 
-__all__ = ["HEADER", "ROW", "Diagnostics", "Slot", "new_state"]
+__all__ = ["Diagnostics"]
 
 
 class Diagnostics:
     """Device tensors that describe the last step of a :class:`tsam_ext.TSAM`.
 
     Reading one copies a few scalars on the device; turning it into a Python number is the reader's sync.
-    Before the first step every value is NaN and every vector empty.
+    Before the first step every value is NaN and every vector empty. :meth:`to_dict` has those that say something of
+    the step: of the sampler ``hmc`` for instance no ``gradient_norms``.
+
+    Example:
+        >>> Diagnostics()
+        Diagnostics(before the first step)
     """
 
     def __init__(self) -> None:
-        self._state = new_state(0, torch.device("cpu"))
-        self._num_rows = 0
-        self._rows_per_sample = 1
-        self._warn_if_inert = False
-        self._chain: Tensor | None = None
-        self._dimension_over_rho = float("nan")
+        self._report = Report(new_state(0, torch.device("cpu")), num_samples=0, names=())
         self._warned: set[str] = set()
 
-    def _attach(
-        self,
-        state: Tensor,
-        rows: tuple[int, int],
-        warn_if_inert: bool,
-        chain: Tensor | None,
-        dimension_over_rho: float,
-    ) -> None:
-        """``rows``: samples of the step, and counted states a sample."""
-        self._state, self._chain = state, chain
-        self._num_rows, self._rows_per_sample = rows[0] * rows[1], rows[1]
-        self._dimension_over_rho = dimension_over_rho
-        self._warn_if_inert = self._warn_if_inert or warn_if_inert
+    def update(self, report: Report) -> None:
+        """Describes another step from now on. TSAM calls this at the end of each."""
+        self._report = report
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """What there is to say of the last step, by name, as device tensors. Warns of nothing, waits for nothing."""
+        return {name: self._value(name) for name in self._report.names}
+
+    def _value(self, name: str) -> Tensor:
+        quiet = {"ess": self._ess, "acceptance_rate": self._acceptance_rate, "rounding": self._rounding}
+        value: Tensor = quiet[name]() if name in quiet else getattr(self, name)
+        return value
+
+    def __repr__(self) -> str:
+        names = ", ".join(self._report.names) or "before the first step"
+        return f"Diagnostics({names})"
+
+    @property
+    def _num_rows(self) -> int:
+        return self._report.num_samples * self._report.rows_per_sample
 
     def _column(self, index: int) -> Tensor:
-        rows = self._state[HEADER : HEADER + ROW * self._num_rows].view(self._num_rows, ROW)
+        rows = self._report.state[HEADER : HEADER + ROW * self._num_rows].view(self._num_rows, ROW)
         return rows[:, index].clone()
 
     def _summary(self) -> Tensor:
-        return _ops.tilt_summary(self._state, self._num_rows)
+        return _ops.tilt_summary(self._report.state, self._num_rows)
 
     @property
     def losses(self) -> Tensor:
         """Loss of each sample where its gradient was taken, float64, shape ``[s]``.
 
-        With ``recycle`` one entry a counted state: for each trajectory its N states, then its start; ``[s (N + 1)]``.
+        With ``recycle`` one entry per counted state: for each trajectory its N states, then its start; ``[s (N + 1)]``.
         """
         return self._column(0)
 
@@ -78,19 +84,22 @@ class Diagnostics:
         """Effective sample size (Σw)²/Σw², float64, 0-dim: s says the tilt is inert, 1 that one sample decides.
 
         With ``recycle`` a state's weight is the sum over all its counts.
-        The first read after TSAM was given a tilt of the user's own warns (UserWarning) if that tilt is inert.
+        The first read of a tilt of the user's own that is inert warns (UserWarning); until then reading it waits for
+        the device.
         """
-        value = self._summary()[self._num_rows]
-        if self._warn_if_inert and self._num_rows > 1:
-            self._warn_if_inert = False
-            if float(value) > 0.9999 * self._num_rows:
-                warnings.warn(
-                    f"TSAM: the effective sample size is {float(value):.6f} of {self._num_rows}: at this tilt all "
-                    "samples weigh the same. A larger |tilt| makes them differ.",
-                    UserWarning,
-                    stacklevel=2,
+        value = self._ess()
+        if self._report.tilt_weighs and self._num_rows > 1 and "ess" not in self._warned:
+            number = float(value)
+            if number > 0.9999 * self._num_rows:
+                self._warn_once(
+                    "ess",
+                    f"the effective sample size is {number:.6f} of {self._num_rows}: at this tilt all samples weigh "
+                    "the same. A larger |tilt| makes them differ.",
                 )
         return value
+
+    def _ess(self) -> Tensor:
+        return self._summary()[self._num_rows]
 
     @property
     def tilted_loss(self) -> Tensor:
@@ -112,39 +121,42 @@ class Diagnostics:
         An order of magnitude: a lean of the position by the whole length ρ. NaN where the sampler takes no norm or the
         groups have several rho.
         """
-        return self._dimension_over_rho / self.gradient_norms
+        return self._report.dimension_over_rho / self.gradient_norms
 
     @property
     def num_nonfinite(self) -> Tensor:
         """Samples of the last step with a non-finite loss, float64, 0-dim."""
-        return self._state[Slot.NONFINITE].clone()
+        return self._report.state[Slot.NONFINITE].clone()
 
     def _of_chain(self, slot: int) -> Tensor:
-        if self._chain is None:
-            return torch.full((), float("nan"), dtype=torch.float64, device=self._state.device)
-        return self._chain[slot].clone()
+        if self._report.chain is None:
+            return torch.full((), float("nan"), dtype=torch.float64, device=self._report.state.device)
+        return self._report.chain[slot].clone()
 
     def _warn_once(self, name: str, message: str) -> None:
         self._warned.add(name)
-        warnings.warn(f"TSAM: {message}", UserWarning, stacklevel=3)
+        warn(message)
 
     @property
     def acceptance_rate(self) -> Tensor:
         """Sampler ``hmc``: mean of min(1, e^−ΔH) over the step's trajectories, float64, 0-dim.
 
-        The first read below 0.2 warns (UserWarning): the chain hardly moves.
+        The first read below 0.2 warns (UserWarning): the chain hardly moves. Until then a read waits for the device.
         """
-        value = self._of_chain(ChainSlot.ACCEPTANCE) / self._of_chain(ChainSlot.TRAJECTORIES)
-        if "acceptance" not in self._warned and float(value) < 0.2:
-            self._warn_once("acceptance", f"acceptance {float(value):.3f}: a smaller step_size or delta lets it move.")
+        value = self._acceptance_rate()
+        if "acceptance" not in self._warned and (number := float(value)) < 0.2:
+            self._warn_once("acceptance", f"acceptance {number:.3f}: a smaller step_size or delta lets the chain move.")
         return value
+
+    def _acceptance_rate(self) -> Tensor:
+        return self._of_chain(ChainSlot.ACCEPTANCE) / self._of_chain(ChainSlot.TRAJECTORIES)
 
     @property
     def energy_errors(self) -> Tensor:
         """Sampler ``hmc``: ΔH of the trajectory before each sample, float64, shape ``[s]``; NaN with other samplers."""
-        if self._rows_per_sample == 1:
+        if self._report.rows_per_sample == 1:
             return self._column(3)
-        return self._column(3)[self._rows_per_sample - 2 :: self._rows_per_sample].clone()
+        return self._column(3)[self._report.rows_per_sample - 2 :: self._report.rows_per_sample].clone()
 
     @property
     def num_divergent(self) -> Tensor:
@@ -153,7 +165,7 @@ class Diagnostics:
 
     @property
     def distance(self) -> Tensor:
-        """Sampler ``hmc``: how far ε/(rho D) moves a trajectory, rejections counted as 0, float64, 0-dim.
+        """Sampler ``hmc``: how far a trajectory moves ε/(rho D), rejections counted as 0, float64, 0-dim.
 
         √2 is the distance of two independent draws under the gaussian prior.
         """
@@ -173,9 +185,12 @@ class Diagnostics:
     def rounding(self) -> Tensor:
         """Sampler ``hmc``: δ|L|·2⁻²³, by how much the rounding of a float32 loss moves ΔH, float64, 0-dim.
 
-        The first read above 0.3 warns (UserWarning): the accept test is then rounding noise.
+        The first read above 0.3 warns (UserWarning): the accept test is rounding noise. Until then a read waits.
         """
-        value = self._of_chain(ChainSlot.ROUNDING)
-        if "rounding" not in self._warned and float(value) > 0.3:
-            self._warn_once("rounding", f"delta |L| 2^-23 is {float(value):.2f}: the accept test is rounding noise.")
+        value = self._rounding()
+        if "rounding" not in self._warned and (number := float(value)) > 0.3:
+            self._warn_once("rounding", f"delta |L| 2^-23 is {number:.2f}: the accept test is rounding noise.")
         return value
+
+    def _rounding(self) -> Tensor:
+        return self._of_chain(ChainSlot.ROUNDING)

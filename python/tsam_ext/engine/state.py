@@ -1,6 +1,7 @@
-"""The float64 scalars of one step, in one tensor that kernels read and write and the host need not.
+"""The float64 scalars that kernels read and write and the host need not: of one step, and of a Markov chain.
 
-Layout (csrc/core/tilt.h): 16 slots, then 4 values a sample (loss, log size, gradient norm, energy error).
+Layout: a step's ``state`` (csrc/core/tilt.h): 16 slots, then 4 values per sample (loss, log size, gradient norm, energy
+error); a chain's scalars (csrc/core/metropolis.h): 30 slots.
 """
 
 from __future__ import annotations
@@ -35,6 +36,32 @@ class Slot:
     TOTAL = 15
 
 
+class ChainSlot:
+    """Indices into a chain's scalars, as csrc/core/metropolis.h has them (a test compares the two)."""
+
+    DELTA = 0
+    LOG_STEP = 1
+    CURRENT = 2
+    LOSS = 3
+    ENERGY = 4
+    ACCEPTANCE = 5
+    TRAJECTORIES = 6
+    ACCEPTED = 7
+    DIVERGENT = 8
+    START = 9
+    MOVED = 11
+    REFLECTIONS = 12
+    GRAD_SCALE = 13
+    GRAD_SCALES = 14
+    ROUNDING = 15
+    TAKEN = 16
+    ALPHA = 21
+    REJECTED = 22
+    CHAIN_STEP = 24
+    TOTALS = 25
+
+
+CHAIN_SLOTS = 30
 STEP_HELD = -1  # an op's step: the one in the slot STEP, which a replayed CUDA graph finds counted on
 
 

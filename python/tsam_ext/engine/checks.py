@@ -1,6 +1,7 @@
-"""What the functions of this package demand of their arguments, beyond what the kernels check themselves.
+"""What the optimizer and the functions demand of their arguments, beyond what the kernels check themselves.
 
-Messages read ``tsam.<op>: <argument>[<index>]: got <what came>, expected <what was wanted>``, as in csrc/ops/checks.h.
+Messages read ``tsam.<op>: <argument>[<index>]: got <what came>, expected <what was wanted>``, as in csrc/ops/checks.h;
+those of the optimizer begin with ``TSAM:``.
 Invariant: nothing here reads a tensor's values, so nothing syncs, and a function calls its op only after all checks.
 """
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+TSAM = "TSAM"  # in place of an op's name: the optimizer
+NOT_OPS = (TSAM, "Ascent", "Noise", "HMC")  # whose messages begin with their own name
 LARGEST = sys.float_info.max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NOISES = ("gaussian", "sphere", "ball")
@@ -23,7 +26,8 @@ NOISES = ("gaussian", "sphere", "ball")
 
 def refuse(op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise for a bad argument (so that ``raise refuse(...)`` reads as one sentence)."""
-    return error(f"tsam.{op}: {argument}: got {got}, expected {expected}")
+    where = op if op in NOT_OPS else f"tsam.{op}"
+    return error(f"{where}: {argument}: got {got}, expected {expected}")
 
 
 def shown(value: object) -> str:
@@ -35,7 +39,7 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, (str, numbers.Number)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}..."
-    return type(value).__name__
+    return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
 def order_of(tensor: Tensor) -> list[int]:
@@ -111,12 +115,13 @@ def check_any_number(op: str, argument: str, value: object) -> float:
     return _real(op, argument, value, "a number or a tensor of one element")
 
 
-def check_tilt(op: str, tilt: object) -> float:
+def check_tilt(
+    op: str, tilt: object, *, argument: str = "tilt", expected: str = "a number (inf and -inf too)"
+) -> float:
     """``tilt`` as a float; infinities pass, NaN does not."""
-    expected = "a number (inf and -inf too)"
-    number = _real(op, "tilt", tilt, expected)
+    number = _real(op, argument, tilt, expected)
     if number != number:
-        raise refuse(op, "tilt", "nan", expected)
+        raise refuse(op, argument, "nan", expected)
     return number
 
 
@@ -145,19 +150,32 @@ def check_positive(op: str, argument: str, value: object) -> float:
     return number
 
 
-def check_length(op: str, argument: str, value: object) -> float:
+def check_length(op: str, argument: str, value: object, expected: str = "a finite number not below 0") -> float:
     """``value`` as a finite float not below 0."""
-    return check_number(op, argument, value, "a finite number not below 0", 0.0, or_tensor=False)
+    return check_number(op, argument, value, expected, 0.0, or_tensor=False)
+
+
+def check_choice(op: str, argument: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` if it is one of ``choices``; TypeError or ValueError otherwise."""
+    expected = " or ".join(map(repr, choices))
+    if not isinstance(value, str):
+        raise refuse(op, argument, shown(value), expected, TypeError)
+    if value not in choices:
+        raise refuse(op, argument, shown(value), expected)
+    return value
 
 
 def check_noise(op: str, argument: str, kind: object) -> int:
     """The number that the kernels give to a kind of noise (csrc/core/perturb.h)."""
-    expected = " or ".join(repr(noise) for noise in NOISES)
-    if not isinstance(kind, str):
-        raise refuse(op, argument, shown(kind), expected, TypeError)
-    if kind not in NOISES:
-        raise refuse(op, argument, shown(kind), expected)
-    return NOISES.index(kind)
+    return NOISES.index(check_choice(op, argument, kind, NOISES))
+
+
+def check_scalar_tensor(op: str, argument: str, tensor: Tensor) -> Tensor:
+    """``tensor`` if it is a floating-point tensor of one element, whose value is not looked at."""
+    if tensor.numel() != 1 or not tensor.dtype.is_floating_point:
+        got = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+        raise refuse(op, argument, got, "a floating-point tensor of one element")
+    return tensor
 
 
 def check_seed(op: str, seed: object) -> int:

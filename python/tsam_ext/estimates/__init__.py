@@ -1,0 +1,11 @@
+"""One gradient estimate of a step: a base class that begins, completes and aborts, and one class per way to sample.
+
+estimate.py: the base, and the item of ``samples()``. perturbation.py: noise, ascent, and the plain gradient.
+hamiltonian.py: Hamiltonian Monte Carlo. Invariant: whatever way a step ends, everything goes back.
+"""
+
+from .estimate import Estimate, Report, Sample, Step
+from .hamiltonian import HamiltonianEstimate
+from .perturbation import PerturbationEstimate, PlainEstimate
+
+__all__ = ["Estimate", "HamiltonianEstimate", "PerturbationEstimate", "PlainEstimate", "Report", "Sample", "Step"]

@@ -1,0 +1,211 @@
+"""Estimates at drawn perturbations: the plain gradient, noise alone, and noise followed by an ascent.
+
+noise:  draw, [closure], weigh            ascent: draw, [closure], norm and ascend, [closure], weigh
+where a sample's weighing and the next one's draw are over the same tensors, one pass does both.
+Words moved per float32 element (s samples): noise 5 s, ascent 9 s, ascent with s = 1 and radius 0 (SAM) 7.
+Invariant: a parameter is at θ₀, or its bits at θ₀ are with the origin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from tsam_ext import _ops
+from tsam_ext.engine.checks import TSAM, refuse
+from tsam_ext.table import taken
+
+from .estimate import Estimate, Sample, Step
+
+
+class Parts:
+    """How the rows of one batch are shared by its samples: of n rows sample j of s has those from ⌊jn/s⌋ on."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.rows: int | None = None
+        self.asked = False  # whether the current pass has asked for its rows
+
+    def take(self, rows: int, index: int) -> tuple[int, int]:
+        """First and last row (exclusive) of sample ``index``; the first call says how many rows the batch has."""
+        if rows < 1:
+            raise refuse(TSAM, "part", "an empty batch", "at least one row")
+        if self.rows is None:
+            self.rows, self.num_samples = rows, min(self.num_samples, rows)
+        elif rows != self.rows:
+            raise refuse(TSAM, "part", f"{rows} rows", f"{self.rows}, as in the earlier passes of this step")
+        self.asked = True
+        return index * rows // self.num_samples, (index + 1) * rows // self.num_samples
+
+    def log_size(self, index: int) -> float:
+        """log of the rows of sample ``index``, relative to the first: parts of equal size leave exponents untouched."""
+        if self.rows is None:
+            return 0.0
+        begin, end = ((index + k) * self.rows // self.num_samples for k in (0, 1))
+        return math.log((end - begin) / (self.rows // self.num_samples))
+
+
+class PlainEstimate(Estimate):
+    """The gradient at θ₀, whatever the sampler: what the steps between those of ``every`` take."""
+
+    plain = True
+
+    @property
+    def repeats(self) -> bool:
+        """Never."""
+        return False
+
+    def moves(self) -> Iterator[Sample]:
+        """One pass, where the parameters are."""
+        yield from self.one_pass(0, probe=False)
+
+    def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
+        """The gradient is the mean."""
+        skip = self.step.skip_nonfinite_loss
+        self.spread.run(_ops.tilt_update_, (), self.state, loss, 0.0, 0, skip, True)
+        self.mean.add(gradients, adopt=True, zero=False)
+
+    def visit(self, sample: int) -> None:
+        """Nowhere but θ₀."""
+
+
+class PerturbationEstimate(Estimate):
+    """A draw per sample, and an ascent along the gradient there if it ``ascends``; ``noise`` is a kind's number."""
+
+    def __init__(self, step: Step, *, noise: int, antithetic: bool, ascends: bool) -> None:
+        super().__init__(step)
+        self.parts = Parts(step.num_samples) if step.split else None
+        if ascends:
+            self.diagnostics = (*self.diagnostics, "gradient_norms", "implied_delta")
+        self._antithetic, self._ascends, self._kind = antithetic, ascends, noise
+        self._drawn = -1  # the sample that the parameters have been moved to already
+        table = step.table
+        self._moved, self._base = taken(table.parameters, table.moves), taken(table.base, table.moves)
+        self._adaptive, self._radius = taken(table.adaptive, table.moves), taken(table.radius, table.moves)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there is more than one sample, or a probe before the only one."""
+        return self.num_samples > 1 or self._ascends
+
+    def moves(self) -> Iterator[Sample]:
+        """One pass per sample; with an ascent a probe before it."""
+        index = 0
+        while index < self.num_samples:  # which part() may lower
+            self._move_to(index)
+            for probe in (True, False) if self._ascends else (False,):
+                if self.parts is not None:
+                    self.parts.asked = False
+                yield from self.one_pass(index, probe=probe)
+            index += 1
+
+    @torch.no_grad()
+    def _move_to(self, index: int) -> None:
+        """θ₀ + noise of sample ``index``, unless the sample before has moved there already."""
+        if not self.table.draws:
+            if self.first_loss is not None:
+                self.origin.restore()
+        elif self._drawn != index:
+            self._perturb(index)
+
+    def rows(self, rows: int) -> tuple[int, int]:
+        """First and last row (exclusive) of a batch of ``rows`` that the current pass is to see."""
+        if self.parts is None or self.current is None:
+            return 0, rows
+        bounds = self.parts.take(rows, self.current.index)
+        self.num_samples = self.parts.num_samples
+        return bounds
+
+    def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
+        """Ascends along the gradients of a probe; weighs the others into the mean."""
+        if self.parts is not None and not self.parts.asked:
+            raise RuntimeError("TSAM: batch='split' needs opt.part(...) around the batch in each pass.")
+        if sample.probe:
+            self._ascend(gradients, sample.index)
+            return
+        index, skip = sample.index, self.step.skip_nonfinite_loss
+        log_size = 0.0 if self.parts is None else self.parts.log_size(index)
+        last = index == self.num_samples - 1
+        self.spread.run(_ops.tilt_update_, (), self.state, loss, log_size, index, skip, last)
+        if not last and self._merges(gradients):
+            self._add_and_perturb(gradients, index + 1)
+        else:
+            self.mean.add(gradients, adopt=index == 0, zero=index > 0)
+
+    @torch.no_grad()
+    def visit(self, sample: int) -> None:
+        """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""
+        if self.table.draws:
+            self._perturb(sample)
+        if self._ascends:
+            self._ascend(self.gradients(), sample)
+
+    def _noise(self, index: int) -> tuple[list[float], list[bool], list[int], int, int, int, int, int, bool]:
+        """What an op has to know of the noise of sample ``index``, as perturb_ and accumulate_perturb_ take it."""
+        negate = self._antithetic and index % 2 == 1
+        counter = (self.step.seed, self.noise_step, index - negate, self._kind)
+        return (self._radius, self._adaptive, self._base, *counter, self.table.dimension, negate)
+
+    def _perturb(self, index: int) -> None:
+        """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
+        moves = self.table.moves
+        saves = not self.origin.copies
+        if saves:
+            self.origin.save(moves)
+        saved = taken(self.origin.copies, moves)
+        self.spread.run(_ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves)
+        increment_version(self._moved)
+
+    def _merges(self, gradients: dict[int, Tensor]) -> bool:
+        """Whether the mean of these gradients and the next draw are one pass: over the same tensors, and both due."""
+        same = self.mean.sums.keys() == gradients.keys() and list(gradients) == self.table.moves
+        return same and self.table.draws
+
+    def _add_and_perturb(self, gradients: dict[int, Tensor], index: int) -> None:
+        """Brings the mean up to this sample and moves the parameters to sample ``index``."""
+        moves = self.table.moves
+        self.spread.run(
+            _ops.accumulate_perturb_,
+            moves,
+            taken(self.mean.sums, moves),
+            list(gradients.values()),
+            self._moved,
+            taken(self.origin.copies, moves),
+            self.state,
+            *self._noise(index),
+        )
+        increment_version(self._moved)
+        self._drawn = index
+
+    def _ascend(self, gradients: dict[int, Tensor], row: int) -> None:
+        """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved."""
+        table, copies = self.table, self.origin.copies
+        moves = list(filter(gradients.__contains__, table.moves))
+        if not moves:
+            return
+        saved = list(filter(copies.__contains__, moves))
+        fresh = [i for i in moves if i not in copies] if len(saved) < len(moves) else []
+        # A parameter not yet saved has not moved: it is its own origin.
+        origins = [copies.get(i, table.parameters[i]) for i in moves]
+        adaptive = taken(table.adaptive, moves)
+        self.spread.run(_ops.grad_norm_, moves, taken(gradients, moves), origins, self.state, adaptive, row)
+        for chosen, saves in ((saved, False), (fresh, True)):
+            if chosen:
+                if saves:
+                    self.origin.save(chosen)
+                self.spread.run(
+                    _ops.ascend_,
+                    chosen,
+                    taken(table.parameters, chosen),
+                    taken(copies, chosen),
+                    taken(gradients, chosen),
+                    self.state,
+                    taken(table.rho, chosen),
+                    taken(table.adaptive, chosen),
+                    saves,
+                )
+        increment_version(taken(table.parameters, moves))

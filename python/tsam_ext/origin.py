@@ -1,0 +1,69 @@
+"""Where the parameters were before they moved: copies of those that have, and the two ways back.
+
+Invariant: `copies` holds the bits of every parameter that has moved. A copy counts as made once the op that makes it
+has counted itself in the state: an interrupt between two Python lines cannot restore from memory never filled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import _ops
+from .engine.spread import Spread
+from .table import Table, taken
+
+Scratch = dict[Tensor, tuple[Any, Tensor]]  # of each parameter: its form, and memory for a copy; lasts between steps
+
+
+class Origin:
+    """θ₀ of one step. Ops that save are announced by :meth:`save`; :meth:`restore` and :meth:`undo` bring θ₀ back."""
+
+    def __init__(self, table: Table, spread: Spread, state: Tensor, scratch: Scratch, capturing: bool) -> None:
+        self.copies: dict[int, Tensor] = {}
+        self._table, self._spread, self._state = table, spread, state
+        self._scratch, self._capturing = scratch, capturing
+        self._announced: list[list[int]] = []  # which parameters each saving op was to save
+
+    def save(self, indices: list[int]) -> None:
+        """Announces that the next op saves these parameters, and finds memory for their copies."""
+        self._announced.append(indices)
+        for i in indices:
+            parameter = self._table.parameters[i]
+            form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+            found = self._scratch.get(parameter)
+            if found is None or found[0] != form:
+                found = self._scratch[parameter] = form, torch.empty_like(parameter, requires_grad=False)
+            self.copies[i] = found[1]
+
+    def restore(self) -> None:
+        """theta = theta_0, bit for bit, for every parameter that has moved; after ops that have all finished."""
+        if self.copies:
+            parameters = taken(self._table.parameters, self.copies)
+            self._spread.run(_ops.restore_, self.copies, parameters, list(self.copies.values()))
+            increment_version(parameters)
+
+    def undo(self) -> None:
+        """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once)."""
+        try:
+            self._restore_finished()
+        except BaseException:
+            self._restore_finished()  # a refused launch or Ctrl-C may come here too, and a copy can be copied again
+            raise
+
+    def _restore_finished(self) -> None:
+        # Captured ops finish in their order; there is no number to read yet.
+        if self._announced and not self._capturing:
+            for device, finished in enumerate(self._spread.saves(self._state)):
+                for i in itertools.chain(*self._announced[finished:]):
+                    if self._spread.at(device, i):
+                        self.copies.pop(i, None)
+        self.restore()
+
+    def forget(self) -> None:
+        """Lets go of the copies; their memory stays in the scratch."""
+        self.copies = {}

@@ -1,0 +1,288 @@
+"""The samplers as settings objects: Ascent, Noise and HMC, frozen and self-checking.
+
+What an option means is decided here, in its sampler's class: which estimate it makes, what of TSAM's own settings it
+refuses, what lasts between steps and so stands in a checkpoint, and, by its estimate, which diagnostics it adds.
+Invariant: a sampler that exists is valid; an option that means nothing for it does not exist or is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from .chain import Chain
+from .engine.checks import (
+    NOISES,
+    TSAM,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_positive,
+    check_scalar_tensor,
+    refuse,
+    shown,
+)
+from .estimates import Estimate, HamiltonianEstimate, PerturbationEstimate, Step
+from .memory import Memory
+from .phase_space import PRIORS
+
+NoiseKind = Literal["gaussian", "sphere", "ball", "rademacher"]
+CHAINS = ("persistent", "fresh")
+MAX_SAMPLES = 1 << 16
+
+
+def shown_setting(value: object) -> str:
+    """A setting for a repr; of a tensor the form alone, so that nothing waits for a device."""
+    if isinstance(value, Tensor):
+        return f"<{value.dtype} tensor on {value.device}>"
+    return getattr(value, "__name__", "a function") if callable(value) else repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sampler(ABC):
+    """How a step samples its perturbations; what every sampler has to decide."""
+
+    two_steps: ClassVar[bool] = False  # whether one sample without noise is SAM's ascent and descent
+
+    @abstractmethod
+    def estimate(self, step: Step, memory: Memory) -> Estimate:
+        """The passes of one step."""
+
+    def memory(self, device: torch.device) -> Memory:
+        """What lasts from step to step: nothing."""
+        return Memory()
+
+    def check_settings(self, *, batch: str, same_masks: bool, capturable: bool) -> None:
+        """ValueError, naming both, for a setting of TSAM's that means nothing for this sampler."""
+        return
+
+    def check_lengths(self, where: str, own: Mapping[str, Any], for_all: Mapping[str, Any]) -> None:
+        """ValueError for a rho or radius that means nothing here: one that the user has set, in a group or for all."""
+        return
+
+    def check_tilt(self, argument: str, tilt: float) -> None:
+        """ValueError for a tilt that this sampler cannot take."""
+        return
+
+    def gradients(self, num_samples: int) -> int:
+        """Runs of the closure per step."""
+        return num_samples
+
+    def refuses(self, argument: str, got: object, expected: str) -> Exception:
+        """The exception for a setting that means nothing for this sampler."""
+        return refuse(TSAM, argument, shown(got), f"{expected}, as the sampler is {type(self).__name__}")
+
+    def __repr__(self) -> str:
+        shown_fields = (f"{field.name}={shown_setting(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join(shown_fields)})"
+
+
+@dataclass(frozen=True, repr=False)
+class _Drawing(Sampler):
+    """The options of both samplers that draw their perturbations independently."""
+
+    noise: NoiseKind = "gaussian"
+    antithetic: bool = False
+    ascends: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(type(self).__name__, "noise", self.noise, NOISES)
+        check_flag(type(self).__name__, "antithetic", self.antithetic)
+
+    def estimate(self, step: Step, memory: Memory) -> Estimate:
+        """One or two passes per sample."""
+        kind = NOISES.index(self.noise)
+        return PerturbationEstimate(step, noise=kind, antithetic=self.antithetic, ascends=self.ascends)
+
+
+class Ascent(_Drawing):
+    """Noise, then an ascent of length rho along the gradient there: 2 gradients per sample (the paper's algorithm).
+
+    Weights softmax(tilt L) at the end of the ascent. ``num_samples=1, radius=0`` is SAM, with ``adaptive`` ASAM.
+
+    Args:
+        noise: ``"gaussian"`` (z/√d, norm about 1; default), ``"sphere"`` (z/‖z‖), ``"ball"`` (uniform in the unit ball)
+            or ``"rademacher"`` (±1/√d; the cheapest draw). Each is scaled by the group's radius.
+        antithetic: every second sample takes the negative of the noise before it. Default False.
+
+    Raises:
+        TypeError, ValueError: for a bad option, naming it.
+
+    Source: T. Li, T. Zhou, J. Bilmes, "Tilted Sharpness-Aware Minimization", ICML 2025 (arXiv 2410.22656), Algorithm 1.
+
+    Example:
+        >>> Ascent(noise="sphere")
+        Ascent(noise='sphere', antithetic=False)
+    """
+
+    two_steps = True
+    ascends = True
+
+    def gradients(self, num_samples: int) -> int:
+        """Two per sample."""
+        return 2 * num_samples
+
+
+class Noise(_Drawing):
+    """Noise alone: the tilted objective over μ, 1 gradient per sample; with ``batch="split"`` plain SGD's price.
+
+    The noise has the length ``radius``, or rho where radius is not set: give one of the two. rho=0 leaves a group
+    unperturbed. Weights softmax(tilt L).
+
+    Args:
+        noise, antithetic: as for :class:`Ascent`.
+
+    Raises:
+        TypeError, ValueError: for a bad option, naming it.
+
+    Example:
+        >>> Noise(antithetic=True)
+        Noise(noise='gaussian', antithetic=True)
+    """
+
+    def check_lengths(self, where: str, own: Mapping[str, Any], for_all: Mapping[str, Any]) -> None:
+        """Where there is a radius rho says no more than whether it is 0."""
+        radius = own.get("radius", for_all.get("radius"))
+        if radius is not None and own.get("rho"):
+            got = f"{own['rho']} beside radius={radius}"
+            raise refuse(TSAM, f"{where}rho", got, "one of the two, or rho=0, as the sampler is Noise")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HMC(Sampler):
+    """Hamiltonian Monte Carlo on the density ∝ prior(ε) exp(delta L(θ+ε)): exact, as the paper's theory has it.
+
+    1 + num_leapfrog_steps (num_samples + burn_in) gradients per step, and 7 P of extra memory. Weights
+    softmax((tilt − delta) L). The loss must be one function within a step: the same rows and masks in each pass.
+
+    Args:
+        delta: δ, how far the samples lean towards high losses. A number, a 0-dim tensor, ``None`` (default: the tilt,
+            so that all samples weigh the same) or ``"auto"``: delta_scale √d/‖T∇L‖ with the norm a running mean on
+            the device, T = rho D: at delta_scale 1 the sampled losses are lifted by about one standard deviation.
+        delta_scale: see delta. Default 1.
+        num_leapfrog_steps: N, gradients per trajectory. Default 1.
+        step_size: the angle (gaussian prior) or length (ball) of one drift; ``None`` (default): π/(2N).
+        adapt_step_size: move step_size towards an acceptance of 0.8 after each step, never above π/(2N) or a larger
+            step_size of the user's. Default True.
+        prior: ``"gaussian"`` (default; ε = rho D x/√d with x standard normal) or ``"ball"`` (‖ε/(rho D)‖ ≤ 1, the
+            paper's constraint set).
+        metropolis: accept or reject each trajectory, which makes the samples exact. Default True.
+        chain: ``"persistent"`` (default; goes on from the last step's ε, which checkpoints hold) or ``"fresh"`` (starts
+            each step from the prior: biased towards it unless burn_in is long).
+        burn_in: trajectories before the first sample of a step. Default 0.
+        recycle: count all N states of a trajectory and its start, each by its chance of being accepted (of not moving
+            on), instead of the one it ends with: more states for the same gradients. Default False.
+
+    Raises:
+        TypeError, ValueError: for a bad option, naming it.
+
+    Source: R. Neal, "MCMC using Hamiltonian dynamics", 2011 (arXiv 1206.1901); Li, Zhou, Bilmes (arXiv 2410.22656).
+
+    Example:
+        >>> HMC(delta=2.0).num_leapfrog_steps
+        1
+    """
+
+    delta: float | Tensor | Literal["auto"] | None = None
+    delta_scale: float = 1.0
+    num_leapfrog_steps: int = 1
+    step_size: float | None = None
+    adapt_step_size: bool = True
+    prior: Literal["gaussian", "ball"] = "gaussian"
+    metropolis: bool = True
+    chain: Literal["persistent", "fresh"] = "persistent"
+    burn_in: int = 0
+    recycle: bool = False
+
+    def __post_init__(self) -> None:
+        checked: dict[str, object] = {}
+        if isinstance(self.delta, Tensor):
+            check_scalar_tensor("HMC", "delta", self.delta)
+        elif self.delta is not None and self.delta != "auto":
+            expected = "None, a finite number, a 0-dim tensor or 'auto'"
+            checked["delta"] = check_number("HMC", "delta", self.delta, expected, or_tensor=False)
+        checked["delta_scale"] = check_number(
+            "HMC", "delta_scale", self.delta_scale, "a finite number", or_tensor=False
+        )
+        checked["num_leapfrog_steps"] = check_int("HMC", "num_leapfrog_steps", self.num_leapfrog_steps, 1, 1 << 16)
+        if self.step_size is not None:
+            checked["step_size"] = check_positive("HMC", "step_size", self.step_size)
+        for name in ("adapt_step_size", "metropolis", "recycle"):
+            check_flag("HMC", name, getattr(self, name))
+        check_choice("HMC", "prior", self.prior, PRIORS)
+        check_choice("HMC", "chain", self.chain, CHAINS)
+        checked["burn_in"] = check_int("HMC", "burn_in", self.burn_in, 0, MAX_SAMPLES)
+        for name, value in checked.items():  # Python's own numbers in place of NumPy's
+            object.__setattr__(self, name, value)
+
+    def estimate(self, step: Step, memory: Memory) -> Estimate:
+        """The passes that move the chain in ``memory``."""
+        automatic = isinstance(self.delta, str)
+        return HamiltonianEstimate(
+            step,
+            cast(Chain, memory),
+            num_leapfrog_steps=self.num_leapfrog_steps,
+            burn_in=self.burn_in,
+            fresh=self.chain == "fresh",
+            delta=self.delta_scale if isinstance(self.delta, str) else self.delta,
+            automatic=automatic,
+            metropolis=self.metropolis,
+            recycle=self.recycle,
+        )
+
+    def memory(self, device: torch.device) -> Chain:
+        """The chain. Adaptation stops at a quarter turn per trajectory, or at the user's step size if larger."""
+        quarter = math.pi / (2 * self.num_leapfrog_steps)
+        first = quarter if self.step_size is None else self.step_size
+        highest = max(first, quarter)
+        return Chain(device, prior=self.prior, step_size=first, highest_step_size=highest, adapts=self.adapt_step_size)
+
+    def check_settings(self, *, batch: str, same_masks: bool, capturable: bool) -> None:
+        """The accept test compares losses of one function: the same rows and the same masks at every position."""
+        if batch != "whole":
+            raise self.refuses("batch", batch, "'whole'")
+        if same_masks is capturable:
+            raise self.refuses("same_masks", same_masks, repr(not capturable))
+
+    def check_lengths(self, where: str, own: Mapping[str, Any], for_all: Mapping[str, Any]) -> None:
+        """The prior has the scale rho; there is no other length."""
+        if own.get("radius") is not None:
+            raise self.refuses(f"{where}radius", own["radius"], "None (the scale is rho)")
+
+    def check_tilt(self, argument: str, tilt: float) -> None:
+        """delta is the tilt unless it is set, and must be finite."""
+        if self.delta is None and math.isinf(tilt):
+            raise refuse(TSAM, argument, shown(tilt), "a finite tilt, as the sampler is HMC with delta=None")
+
+    def gradients(self, num_samples: int) -> int:
+        """The start, and N per trajectory."""
+        return 1 + self.num_leapfrog_steps * (num_samples + self.burn_in)
+
+
+SamplerName = Literal["ascent", "noise", "hmc"]
+BY_NAME: dict[str, Callable[[], Sampler]] = {"ascent": Ascent, "noise": Noise, "hmc": HMC}
+
+
+def sampler_of(sampler: object) -> Sampler:
+    """A sampler from its name, with its defaults, or the object itself; TypeError or ValueError otherwise."""
+    if isinstance(sampler, Sampler):
+        return sampler
+    if not isinstance(sampler, str):
+        expected = f"{' or '.join(map(repr, BY_NAME))}, or an Ascent, Noise or HMC object"
+        raise refuse(TSAM, "sampler", shown(sampler), expected, TypeError)
+    return BY_NAME[check_choice(TSAM, "sampler", sampler, tuple(BY_NAME))]()
+
+
+def owner_of(option: str, chosen: Sampler) -> str | None:
+    """The sampler class that has an option of this name, the chosen one first; None if none has."""
+    for kind in (type(chosen), Ascent, Noise, HMC):
+        if option in {field.name for field in fields(kind)}:
+            return kind.__name__
+    return None
