@@ -210,13 +210,6 @@ def test_public_docstrings_run() -> None:
         assert result.failed == 0
 
 
-def test_the_readme_s_code_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    scope: dict[str, object] = {}
-    exec(block, scope)
-    assert isinstance(scope["loss"], torch.Tensor)
-
-
 def test_everything_public_is_documented_and_there() -> None:
     for name in tsam_ext.__all__:
         thing = getattr(tsam_ext, name)
