@@ -1,6 +1,7 @@
 """The house rules that a machine can keep: layers, file sizes, names, and one signature in three places.
 
-Arrows (csrc/README.md): core <- cpu; no torch below csrc/ops; torch.ops in _ops.py alone; the Python package's rooms are in test_layout.py.
+Arrows (csrc/README.md): core <- cpu; no torch below csrc/ops; torch.ops in _ops.py alone. The rooms of the Python
+package: test_layout.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tsam_ext import _C, _ops
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "python", "tests", "bench", "cmake")
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}
+
 
 def files() -> Iterator[Path]:
     for folder in SOURCES:
