@@ -1,27 +1,22 @@
-"""``python -m bench COMMAND``: the command line of the benchmarks, one module a command.
-
-Exit codes: 0 shown, 1 not shown (the reason is printed), 2 wrong usage, no g++, or (model) no library or disassembler,
-130 interrupted.
-"""
+"""python -m bench COMMAND: the command line of the benchmarks, one module per command; exit codes are command.py's."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import gpu, model, ops, overhead, step, train
+from . import gpu, gpu_cost, ops, overhead, step, train
+from .command import EXIT_CODES, HelpFormatter
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line and runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of tsam_ext.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Benchmarks of tsam_ext.", epilog=EXIT_CODES, formatter_class=HelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train.add_parser(commands)
-    ops.add_parser(commands)
-    overhead.add_parser(commands)
-    step.add_parser(commands)
-    gpu.add_parser(commands)
-    model.add_parser(commands)
+    for module in (train, step, overhead, ops, gpu_cost, gpu):
+        module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -29,7 +29,7 @@ class Estimator(Protocol):
 class LoopTSAM:
     """TSAM (ascent, gaussian) with loops over tensors, ``.item()`` for each norm, and s copies of the gradient.
 
-    Words an element: s (draw 1, scale 2, add 3, norm 1, scale 2, ascend 3, copy 2, restore 2, mean 5), save 2, zero 1.
+    Words per element: s (draw 1, scale 2, add 3, norm 1, scale 2, ascend 3, copy 2, restore 2, mean 5), save 2, zero 1.
     """
 
     def __init__(self, params: Tensors, *, rho: float, radius: float, tilt: float, num_samples: int) -> None:
@@ -38,7 +38,7 @@ class LoopTSAM:
 
     @property
     def words(self) -> int:
-        """Words an element of one estimate."""
+        """Words per element of one estimate."""
         return 21 * self.num_samples + 3
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ def save(saved: Tensors, params: Tensors) -> None:
 class ForeachTSAM:
     """The same estimate in torch._foreach_*: one draw over all tensors, weights on the device, one mean.
 
-    Words an element: s (draw 1, move 3, norm 1, ascend 3, mean 3 but for the first), save 2, restore 2.
+    Words per element: s (draw 1, move 3, norm 1, ascend 3, mean 3 but for the first), save 2, restore 2.
     ``passes`` are attributes, so that a benchmark can time or compile each.
     """
 
@@ -143,7 +143,7 @@ class ForeachTSAM:
 
     @property
     def words(self) -> int:
-        """Words an element of one estimate."""
+        """Words per element of one estimate."""
         w, s = self.WORDS, self.num_samples
         first = w["draw"] + w["move"] if self.radius else w["restore"]
         always = s * (first + w["norm"] + w["ascend"] + w["blend"]) - w["blend"] + w["save"] + w["restore"]
@@ -201,7 +201,7 @@ def compiled(estimator: ForeachTSAM) -> ForeachTSAM:
 class WrapperSAM:
     """SAM as the much-copied wrapper does it: a clone, a scaled gradient and a rebinding of p.data for each tensor.
 
-    Words an element: norm 1, clone 2, scale 2, add 3; the restore rebinds.
+    Words per element: norm 1, clone 2, scale 2, add 3; the restore rebinds.
     """
 
     def __init__(self, params: Tensors, *, rho: float) -> None:

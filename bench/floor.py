@@ -1,8 +1,8 @@
 """What the machine can do at best: its memory's bandwidth and the kernels' own draw rate; floors of passes from both.
 
 bench/floor.cpp is built when it is needed and run with as many threads as torch has, on arrays of at least eight
-times the last-level cache. Bandwidth = real bytes over the best time: copy 2 words an element, triad 3, in-place add 3;
-read 1, which is no part of the floor but the roofline of passes that write nothing.
+times the last-level cache. Bandwidth = real bytes over the best time, in words per element: copy 2, triad 3, in-place
+add 3; read 1, which is no part of the floor but the roofline of passes that write nothing.
 Floor of a pass = the larger of its bytes over bandwidth and its draws over draw rate.
 """
 
@@ -37,9 +37,9 @@ class FloorError(RuntimeError):
 
 @dataclass(frozen=True)
 class Floor:
-    """Bytes a second (``read_bandwidth``: with nothing written) and normals a second.
+    """Bytes per second (``read_bandwidth``: with nothing written) and normals per second.
 
-    What they were taken from is in ``runs``: GB/s by kernel, one dict a run.
+    What they were taken from is in ``runs``: GB/s by kernel, one dict per run.
     """
 
     bandwidth: float
@@ -121,14 +121,14 @@ class Program:
         return {kernel: list(times[i * repeats : (i + 1) * repeats]) for i, kernel in enumerate(WORDS)}
 
     def bandwidths(self, size: int, repeats: int) -> dict[str, float]:
-        """Best bytes a second of each kernel on arrays of ``size`` bytes, with torch's number of threads."""
+        """Best bytes per second of each kernel on arrays of ``size`` bytes, with torch's number of threads."""
         elements = size // WORD
         times = self.seconds(elements, torch.get_num_threads(), repeats)
         return {kernel: bytes_moved(kernel, elements) / min(found) for kernel, found in times.items()}
 
 
 def draw_rate(repeats: int) -> float:
-    """Normals a second of the kernels, from tensors that stay in the caches: the highest of two ways to see it.
+    """Normals per second of the kernels, from tensors that stay in the caches: the highest of two ways to see it.
 
     One draw and its stores; and the second draw of ``sphere``, which touches no memory, as the difference to it.
     """

@@ -1,14 +1,14 @@
-"""``python -m bench gpu``: everything that takes a GPU, in one command: tests, sanitizer, and times against the others.
+"""Runs what takes a GPU, in one command: tests, sanitizer, and times against the others.
 
-Runs the tests marked cuda (results against the CPU's, no sync under torch's sync debug mode, graph capture and replay,
-memory), compute-sanitizer's memcheck and racecheck on random lists where it is installed, and times whole estimates on
-the models' parameter lists and whole training steps, ours against the competitors, by CUDA events. Exit codes: 0 all
-passed, 1 something failed, 2 no GPU or no kernels for it.
+The tests marked cuda (results against the CPU's, no sync under torch's sync debug mode, graph capture and replay,
+memory), compute-sanitizer's memcheck, racecheck and synccheck on random lists where it is installed, and, by CUDA
+events, times of whole training steps and of estimates, ours against the competitors.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -27,68 +27,57 @@ from tqdm import tqdm
 from tsam_ext import _cuda
 
 from . import step
-from .models import MODELS
+from .command import add_command, add_nets, add_rounds, cannot_run, command_line, conclude
+from .nets import NETS
 from .overhead import TASKS, StandIn, make
-from .report import environment, write_json
+from .record import environment, keep
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 20
-BATCH = 64
 Row = dict[str, Any]
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command to ``python -m bench``."""
-    parser = commands.add_parser(
-        "gpu",
-        help="run the tests that take a GPU, the sanitizer, and the timings on it",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--lists", nargs="+", choices=MODELS, default=list(MODELS), help="parameter lists (all)")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18", "wrn16-8"], help="whole steps of")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timings of each way ({ROUNDS})")
+    """Adds the command to python -m bench."""
+    summary = "run the tests that take a GPU, the sanitizer, and the timings on it"
+    parser = add_command(commands, "gpu", run, __doc__, summary=summary)
+    add_nets(parser, "--models", ["resnet18", "wrn16-8"], "models whose whole steps are timed")
+    add_nets(parser, "--lists", list(NETS), "parameter lists whose estimates are timed")
+    add_rounds(parser, ROUNDS)
     parser.add_argument("--no-tests", action="store_true", help="only the timings")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON and Markdown")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     why_not = "torch finds none" if not torch.cuda.is_available() else _cuda.cause
     if why_not is not None:
-        print(f"python -m bench gpu: no GPU to run on: {why_not}", file=sys.stderr)
-        return 2
+        return cannot_run(options, f"no GPU to run on: {why_not}")
+    command = command_line(options)
     device = torch.device("cuda")
     failed = [] if options.no_tests else checks()
-    estimates = [
-        row
-        for name in tqdm(options.lists, desc="estimates", unit="list")
-        for row in time_list(name, device, options.rounds)
-    ]
     steps = [
         row
         for name in tqdm(options.models, desc="steps", unit="model")
         for row in time_steps(name, device, options.rounds)
     ]
+    estimates = [
+        row
+        for name in tqdm(options.lists, desc="estimates", unit="list")
+        for row in time_list(name, device, options.rounds)
+    ]
     settings = {
+        "command": command,
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "failed": failed,
         "rounds": options.rounds,
     }
-    text = markdown(estimates, steps, environment(settings))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "gpu.json", [*estimates, *steps], settings)
-    (options.out / "gpu.md").write_text(text)
-    print(f"\n{text}\nfiles: {options.out / 'gpu.json'}, .md")
-    for name in failed:
-        print(f"FAILED: {name}")
-    return 1 if failed else 0
+    keep(options.out / "gpu", [*steps, *estimates], settings, markdown(steps, estimates, environment(settings)))
+    return conclude([*(f"{name}: the check fails" for name in failed), *diverged(steps)])
 
 
 def checks() -> list[str]:
-    """The commands that have failed."""
+    """The names of the commands that fail."""
     commands: dict[str, list[str]] = {"tests": [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-ra"]}
     with tempfile.TemporaryDirectory() as folder:
         program = [sys.executable, str(ROOT / "tests" / "simt" / "lists.py"), f"{folder}/lists.pt", "ops:2", "ops:4"]
@@ -118,7 +107,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def repeat(closure: Callable[[], Any], calls: int) -> None:
-    """Calls it so often."""
+    """Calls it that many times."""
     for _ in range(calls):
         closure()
 
@@ -127,7 +116,7 @@ def time_list(
     name: str, device: torch.device, rounds: int, clock: Callable[[Callable[[], Any], torch.device], float] = seconds
 ) -> list[Row]:
     """Estimates on one parameter list, the ways in turns, less the time of the stand-in gradients alone."""
-    params: list[Tensor] = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in MODELS[name].shapes()]
+    params: list[Tensor] = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in NETS[name].shapes()]
     closure, rows = StandIn(params, calls=6), []
     for task in TASKS:
         ways = {way: make(way, task, params) for way in ("ours", *(w for w in task.competitors if w != "compiled"))}
@@ -149,12 +138,12 @@ def time_steps(
     name: str, device: torch.device, rounds: int, clock: Callable[[Callable[[], Any], torch.device], float] = seconds
 ) -> list[Row]:
     """Whole training steps of one model, the ways in turns."""
-    x, y = (t.to(device) for t in MODELS[name].batch(BATCH))
+    x, y = (t.to(device) for t in NETS[name].batch(step.BATCH))
     ways = {}
     for way in step.WAYS:
         if way != "compiled":
             torch.manual_seed(0)
-            model = MODELS[name].build().to(device)
+            model = NETS[name].build().to(device)
             ways[way] = (step.stepper(way, model)[0], step.Timed(model, x, y))
     times: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(-2, rounds):
@@ -162,20 +151,28 @@ def time_steps(
             passed = clock(partial(take, closure), device)
             if turn >= 0:
                 times[way].append(passed)
-    return [{"list": name, "task": "step", "way": way, "seconds": found} for way, found in times.items()]
+    return [
+        {"list": name, "task": "step", "way": way, "seconds": times[way], "loss": float(closure.loss)}
+        for way, (_, closure) in ways.items()
+    ]
 
 
-def markdown(estimates: list[Row], steps: list[Row], where: dict[str, Any]) -> str:
+def diverged(steps: list[Row]) -> list[str]:
+    """Ways whose last loss is not finite."""
+    return [f"{row['list']}: {row['way']}: the loss is not finite" for row in steps if not math.isfinite(row["loss"])]
+
+
+def markdown(steps: list[Row], estimates: list[Row], where: dict[str, Any]) -> str:
     """The tables and what they have to be quoted with."""
     lines = [
-        f"{where['date']}, {where['gpu']}, CUDA {where['cuda']}, torch {where['torch']}, `python -m bench gpu`, "
+        f"{where['date']}, {where['gpu']}, CUDA {where['cuda']}, torch {where['torch']}, `{where['command']}`, "
         f"medians of {where['rounds']} rounds; checks that failed: {', '.join(where['failed']) or 'none'}.",
         "",
         "| list | what | way | ms | over ours |",
         "|---|---|---|---|---|",
     ]
-    for row in (*estimates, *steps):
-        same = [r for r in (*estimates, *steps) if (r["list"], r["task"]) == (row["list"], row["task"])]
+    for row in (*steps, *estimates):
+        same = [r for r in (*steps, *estimates) if (r["list"], r["task"]) == (row["list"], row["task"])]
         ours = next(r for r in same if r["way"] in ("ours", "tsam"))
         ratio = median(a / b for a, b in zip(row["seconds"], ours["seconds"], strict=True))
         shown = "" if row is ours else f"×{ratio:.2f}"

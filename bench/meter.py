@@ -1,7 +1,7 @@
 """What an estimate does, counted: op calls, reads of a tensor's value on the host, and the most bytes alive at once.
 
-Every op passes a dispatch mode. Live bytes are those of storages that ops inside have made and that still live; what
-was there before, an ``out`` argument too, is not counted.
+Every op passes a dispatch mode. Live bytes are those of storages that ops inside have made and that still live, also
+between two times that it is entered; what was there before, an ``out`` argument too, is not counted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = self.syncs = self.peak = 0
         self._alive: dict[int, int] = {}
+
+    def restart(self) -> None:
+        """Counts anew; what lives goes on being counted as alive."""
+        self.calls = self.syncs = 0
+        self.peak = sum(self._alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the op and looks at what it returns."""

@@ -1,4 +1,4 @@
-"""What ``python -m bench ops`` times: one entry an op, with the words it moves and the same work in torch.
+"""What ``python -m bench ops`` times: one entry per op, with the words it moves and the same work in torch.
 
 plain: torch ops, a Python loop over the tensors; foreach: torch._foreach_* ops; compiled: what torch.compile gets, the
 plain function unless one without host reads and separate passes fuses better. All in place and without temporaries
@@ -74,11 +74,11 @@ class Lists:
         return [torch.randn(n, generator=self._generator).to(dtype) for n in self.sizes]
 
     def every(self, value: float) -> list[float]:
-        """One number a tensor."""
+        """One number per tensor."""
         return [value] * len(self.sizes)
 
     def flags(self, value: bool) -> list[bool]:
-        """One flag a tensor."""
+        """One flag per tensor."""
         return [value] * len(self.sizes)
 
     def refill(self) -> None:

@@ -20,7 +20,7 @@ Way = Callable[[], object]
 class Case:
     """One op, and the same work in torch.
 
-    ``words`` are read or written an element, ``wide`` of them in float32 always; ``draws``: normals an element.
+    ``words`` are read or written per element, ``wide`` of them in float32 always; ``draws``: normals per element.
     ``reset`` makes the inputs what they were; ``result`` finds what a way has computed, given what it returned.
     ``scale`` is set where the work is noise: the standard deviation of the displacement, or minus its norm.
     """

@@ -1,16 +1,13 @@
-"""``python -m bench ops``: each op against the same work in torch, and against what the memory can do.
+"""Times each op against the same work in torch, and against what the memory can do.
 
 Ways: ours, plain torch in a Python loop over the tensors, torch._foreach_*, torch.compile; taken in turns, each call
 on cold caches, after a check that all compute the same. A C++ program of ours measures the floor before, between and
-after. The job fails (exit 1) if perturb_ is not 6 times as fast as plain torch or grad_norm_, ascend_ or accumulate_
-take more than 1.35 times the floor.
+after.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +20,23 @@ from tqdm import tqdm
 from tsam_ext import _C
 
 from . import floor
+from .command import add_command, add_no_compile, add_rounds, cannot_run, conclude, positive, rounds_of
 from .op_cases import cases, sizes_of
 from .op_check import Case, Way, disagreement
-from .report import environment, write_json
+from .record import begin, chart, environment, heading, keep
 
 ELEMENTS, ROUNDS, FLOOR_REPEATS, BETWEEN_REPEATS = 10_000_000, 20, 20, 4
 QUICK_ELEMENTS, QUICK_ROUNDS, QUICK_FLOOR_REPEATS = 1_000_000, 3, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAYS = {"ours": "ours", "plain": "torch, loop", "foreach": "torch._foreach", "compiled": "torch.compile"}
-# What the verdict demands, where the kernels are the AVX-512 ones.
+# Targets, where the kernels are the AVX-512 ones.
 NOISE_SPEEDUP = 6.0
 OVER_FLOOR = 1.35
-BUSY = 0.5  # a load average above this is somebody else's, and times are not this machine's best
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one op; ``seconds`` of a call by way, one a round; ``roof``: the read roofline's, if any."""
+    """One op: ``seconds`` per call by way, one per round; ``roof``: the read roofline's seconds, if it has one."""
 
     name: str
     words: float
@@ -69,53 +66,48 @@ class Row:
         return self.best(way) / self.roof if self.roof else float("nan")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected a number above 0")
-    return value
-
-
 def add_parser(commands: Any) -> None:
-    """Adds the command to ``python -m bench``."""
-    parser = commands.add_parser(
+    """Adds the command to python -m bench."""
+    parser = add_command(
+        commands,
         "ops",
-        help="time every op against plain torch, torch._foreach, torch.compile and the memory's bandwidth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        __doc__,
+        summary="time every op against plain torch, torch._foreach, torch.compile and the memory's bandwidth",
+        targets=f"with AVX-512 kernels and {ELEMENTS:,} float32 elements, perturb_ is {NOISE_SPEEDUP:g} times as "
+        f"fast as plain torch; grad_norm_, ascend_ and accumulate_ take at most {OVER_FLOOR} times the floor",
     )
-    parser.add_argument("--elements", type=_positive, help=f"elements of all tensors together ({ELEMENTS:,})")
-    parser.add_argument("--tensors", type=_positive, help="so many tensors of one size (default: ResNet-18's 62)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients (float32)")
-    parser.add_argument("--rounds", type=_positive, help=f"timings of each way ({ROUNDS})")
+    parser.add_argument("--elements", type=positive, help="elements of all tensors together "
+                        f"(default: {ELEMENTS:,}; with --quick {QUICK_ELEMENTS:,})")  # fmt: skip
+    parser.add_argument("--tensors", type=positive, help="so many tensors of one size (default: ResNet-18's 62)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
+    add_rounds(parser, ROUNDS, QUICK_ROUNDS)
     parser.add_argument("--ops", nargs="+", metavar="NAME", help="only ops whose name contains one of these")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
-    parser.add_argument("--quick", action="store_true", help="1M elements, 3 rounds, no torch.compile, no verdict")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, Markdown and PNG")
-    parser.set_defaults(run=run)
+    add_no_compile(parser)
+    parser.add_argument("--quick", action="store_true", help="few elements and rounds, no torch.compile, no targets")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    elements = options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS)
+    judged = not options.quick and elements >= ELEMENTS and options.dtype == "float32" and _C.__isa__ == "avx512"
+    if options.strict and not judged:
+        return cannot_run(options, f"--strict takes AVX-512 kernels, {ELEMENTS:,} float32 elements or more, no --quick")
     try:
         with torch.no_grad():
-            return _run(options)
+            return _run(options, elements, judged)
     except floor.FloorError as error:
-        print(f"python -m bench ops: {error}", file=sys.stderr)
-        return 2
+        return cannot_run(options, error)
 
 
-def _run(options: argparse.Namespace) -> int:
-    elements = options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS)
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+def _run(options: argparse.Namespace, elements: int, judged: bool) -> int:
+    rounds, dtype = rounds_of(options), DTYPES[options.dtype]
     repeats = QUICK_FLOOR_REPEATS if options.quick else FLOOR_REPEATS
-    dtype = DTYPES[options.dtype]
     sizes = sizes_of(elements, options.tensors)
     wanted = [c for c in cases(sizes, dtype) if not options.ops or any(name in c.name for name in options.ops)]
     if not wanted:
-        print(f"python -m bench ops: no op's name contains {' or '.join(options.ops)}", file=sys.stderr)
-        return 2
-    load = os.getloadavg()[0]
+        return cannot_run(options, f"no op's name contains {' or '.join(options.ops)}")
+    settings = begin(options)
     program = floor.Program()
     cache = floor.cache_bytes()
     size = floor.array_bytes(cache, floor.physical_memory())
@@ -131,8 +123,7 @@ def _run(options: argparse.Namespace) -> int:
                 ways |= {"compiled": compiled} if compiled else {}
             for name, way in ways.items():
                 if wrong := disagreement(case, way, dtype):
-                    print(f"NOT SHOWN: {case.name}: {WAYS[name]} computes something else: {wrong}")
-                    return 1
+                    return conclude([f"{case.name}: {WAYS[name]} computes something else: {wrong}"])
             seconds.append(measure(case, ways, rounds, scratch))
             if not options.quick:  # one slow phase of the machine must not make the floor easy
                 bandwidths.append(program.bandwidths(size, BETWEEN_REPEATS))
@@ -142,33 +133,17 @@ def _run(options: argparse.Namespace) -> int:
     limits = floor.combined(program, size, bandwidths, rates)
     rows = [row_of(c, s, limits, elements, dtype) for c, s in zip(wanted, seconds, strict=True)]
 
-    settings = {"command": command_of(options), "isa": _C.__isa__, "threads": torch.get_num_threads()}
     settings |= {"elements": elements, "tensors": len(sizes), "dtype": options.dtype, "rounds": rounds}
-    settings |= {"floor": vars(limits), "notes": notes, "load": load}
-    text = markdown(rows, environment(settings))
-    name = "ops" + ("-quick" if options.quick else "") + ("" if dtype == torch.float32 else f"-{options.dtype}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / f"{name}.json", rows, settings)
-    (options.out / f"{name}.md").write_text(text)
-    picture(rows, options.out / f"{name}.png", f"{elements:,} {options.dtype} in {len(sizes)} tensors, {_C.__isa__}")
-    print(f"\n{text}\nfiles: {options.out / name}.json, .md, .png")
-    if options.quick or _C.__isa__ != "avx512" or elements < ELEMENTS or dtype != torch.float32:
-        print(f"no verdict: that takes AVX-512 kernels, {ELEMENTS:,} float32 elements or more, and not --quick")
+    settings |= {"floor": vars(limits), "notes": notes}
+    stem = options.out / (
+        "ops" + ("-quick" if options.quick else "") + ("" if dtype == torch.float32 else f"-{options.dtype}")
+    )
+    title = f"{elements:,} {options.dtype} in {len(sizes)} tensors, {_C.__isa__}"
+    keep(stem, rows, settings, markdown(rows, environment(settings)), lambda path: picture(rows, path, title))
+    if not judged:
+        print(f"no targets: they take AVX-512 kernels, {ELEMENTS:,} float32 elements or more, and not --quick")
         return 0
-    wrong_rows = verdict(rows)
-    for line in wrong_rows:
-        print(f"NOT SHOWN: {line}")
-    return 1 if wrong_rows else 0
-
-
-def command_of(options: argparse.Namespace) -> str:
-    """The command line that does this again."""
-    words = ["python -m bench ops"]
-    words += [f"--{k} {getattr(options, k)}" for k in ("elements", "tensors", "rounds") if getattr(options, k)]
-    words += [f"--dtype {options.dtype}"] if options.dtype != "float32" else []
-    words += [f"--ops {' '.join(options.ops)}"] if options.ops else []
-    words += [flag for flag, on in (("--no-compile", options.no_compile), ("--quick", options.quick)) if on]
-    return " ".join(words)
+    return conclude([], missed(rows), strict=options.strict)
 
 
 def compile_way(case: Case) -> tuple[Way | None, str]:
@@ -186,7 +161,7 @@ def compile_way(case: Case) -> tuple[Way | None, str]:
 
 
 def measure(case: Case, ways: dict[str, Way], rounds: int, scratch: torch.Tensor) -> dict[str, list[float]]:
-    """Seconds a call, the ways in turns; before each call of a large op, reading ``scratch`` empties the caches."""
+    """Seconds per call, the ways in turns; before each call of a large op, reading ``scratch`` empties the caches."""
     case.reset()
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(-1, rounds):
@@ -209,15 +184,17 @@ def row_of(case: Case, seconds: dict[str, list[float]], limits: floor.Floor, ele
     return Row(case.name, case.words, case.draws, moved, bound, seconds, case.judged, roof)
 
 
-def verdict(rows: list[Row]) -> list[str]:
-    """What has not been reached; ops left out with ``--ops`` are not judged."""
-    wrong = []
+def missed(rows: list[Row]) -> list[str]:
+    """The targets that are not reached; ops left out with --ops are not judged."""
+    found = []
     for row in rows:
         if row.judged == "noise" and not row.ratio("plain")[0] >= NOISE_SPEEDUP:
-            wrong.append(f"{row.name} is {row.ratio('plain')[0]:.2f} times as fast as plain torch, not {NOISE_SPEEDUP}")
+            found.append(
+                f"{row.name} is {row.ratio('plain')[0]:.2f} times as fast as plain torch, wanted {NOISE_SPEEDUP:g}"
+            )
         if row.judged == "memory" and not row.over_floor() <= OVER_FLOOR:
-            wrong.append(f"{row.name} takes {row.over_floor():.2f} times the floor, not {OVER_FLOOR}")
-    return wrong
+            found.append(f"{row.name} takes {row.over_floor():.2f} times the floor, allowed {OVER_FLOOR}")
+    return found
 
 
 def _cell(row: Row, way: str, unit: float) -> str:
@@ -231,13 +208,11 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     limits = where["floor"]
     ways = [way for way in WAYS if way != "ours" and any(way in row.seconds for row in rows)]
     titles = " | ".join(WAYS[way] for way in ways)
-    busy = " (others use this machine: do not quote)" if where["load"] > BUSY else ""
     shown_runs = (("before", limits["runs"][0]), ("after", limits["runs"][-1]))
+    details = f": {where['elements']:,} {where['dtype']} elements in {where['tensors']} tensors"
+    details += f", {where['rounds']} rounds"
     lines = [
-        f"{where['date']}, {where['processor']}, {where['threads']} threads, {where['isa']} kernels, torch "
-        f"{where['torch']}, `{where['command']}`: {where['elements']:,} {where['dtype']} elements in "
-        f"{where['tensors']} tensors, {where['rounds']} rounds, load average "
-        f"{where['load']:.1f} at the start{busy}.",
+        heading(where, details),
         "",
         f"Floor: {limits['bandwidth'] / 1e9:.1f} GB/s ({limits['stores']}; {limits['array_bytes'] >> 20} MiB arrays; "
         + "; ".join(f"{when}: " + ", ".join(f"{k} {v:.1f}" for k, v in run.items()) for when, run in shown_runs)
@@ -268,24 +243,16 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 def picture(rows: list[Row], path: Path, title: str) -> None:
     """Bars of time over floor, an op a group."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in rows if row.floor]
     ways = [way for way in WAYS if any(way in row.seconds for row in rows)]
-    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     width = 0.8 / max(1, len(ways))
-    for i, way in enumerate(ways):
-        shown = [(k, row) for k, row in enumerate(rows) if way in row.seconds]
-        places = [k + (i - (len(ways) - 1) / 2) * width for k, _ in shown]
-        bars = axes.bar(places, [row.over_floor(way) for _, row in shown], width, label=WAYS[way])
-        axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
-    axes.axhline(1.0, color="0.3", linewidth=0.8)
-    axes.set(ylabel="best time / floor", title=title, yscale="log", xticks=range(len(rows)))
-    axes.set_xticklabels([row.name for row in rows], rotation=25, ha="right", fontsize=8)
-    axes.legend(frameon=False, loc="upper right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with chart(path, 1, (10, 4.5)) as (axes,):
+        for i, way in enumerate(ways):
+            shown = [(k, row) for k, row in enumerate(rows) if way in row.seconds]
+            places = [k + (i - (len(ways) - 1) / 2) * width for k, _ in shown]
+            bars = axes.bar(places, [row.over_floor(way) for _, row in shown], width, label=WAYS[way])
+            axes.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+        axes.axhline(1.0, color="0.3", linewidth=0.8)
+        axes.set(ylabel="best time / floor", title=title, yscale="log", xticks=range(len(rows)))
+        axes.set_xticklabels([row.name for row in rows], rotation=25, ha="right", fontsize=8)
+        axes.legend(frameon=False, loc="upper right")

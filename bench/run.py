@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from tsam_ext import TSAM
 
 from .data import load
-from .methods import BATCH, Method, initial
+from .training_methods import BATCH, Method, initial
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The machine code of the CUDA library, as cuobjdump prints it: kernels, their accesses, what a loop's turn costs.
 
-Read by tests/cuda_gates.py and ``python -m bench model``. No torch here. A float32 kernel's vector loop is the one with
-its 128-bit accesses: a turn of it is LANES elements. Invariant: WORDS is the most that any way through a loop moves;
-what one launch moves (model.py) may be less, and never more.
+Read by tests/cuda_gates.py and ``python -m bench gpu-cost``. No torch here. A float32 kernel's vector loop is the
+one with its 128-bit accesses: a turn of it is LANES elements. Invariant: WORDS is the most that any way through a
+loop moves; what one launch moves (gpu_cost.py) may be less, and never more.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def turn(code: list[Instruction]) -> list[Instruction]:
 
 
 def costs(library: Path, architecture: str) -> dict[str, float]:
-    """Instructions an element of each kernel with such a loop."""
+    """Instructions per element of each kernel with such a loop."""
     code = dict(kernels(output("cuobjdump", "-sass", "-arch", architecture, library).splitlines()))
     names = plain(kernel for kernel, _ in code)
     return {names[kernel]: len(body) / LANES for (kernel, _), listing in code.items() if (body := turn(listing))}

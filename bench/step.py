@@ -1,14 +1,13 @@
-"""``python -m bench step``: whole training steps of real models, and which share of them is not forward and backward.
+"""Times whole training steps of real models, and which share of them is not forward and backward.
 
 ERM (SGD with momentum), SAM and TSAM by tsam_ext, and TSAM in plain torch (loops, torch._foreach, torch.compile), on
 random batches, in turns. Share = 1 - time inside the closure / time of the step, the base optimizer's step included.
-The job fails (exit 1) if tsam_ext's share with the sampler ascent, s = 3, is above 2% for a model but the small MLP.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from tsam_ext import _C, TSAM
+from tsam_ext import TSAM
 
 from . import baselines
-from .models import MODELS
-from .overhead_report import BUSY
-from .report import environment, write_json
+from .command import above_zero, add_command, add_nets, add_rounds, cannot_run, conclude, positive, rounds_of
+from .nets import NETS
+from .record import begin, chart, environment, heading, keep
 
-BATCH, BUDGET, ROUNDS = 64, 120.0, 10
+BATCH, BUDGET, ROUNDS, QUICK_ROUNDS = 64, 120.0, 10, 2
 RHO, TILT, SAMPLES, LEARNING_RATE = 0.05, 2.0, 3, 0.01
 ALLOWED = 0.02
 WAYS = {
@@ -50,6 +49,7 @@ class Row:
     way: str
     gradients: int
     batch: int
+    loss: float = 0.0  # the last one
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)
 
@@ -60,11 +60,11 @@ class Row:
 
 
 class Timed:
-    """A closure around a model and a batch; ``seconds`` is the time inside it."""
+    """A closure around a model and a batch; ``seconds`` is the time inside it, ``loss`` its last."""
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         self.model, self.x, self.y = model, x, y
-        self.seconds = 0.0
+        self.seconds, self.loss = 0.0, torch.zeros(())
 
     def __call__(self) -> Tensor:
         """Forward and backward."""
@@ -72,7 +72,8 @@ class Timed:
         loss = cross_entropy(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.seconds += time.perf_counter() - start
-        return loss.detach()
+        self.loss = loss.detach()
+        return self.loss
 
 
 def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
@@ -114,11 +115,11 @@ def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
 
 def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, bar: Any) -> list[Row]:
     """Steps of all ways in turns: one to warm up, then rounds while the budget lasts, at least one."""
-    x, y = MODELS[name].batch(batch)
+    x, y = NETS[name].batch(batch)
     rows, steps = [], []
     for way in ways:
         torch.manual_seed(0)
-        model = MODELS[name].build()
+        model = NETS[name].build()
         run, gradients = stepper(way, model)
         rows.append(Row(name, way, gradients, batch))
         steps.append((run, Timed(model, x, y)))
@@ -134,71 +135,60 @@ def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, 
             if turn >= 0:
                 row.seconds.append(time.perf_counter() - start)
                 row.inside.append(closure.seconds)
+    for row, (_, closure) in zip(rows, steps, strict=True):
+        row.loss = float(closure.loss)
     return rows
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command to ``python -m bench``."""
-    parser = commands.add_parser(
+    """Adds the command to python -m bench."""
+    parser = add_command(
+        commands,
         "step",
-        help="time whole training steps of real models, and what share of them is not forward and backward",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        __doc__,
+        summary="time whole training steps of real models, and what share of them is not forward and backward",
+        targets=f"that share is at most {ALLOWED:.0%} for TSAM, s=3, of tsam_ext on every model but the MLP, from "
+        f"{BATCH} rows on",
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp", "wrn16-8", "distilbert"],
-                        help="models (mlp wrn16-8 distilbert; the others take minutes a step)")  # fmt: skip
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways (all)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"rows of a batch ({BATCH})")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steps of each way at most ({ROUNDS})")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds a model, about ({BUDGET:.0f})")
-    parser.add_argument("--quick", action="store_true", help="the MLP, 2 rounds, no torch.compile, no verdict")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON, Markdown and PNG")
-    parser.set_defaults(run=run)
+    add_nets(parser, "--models", ["mlp", "wrn16-8", "distilbert"], "models (vit-b16 and resnet18: minutes per step)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+                        help=f"ways to train, of {', '.join(WAYS)}")  # fmt: skip
+    parser.add_argument("--batch", type=positive, default=BATCH, help="rows per batch")
+    add_rounds(parser, ROUNDS, QUICK_ROUNDS)
+    parser.add_argument("--budget", type=above_zero, default=BUDGET, help="seconds per model, about")
+    parser.add_argument("--quick", action="store_true", help="the MLP alone, no torch.compile, no targets")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
-    if options.batch < 1 or options.rounds < 1:
-        print("python -m bench step: --batch and --rounds are numbers above 0")
-        return 2
-    names, rounds = (["mlp"], 2) if options.quick else (options.models, options.rounds)
+    if options.strict and options.quick:
+        return cannot_run(options, "--quick has no targets: leave --strict out")
+    names = ["mlp"] if options.quick else options.models
     ways = [way for way in options.ways if not (options.quick and way == "compiled")]
-    load, rows = os.getloadavg()[0], []
+    settings, rows = begin(options), []
     with tqdm(names, unit="model") as bar:
         for name in bar:
             torch._dynamo.reset()
-            rows += measure(name, ways, options.batch, rounds, options.budget, bar)
-    settings: dict[str, Any] = {"isa": _C.__isa__, "threads": torch.get_num_threads(), "load": load}
-    settings |= {"command": command_of(options), "batch": options.batch}
-    text = markdown(rows, environment(settings))
-    options.out.mkdir(parents=True, exist_ok=True)
+            rows += measure(name, ways, options.batch, rounds_of(options), options.budget, bar)
+    settings |= {"batch": options.batch}
     stem = options.out / ("step-quick" if options.quick else "step")
-    write_json(stem.with_suffix(".json"), rows, settings)
-    stem.with_suffix(".md").write_text(text)
-    picture(rows, stem.with_suffix(".png"))
-    print(f"\n{text}\nfiles: {stem}.json, .md, .png")
+    keep(stem, rows, settings, markdown(rows, environment(settings)), lambda path: picture(rows, path))
     if options.quick:
-        print("no verdict with --quick")
-        return 0
-    missing = verdict(rows)
-    for line in missing:
-        print(f"NOT SHOWN: {line}")
-    return 1 if missing else 0
+        print("no targets with --quick")
+    return conclude(diverged(rows), [] if options.quick else missed(rows), strict=options.strict)
 
 
-def command_of(options: argparse.Namespace) -> str:
-    """The command line that does this again."""
-    words = ["python -m bench step", f"--models {' '.join(options.models)}", f"--batch {options.batch}"]
-    words += [f"--ways {' '.join(options.ways)}"] if options.ways != list(WAYS) else []
-    words += [f"--rounds {options.rounds}"] if options.rounds != ROUNDS else []
-    return " ".join([*words, "--quick"] if options.quick else words)
+def diverged(rows: list[Row]) -> list[str]:
+    """Ways whose last loss is not finite."""
+    return [f"{row.model}: {WAYS[row.way]}: the loss is not finite" for row in rows if not math.isfinite(row.loss)]
 
 
-def verdict(rows: list[Row]) -> list[str]:
+def missed(rows: list[Row]) -> list[str]:
     """Models on which tsam_ext's TSAM spends more than it may outside forward and backward."""
     judged = [row for row in rows if row.way == "tsam" and row.model != "mlp" and row.batch >= BATCH]
     return [
-        f"{row.model}: {row.share:.1%} of a step is not forward and backward, more than {ALLOWED:.0%}"
+        f"{row.model}: {row.share:.1%} of a step is not forward and backward, allowed {ALLOWED:.0%}"
         for row in judged
         if not row.share <= ALLOWED
     ]
@@ -206,12 +196,10 @@ def verdict(rows: list[Row]) -> list[str]:
 
 def markdown(rows: list[Row], where: dict[str, Any]) -> str:
     """The table and what it has to be quoted with."""
-    busy = " (others use this machine: do not quote)" if where["load"] > BUSY else ""
     lines = [
-        f"{where['date']}, {where['processor']}, {where['threads']} threads, {where['isa']} kernels, torch "
-        f"{where['torch']}, `{where['command']}`, load average {where['load']:.1f} at the start{busy}. Medians.",
+        f"{heading(where)} Medians.",
         "",
-        "| model | way | gradients a step | steps | s a step | steps/s | not forward and backward, ms | share |",
+        "| model | way | gradients per step | steps | s per step | steps/s | not forward and backward, ms | share |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -225,26 +213,18 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """Bars of a step's time, the share outside forward and backward on top, a panel a model."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Bars of a step's time, the share outside forward and backward on top, one panel per model."""
     names = list(dict.fromkeys(row.model for row in rows))
-    figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], names, strict=True):
-        shown = [row for row in rows if row.model == name]
-        inside = [median(row.inside) for row in shown]
-        outside = [median(t - i for t, i in zip(row.seconds, row.inside, strict=True)) for row in shown]
-        places = range(len(shown))
-        axes.barh(places, inside, label="forward and backward")
-        bars = axes.barh(places, outside, left=inside, label="everything else")
-        axes.bar_label(bars, [f"{row.share:.1%}" for row in shown], fontsize=7, padding=2)
-        axes.set(title=name, xlabel="seconds a step", yticks=places)
-        axes.set_yticklabels([WAYS[row.way] for row in shown], fontsize=7)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with chart(path, len(names), (4.2 * len(names), 3.4)) as panels:
+        for axes, name in zip(panels, names, strict=True):
+            shown = [row for row in rows if row.model == name]
+            inside = [median(row.inside) for row in shown]
+            outside = [median(t - i for t, i in zip(row.seconds, row.inside, strict=True)) for row in shown]
+            places = range(len(shown))
+            axes.barh(places, inside, label="forward and backward")
+            bars = axes.barh(places, outside, left=inside, label="everything else")
+            axes.bar_label(bars, [f"{row.share:.1%}" for row in shown], fontsize=7, padding=2)
+            axes.set(title=name, xlabel="seconds per step", yticks=places)
+            axes.set_yticklabels([WAYS[row.way] for row in shown], fontsize=7)
+            axes.invert_yaxis()
+        panels[0].legend(frameon=False, fontsize=7)

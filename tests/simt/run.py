@@ -34,7 +34,7 @@ OPS = (
     "test_capturable.py",
     "test_spread.py",
     "test_merged_pass.py",
-    "test_bench_model.py",
+    "test_bench_gpu_cost.py",
 )
 # Optimized, checked by the compiler as strictly as the CPU ops; one set of CPU kernels, for what is not emulated yet.
 DEFINITIONS = ("-DTSAM_EMULATE_CUDA=ON", "-DTSAM_BASELINE_ONLY=ON", "-DTSAM_WERROR=ON")

@@ -1,4 +1,4 @@
-"""``python -m bench model``: what the CUDA back end launches, moves and computes in a step, counted and not measured.
+"""Counts what the CUDA back end launches, moves and computes in a step; no GPU is needed, and nothing is measured.
 
 An estimate runs on stand-in parameters, on the CPU, and each op call is translated into the launches of csrc/cuda
 (PASSES), with the words that this way through the kernel moves; instructions come from the library's machine code
@@ -9,7 +9,6 @@ Invariant: a test holds the launches against those of the emulated CUDA ops, cal
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsam_ext
-from tsam_ext import TSAM
+from tsam_ext import HMC, TSAM, Ascent
 
 from . import sass
 from .baselines import LoopTSAM
+from .command import add_command, add_nets, cannot_run
 from .meter import SYNCS, Meter
-from .models import MODELS
-from .report import write_json
+from .nets import NETS
+from .record import keep
 
-# One H100 SXM, from its data sheet: SMs, warp schedulers an SM, lanes, boost clock; bytes a second of its memory.
+# One H100 SXM, from its data sheet: SMs, warp schedulers per SM, lanes, boost clock; bytes per second of its memory.
 GPU, ARCHITECTURE = "H100 SXM", "sm_90"
 ISSUE_RATE, BANDWIDTH = 132 * 4 * 32 * 1.98e9, 3.35e12
 WORD = 4  # bytes
@@ -37,17 +37,17 @@ LISTS = ("resnet18", "vit-b16", "distilbert")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noise, s=3": {"sampler": "noise", "num_samples": SAMPLES},
     "ascent, s=3": {"num_samples": SAMPLES},
-    "ascent, sphere, s=3": {"num_samples": SAMPLES, "noise": "sphere"},
+    "ascent, sphere, s=3": {"num_samples": SAMPLES, "sampler": Ascent(noise="sphere")},
     "SAM (s=1, radius 0)": {"num_samples": 1, "radius": 0.0},
     "hmc gaussian, N=1, s=3": {"sampler": "hmc", "num_samples": SAMPLES},
-    "hmc ball, N=1, s=3": {"sampler": "hmc", "prior": "ball", "num_samples": SAMPLES},
+    "hmc ball, N=1, s=3": {"sampler": HMC(prior="ball"), "num_samples": SAMPLES},
 }
 BALL_PRIOR, GAUSSIAN = 1, 0  # as the ops number priors, and noises
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel over a list, by ``lists`` pointers a tensor; 0: one block, on the step's scalars alone.
+    """A kernel over a list, by ``lists`` pointers per tensor; 0: one block, on the step's scalars alone.
 
     ``idle``: the state tells it to return at once.
     """
@@ -60,7 +60,7 @@ class Pass:
 
     @property
     def words(self) -> int:
-        """Words an element."""
+        """Words per element."""
         return self.reads + self.writes
 
     def launches(self, tensors: int) -> int:
@@ -68,7 +68,7 @@ class Pass:
         return -(-tensors // tensors_per_launch(self.lists)) if self.lists else 1
 
     def seconds(self, instructions: dict[str, float]) -> tuple[float, float]:
-        """Of an element: by the memory, by the issue rate."""
+        """Per element: by the memory, by the issue rate."""
         if self.idle or not self.lists:
             return 0.0, 0.0
         if self.kernel not in instructions:
@@ -202,7 +202,7 @@ def record(options: dict[str, Any], tensors: int, mode: Recorder | None = None, 
 
 def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]:
     """The rows of one parameter list: each sampler, and the flow of public TSAM scripts."""
-    sizes = [shape.numel() for shape in MODELS[name].shapes()]
+    sizes = [shape.numel() for shape in NETS[name].shapes()]
     elements, rows = sum(sizes), []
     for sampler, options in SAMPLERS.items():
         seen = record(options, len(sizes))
@@ -235,7 +235,7 @@ def markdown(rows: list[dict[str, Any]], instructions: dict[str, float]) -> str:
         f"A model of {GPU}, not a measurement: {BANDWIDTH / 1e12:g} TB/s, "
         f"{ISSUE_RATE / 1e12:.1f} T lane-instructions/s.",
         "",
-        "| kernel | read | written | instructions an element | ps by memory | ps by instructions |",
+        "| kernel | read | written | instructions per element | ps by memory | ps by instructions |",
         "|---|---|---|---|---|---|",
     ]
     for given in used:
@@ -258,18 +258,12 @@ def markdown(rows: list[dict[str, Any]], instructions: dict[str, float]) -> str:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command to ``python -m bench``."""
-    parser = commands.add_parser(
-        "model",
-        help="count what the CUDA ops launch, move and compute in a step; no GPU is needed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Adds the command to python -m bench."""
+    summary = "count what the CUDA ops launch, move and compute in a step; no GPU is needed"
+    parser = add_command(commands, "gpu-cost", run, __doc__, summary=summary)
     own = Path(tsam_ext.__file__).with_name(sass.LIBRARY)
-    parser.add_argument("--library", type=Path, default=own, help="a wheel or libtsam_cuda.so (the installed one)")
-    parser.add_argument("--lists", nargs="+", choices=MODELS, default=list(LISTS), help=f"({' '.join(LISTS)})")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for JSON and Markdown")
-    parser.set_defaults(run=run)
+    parser.add_argument("--library", type=Path, default=own, help="a wheel or libtsam_cuda.so")
+    add_nets(parser, "--lists", LISTS, "parameter lists")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -279,13 +273,8 @@ def run(options: argparse.Namespace) -> int:
             instructions = sass.costs(sass.library_in(options.library, Path(scratch)), ARCHITECTURE)
         rows = [row for name in options.lists for row in estimates(name, instructions)]
     except sass.SassError as error:
-        print(f"python -m bench model: {error}", file=sys.stderr)
-        return 2
+        return cannot_run(options, error)
     settings = {"model": GPU, "architecture": ARCHITECTURE, "issue_rate": ISSUE_RATE, "bandwidth": BANDWIDTH}
     settings |= {"instructions": instructions}
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem, text = options.out / "model", markdown(rows, instructions)
-    write_json(stem.with_suffix(".json"), rows, settings)
-    stem.with_suffix(".md").write_text(text)
-    print(f"{text}\nfiles: {stem}.json, .md")
+    keep(options.out / "gpu-cost", rows, settings, markdown(rows, instructions))
     return 0

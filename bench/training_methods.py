@@ -1,6 +1,6 @@
 """The methods of the main job, their settings, and how the settings were chosen.
 
-Chosen once with ``python -m bench train --tune`` (bench/README.md prints its table): by accuracy on the *noisy* labels
+Chosen once with ``python -m bench train --tune`` (bench/README.md prints its table): by accuracy on the noisy labels
 of validation images, on seeds that the job does not use; first the learning rate, at ERM's optimum on a grid from
 0.01 up, then, at that rate, each method's own settings. Below 0.01 ERM does better by never fitting the wrong labels
 (early stopping, in effect), and nothing beats it there: bench/README.md has those figures too.
@@ -30,7 +30,7 @@ class Method:
 
     name: str
     options: dict[str, Any] | None
-    gradients: int  # whole-batch gradients a step
+    gradients: int  # whole-batch gradients per step
 
     def optimizer(self, model: nn.Module, learning_rate: float, seed: int) -> Optimizer:
         """A fresh optimizer for ``model``."""

@@ -139,7 +139,7 @@ class Model:
         return torch.randn(rows, *self.shape, generator=generator), labels
 
 
-MODELS = {
+NETS = {
     "mlp": Model(small_mlp, (60,), 10),
     "resnet18": Model(resnet18, (3, 224, 224), 1000),
     "wrn16-8": Model(wrn16_8, (3, 32, 32), 10),

@@ -1,4 +1,4 @@
-"""``python -m bench model``: the words of MATHEMATICS 6, the launches of csrc/cuda, floors that no kernel can beat.
+"""``python -m bench gpu-cost``: the words of MATHEMATICS 6, the launches of csrc/cuda, floors that no kernel can beat.
 
 A pass never moves more than the disassembled kernel can (bench/sass.py, WORDS). Launches are held against the emulated
 CUDA ops, call by call, also for lists of more tensors than a table takes. Loops are found in a listing written by hand.
@@ -16,25 +16,27 @@ from typing import Any
 import pytest
 import torch
 
-from bench import model, sass
+from bench import gpu_cost, sass
 from bench.__main__ import main
-from bench.model import PASSES, SAMPLERS, Pass, Recorder, record
-from tsam_ext import _C
+from bench.gpu_cost import PASSES, SAMPLERS, Pass, Recorder, record
+from tsam_ext import _C, HMC, Ascent, Noise
 
 ROOT = Path(__file__).parents[1]
-HMC = {"sampler": "hmc", "num_samples": 3}
 # Every way through an op that the model knows.
 CASES: dict[str, dict[str, Any]] = {
     **SAMPLERS,
-    "sphere": {"noise": "sphere"},
-    "ball": {"noise": "ball", "sampler": "noise"},
-    "antithetic": {"antithetic": True},
+    "sphere": {"sampler": Ascent(noise="sphere")},
+    "ball": {"sampler": Noise(noise="ball")},
+    "antithetic": {"sampler": Ascent(antithetic=True)},
     "adaptive": {"adaptive": True},
     "adaptive SAM": {"adaptive": True, "radius": 0.0},
-    "hmc, N=3": {**HMC, "num_leapfrog_steps": 3},
-    "hmc ball, N=2": {**HMC, "num_leapfrog_steps": 2, "prior": "ball"},
-    "hmc ball, adaptive, fresh": {**HMC, "num_leapfrog_steps": 2, "prior": "ball", "adaptive": True, "chain": "fresh"},
-    "hmc, delta from the gradient": {**HMC, "delta": "auto"},
+    "hmc, N=3": {"sampler": HMC(num_leapfrog_steps=3)},
+    "hmc ball, N=2": {"sampler": HMC(num_leapfrog_steps=2, prior="ball")},
+    "hmc ball, adaptive, fresh": {
+        "sampler": HMC(num_leapfrog_steps=2, prior="ball", chain="fresh"),
+        "adaptive": True,
+    },
+    "hmc, delta from the gradient": {"sampler": HMC(delta="auto")},
 }
 
 
@@ -55,9 +57,9 @@ def test_the_words_are_those_of_the_formulas(s: int) -> None:
     for n in (1, 2, 4):
         # Start 4, way back 2; N > 1 reads the start for the distance; the first mean is a gradient's memory, 2 less.
         rest = 4 + 2 + (s if n > 1 else 0) - 2
-        options = {"sampler": "hmc", "num_samples": s, "num_leapfrog_steps": n}
-        assert words(options) == s * (7 * n + 5) + rest
-        assert words({**options, "prior": "ball"}) == s * (10 * n + 5) + rest
+        for prior, passes_each in (("gaussian", 7), ("ball", 10)):
+            sampler = HMC(num_leapfrog_steps=n, prior=prior)
+            assert words({"sampler": sampler, "num_samples": s}) == s * (passes_each * n + 5) + rest
 
 
 def test_the_words_of_sam() -> None:
@@ -81,8 +83,8 @@ def test_a_table_takes_what_the_source_says() -> None:
     parameters, others = map(int, re.findall(r"kParameterBytes = (\d+), kOtherParameters = (\d+);", text)[0])
     room, pointer, rest = map(int, re.findall(r"kOtherParameters - (\d+)\) / \((\d+) \* L \+ (\d+)\)", text)[0])
     for lists in (1, 2, 3, 5, 7):
-        assert model.tensors_per_launch(lists) == (parameters - others - room) // (pointer * lists + rest)
-    full = model.tensors_per_launch(2)
+        assert gpu_cost.tensors_per_launch(lists) == (parameters - others - room) // (pointer * lists + rest)
+    full = gpu_cost.tensors_per_launch(2)
     assert [Pass("k", 2).launches(n) for n in (1, full, full + 1)] == [1, 1, 2]
     assert Pass("k").launches(10_000) == 1
 
@@ -109,13 +111,13 @@ SHORT = [(case, 2) for case in CASES]
 LONG = [(case, tensors) for case in ("ascent, s=1", "sphere, s=1", "hmc, s=1") for tensors in (400, 500, 600, 700)]
 CASES |= {
     "ascent, s=1": {"num_samples": 1},
-    "sphere, s=1": {"num_samples": 1, "noise": "sphere", "sampler": "noise"},
-    "hmc, s=1": {"sampler": "hmc", "num_samples": 1, "prior": "ball", "chain": "fresh", "delta": "auto"},
+    "sphere, s=1": {"num_samples": 1, "sampler": Noise(noise="sphere")},
+    "hmc, s=1": {"num_samples": 1, "sampler": HMC(prior="ball", chain="fresh", delta="auto")},
 }
 
 
 def test_the_long_lists_tell_the_numbers_of_lists_apart() -> None:
-    fits = [[model.tensors_per_launch(lists) >= n for lists in (2, 3, 5, 7)] for n in (400, 500, 600, 700)]
+    fits = [[gpu_cost.tensors_per_launch(lists) >= n for lists in (2, 3, 5, 7)] for n in (400, 500, 600, 700)]
     assert [sum(row) for row in fits] == [3, 2, 1, 0]
 
 
@@ -132,8 +134,8 @@ def test_each_op_launches_what_the_model_says(case: str, tensors: int) -> None:
 def test_floors_are_never_below_the_memory_and_grow_with_instructions() -> None:
     kernels = {p.kernel for options in SAMPLERS.values() for p in passes(options)}
     few, many = (dict.fromkeys(kernels, cost) for cost in (0.0, 1000.0))
-    for cheap, dear in zip(model.estimates("mlp", few), model.estimates("mlp", many), strict=True):
-        memory = cheap["words"] * 4 * cheap["elements"] / model.BANDWIDTH
+    for cheap, dear in zip(gpu_cost.estimates("mlp", few), gpu_cost.estimates("mlp", many), strict=True):
+        memory = cheap["words"] * 4 * cheap["elements"] / gpu_cost.BANDWIDTH
         assert cheap["floor"] == pytest.approx(memory) == pytest.approx(dear["memory"])
         loops = cheap["estimate"].startswith("loops")
         assert (dear["floor"] == memory) if loops else (dear["floor"] > 5 * memory)
@@ -149,7 +151,7 @@ def test_a_read_on_the_host_is_counted() -> None:
 
 def test_all_ops_of_an_estimate_are_known() -> None:
     called = {op for options in CASES.values() for op, _ in record(options, 2).calls}
-    adapted = {op for op, _ in record({**HMC, "adapt_step_size": True}, 2).calls}
+    adapted = {op for op, _ in record({"sampler": HMC(adapt_step_size=True)}, 2).calls}
     assert called | adapted == PASSES.keys()
 
 
@@ -191,7 +193,7 @@ def test_a_turn_is_the_vector_loop_and_the_draw() -> None:
 
 
 def command(*arguments: str | Path) -> int:
-    return main(["model", *map(str, arguments)])
+    return main(["gpu-cost", *map(str, arguments)])
 
 
 def test_without_a_library_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,9 +243,9 @@ def test_the_command_writes_what_it_prints(
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / sass.LIBRARY).touch()
     assert command("--library", tmp_path / sass.LIBRARY, "--lists", "mlp", "--out", tmp_path / "out") == 0
-    text = (tmp_path / "out" / "model.md").read_text()
+    text = (tmp_path / "out" / "gpu-cost.md").read_text()
     assert text in capsys.readouterr().out and "a model" in text.lower() and "not a measurement" in text
-    found = json.loads((tmp_path / "out" / "model.json").read_text())
+    found = json.loads((tmp_path / "out" / "gpu-cost.json").read_text())
     assert [row["estimate"] for row in found["results"]][:-1] == list(SAMPLERS)
     assert set(found["environment"]["instructions"].values()) == {2.0}
     assert torch.tensor([row["floor"] for row in found["results"]]).min() > 0
