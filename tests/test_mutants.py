@@ -24,7 +24,9 @@ def test_there_are_many_and_each_is_one_of_its_kind() -> None:
     assert len(MUTANTS) >= 200
     for mutant in MUTANTS:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", mutant.name), mutant.name
-        assert re.fullmatch(r"\S[^\n]*[^\n.]\.", mutant.what), f"{mutant.name}: expected one sentence, got {mutant.what!r}"
+        assert re.fullmatch(r"\S[^\n]*[^\n.]\.", mutant.what), (
+            f"{mutant.name}: expected one sentence, got {mutant.what!r}"
+        )
         assert re.fullmatch(NODE, mutant.test), f"{mutant.name}: expected a node id, got {mutant.test!r}"
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
@@ -109,7 +111,9 @@ MADE_UP = {
 TEST = "tests/test_optim_laws.py::test_diagnostics_are_the_formulas"
 
 
-def judged(tmp_path: Path, *names: str, test: str = TEST, arguments: tuple[str, ...] = ("--no-build", "--jobs", "1")) -> subprocess.CompletedProcess[str]:
+def judged(
+    tmp_path: Path, *names: str, test: str = TEST, arguments: tuple[str, ...] = ("--no-build", "--jobs", "1")
+) -> subprocess.CompletedProcess[str]:
     """The script on made-up mutants of one file."""
     for name in names:
         old, new = MADE_UP[name]

@@ -1,8 +1,8 @@
 """The mutants as tables: ``[[mutant]]`` entries of the TOML files here, read, checked and applied.
 
-An entry has ``name``, ``what`` (is broken), ``test`` (the node id that must then fail) and ``file``, ``old``, ``new``: the
-text ``old`` stands in ``file`` exactly once, and ``new`` takes its place. A mutant of several places has ``edits``, a list
-of (``file``, ``old``, ``new``), in the order in which they are made. Line numbers play no part.
+An entry has ``name``, ``what`` (is broken), ``test`` (the node id that must then fail) and ``file``, ``old``, ``new``:
+the text ``old`` stands in ``file`` exactly once, and ``new`` takes its place. A mutant of several places has ``edits``,
+a list of (``file``, ``old``, ``new``), made in that order. Line numbers play no part.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def mutant(entry: dict[str, Any], where: str) -> Mutant:
     places = entry["edits"] if several else [{key: entry.get(key) for key in PLACE}]
     wanted = {*WORDS, "edits"} if several else {*WORDS, *PLACE}
     if entry.keys() != wanted or not places or any(place.keys() != set(PLACE) for place in places):
-        raise EntryError(f"{where}: got {sorted(entry)}, expected {', '.join(WORDS)} and {', '.join(PLACE)} or edits of these")
+        raise EntryError(
+            f"{where}: got {sorted(entry)}, expected {', '.join(WORDS)} and {', '.join(PLACE)} or edits of these"
+        )
     texts = [entry[word] for word in WORDS] + [place[key] for place in places for key in PLACE]
     if not all(isinstance(text, str) for text in texts):
         raise EntryError(f"{where}: every value is a text")
