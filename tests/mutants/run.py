@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="where the TOML files are (default: beside this script)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only list the entries that no longer apply; no build")
     parser.add_argument("--no-build", action="store_true",
-                        help="take the installed extension module; for mutants of Python files only")  # fmt: skip
+                        help="take the installed extension module; for mutants that need no build")  # fmt: skip
     parser.add_argument("--slowest", type=int, default=0, metavar="N", help="print the N slowest mutants")
     options = parser.parse_args(arguments)
     start = time.monotonic()
