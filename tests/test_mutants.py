@@ -54,9 +54,9 @@ def test_what_does_not_apply_is_said_and_nothing_written(tmp_path: Path) -> None
         return wrong
 
     fine = ("python/b.py", "three = 3", "three = 4")
-    assert said(("python/a.py", "= 1", "= 2")) == "python/a.py has 2 times, expected once, '= 1'"
-    assert said(fine, ("python/a.py", "\n  four = 4\n", "")) == "python/a.py has 0 times, expected once, 'four = 4'"
-    assert said(("python/gone.py", "one", "")).startswith("python/gone.py is not there, 'one'; the text stands in ")
+    assert said(("python/a.py", "= 1", "= 2")) == "python/a.py: got 2 times, expected once: '= 1'"
+    assert said(fine, ("python/a.py", "\n  four = 4\n", "")) == "python/a.py: got 0 times, expected once: 'four = 4'"
+    assert said(("python/gone.py", "one", "")).startswith("python/gone.py is not there: 'one'; the text stands in ")
     assert said(("python/a.py", "three", "")).endswith("'three'; the text stands in python/b.py")
     assert said(("python/a.py", "one = 1\r\n", "one = 7\r\n"), ("python/a.py", "= 1", "= 2"), fine) == ""
     assert (package / "a.py").read_bytes() == b"one = 7\r\ntwo = 2\n"
@@ -137,7 +137,7 @@ new = '{new}'
 def test_check_lists_what_does_not_apply(tmp_path: Path) -> None:
     done = judged(tmp_path, *MADE_UP, arguments=("--check",))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.startswith(f"other-lines: does not apply\n  {FILE} has 0 times, expected once, "), done.stdout
+    assert done.stdout.startswith(f"other-lines: does not apply\n  {FILE}: got 0 times, expected once: "), done.stdout
     assert done.stdout.splitlines()[-1] == "4 mutants, 3 apply, 1 do NOT"
 
 

@@ -79,12 +79,12 @@ class Mutant:
         for edit in self.edits:
             path = root / edit.file
             if edit.file not in texts and not path.is_file():
-                stale.append(f"{edit.file} is not there, {edit.first!r}")
+                stale.append(f"{edit.file} is not there: {edit.first!r}")
                 continue
             text = texts[edit.file] if edit.file in texts else path.read_bytes().decode()
             changed = edit.changed(text)
             if changed is None:
-                stale.append(f"{edit.file} has {text.count(edit.old)} times, expected once, {edit.first!r}")
+                stale.append(f"{edit.file}: got {text.count(edit.old)} times, expected once: {edit.first!r}")
             texts[edit.file] = text if changed is None else changed
         return texts, stale
 
