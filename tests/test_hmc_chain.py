@@ -166,6 +166,28 @@ def test_what_a_state_holds_is_what_lasts(problem) -> None:
         assert not any(name.startswith("tsam") for name in optimizer.state.get(parameter, {}))
 
 
+def test_what_is_loaded_is_not_the_base_s(problem) -> None:
+    """Bases cast and look for what they know: they see no entry of ours, neither in state nor in groups."""
+    source, task = problem(), problem()
+    saved = TSAM(source.parameters, torch.optim.Adam, lr=0.01, sampler="hmc")
+    source.train(saved, 2)
+    seen: list[Any] = []
+
+    class Watching(torch.optim.Adam):
+        def load_state_dict(self, state_dict: Any) -> None:
+            seen.append(copy.deepcopy(state_dict))
+            super().load_state_dict(state_dict)
+
+    Watching.__name__ = "Adam"
+    optimizer = TSAM(task.parameters, Watching, lr=0.01, sampler="hmc")
+    optimizer.load_state_dict(saved.state_dict())
+    assert seen[0]["state"].keys() == saved.base_optimizer.state_dict()["state"].keys()
+    for entry in (*seen[0]["state"].values(), *seen[0]["param_groups"], *optimizer.state.values()):
+        assert not any(name.startswith("tsam_") for name in entry)
+    for mine, theirs in zip(optimizer.chain_position(), saved.chain_position(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def in_the_ball(task: Any) -> tuple[Callable[[], Tensor], list[float]]:
     """A closure that notes |ε| over all parameters, frozen ones too."""
     origin, norms = task.copies(), []

@@ -101,12 +101,12 @@ def test_the_named_tests_exist() -> None:
     assert names <= known, sorted(names - known)
 
 
-FILE = "python/tsam_ext/metrics.py"
+FILE = "python/tsam_ext/diagnostics.py"
 MADE_UP = {
-    "a comment": ("self._num_rows = 0", "self._num_rows = 0  # none yet"),
+    "a comment": ("self._warned: set[str] = set()", "self._warned: set[str] = set()  # none yet"),
     "a wrong column": ("return self._column(0)", "return self._column(1)"),
     "other lines": ("return self._column(7)", "return self._column(1)"),
-    "a broken import": ("import warnings", "import warnings_"),
+    "a broken import": ("from . import _ops", "from . import _ops_"),
 }
 TEST = "tests/test_optim_laws.py::test_diagnostics_are_the_formulas"
 

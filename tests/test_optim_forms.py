@@ -335,6 +335,9 @@ def test_part_takes_what_a_batch_is_made_of(problem) -> None:
         optimizer.part()
     with pytest.raises(RuntimeError, match="part"):
         optimizer.step(task.loss)  # a split batch that nobody split
+    passes = iter([True, False])
+    with pytest.raises(RuntimeError, match=r"opt\.part.*in each pass"):  # or in its first pass only
+        optimizer.step(lambda: (next(passes) and optimizer.part(x), task.loss())[1])
     lengths = iter([12, 10])
     with pytest.raises(ValueError, match=r"10 rows.*12"):
         optimizer.step(lambda: (optimizer.part(x[: next(lengths)]), task.loss())[1])

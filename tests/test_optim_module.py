@@ -7,6 +7,8 @@ nothing in a step makes the host wait for a device.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from flat_options import tsam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tsam_ext import TSAM
 
 SAM = {"num_samples": 1, "radius": 0.0}
 
@@ -125,6 +129,43 @@ def test_without_the_model_statistics_move_and_one_warning_says_so() -> None:
         quiet.step(closure)
 
 
+def test_a_warning_points_at_the_user_s_line_in_every_form_of_a_step() -> None:
+    """Of closure, estimate, loop, under a scheduler's wrapper of step, and of a look at a diagnostic."""
+    net, x, y = convolutions()
+
+    def closure() -> Tensor:
+        loss = cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    def loop(optimizer: TSAM) -> None:
+        for sample in optimizer.samples():  # here
+            with sample:
+                sample.record(closure())
+
+    def scheduled(optimizer: TSAM) -> None:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        optimizer.step(closure)  # here
+
+    def form(name: str) -> Callable[[TSAM], Any]:
+        forms = {"loop": loop, "scheduled": scheduled}
+        forms["step"] = lambda optimizer: optimizer.step(closure)  # here
+        forms["estimate"] = lambda optimizer: optimizer.estimate_gradient(closure)  # here
+        return forms[name]
+
+    lines = Path(__file__).read_text().splitlines()
+    for name in ("step", "estimate", "loop", "scheduled"):
+        with pytest.warns(UserWarning, match="model=") as caught:
+            form(name)(TSAM(net.parameters(), lr=0.1))
+        assert Path(caught[0].filename) == Path(__file__), name
+        assert lines[caught[0].lineno - 1].endswith("# here"), name
+    optimizer = TSAM(net.parameters(), lr=0.1, tilt=1e-9, model=net)
+    optimizer.step(closure)
+    with pytest.warns(UserWarning, match="effective sample size") as caught:
+        _ = optimizer.diagnostics.ess  # here
+    assert lines[caught[0].lineno - 1].endswith("# here")
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_watch_for_layers_ends_with_the_first_step(problem, fails: bool) -> None:
     """Its hook is on every module of the process, so it must not outlive the step, whatever way that ends."""
@@ -225,6 +266,7 @@ def test_a_tilt_that_does_nothing_is_said_once(problem) -> None:
     task.train(optimizer, 2)
     with pytest.warns(UserWarning, match="tilt"):
         assert float(optimizer.diagnostics.ess) == pytest.approx(3.0)
+    task.train(optimizer, 1)  # in a later step it is not said again
     quiet = tsam(task.parameters, lr=0.1)  # the default tilt is nobody's choice
     task.train(quiet, 1)
     with warnings.catch_warnings():
