@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from flat_options import tsam
 from torch import Tensor
-
-from tsam_ext import TSAM
 
 # 2 exp(-2 x²) = 1e-7 at 2.90 and P(|z| > x) = 1e-7 at 5.33; a correlation of 0.05 widens both by √(1.05/0.95).
 KOLMOGOROV, NORMAL = 3.05, 5.61
@@ -142,11 +141,11 @@ class DoubleWell:
         return max(found)
 
 
-def steps_on(density: Quadratic | DoubleWell, steps: int, **options: Any) -> Iterator[tuple[TSAM, Tensor]]:
+def steps_on(density: Quadratic | DoubleWell, steps: int, **options: Any) -> Iterator[tuple[tsam, Tensor]]:
     """TSAM after each step on a density, whose θ stays, with the step's gradient estimate."""
     parameter = torch.nn.Parameter(torch.zeros(density.dimension, dtype=torch.float64))
     settings = {"num_samples": 1, "delta": density.delta, "tilt": density.delta, "prior": density.prior, **options}
-    optimizer = TSAM([parameter], lr=0.0, rho=density.rho, sampler="hmc", **settings)
+    optimizer = tsam([parameter], lr=0.0, rho=density.rho, sampler="hmc", **settings)
 
     def closure() -> Tensor:
         loss, gradient = density.at(*parameter.tolist())

@@ -99,6 +99,8 @@ def _digits(*, dtype: torch.dtype = torch.float64) -> Problem:
 
 def plain_state(optimizer: Any) -> Any:
     """TSAM's own part of a state dict with lists for tensors, so that two can be compared."""
+    state = optimizer.state_dict()
+    entries = [*state["param_groups"], *(state["state"].get(i, {}) for i in range(64))]
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -107,7 +109,7 @@ def plain_state(optimizer: Any) -> Any:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list) else value
 
-    return plain(optimizer.state_dict()["tsam"])
+    return [{k: plain(v) for k, v in entry.items() if k.startswith("tsam_")} for entry in entries]
 
 
 BUILDERS: dict[str, Callable[..., Problem]] = {"mlp": _mlp, "digits": _digits}

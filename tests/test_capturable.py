@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsam_ext import TSAM, _cuda
 from tsam_ext.base import make_capturable, with_capturable
+from tsam_ext.engine.state import Slot
 from tsam_ext.functional import new_state, perturb_, tilt_begin_
-from tsam_ext.functional.state import Slot
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noise": {"sampler": "noise", "noise": "ball", "antithetic": True},
@@ -34,7 +35,7 @@ def optimizer_of(task: Any, sampler: str, capturable: bool, **options: Any) -> T
     settings = {"lr": 0.1, "momentum": 0.9, "seed": 7, **SAMPLERS[sampler], **options}
     if capturable or settings["sampler"] != "hmc":
         settings |= {"same_masks": False}
-    return TSAM(task.parameters, capturable=capturable, **settings)
+    return tsam(task.parameters, capturable=capturable, **settings)
 
 
 @samplers
@@ -44,7 +45,7 @@ def test_steps_counted_on_the_device_are_the_same_steps(problem: Any, sampler: s
     here.train(host, 3)
     there.train(device, 3)
     assert all(map(torch.equal, here.copies(), there.copies()))
-    assert device.state_dict()["tsam"]["step"] == 3
+    assert device.state_dict()["param_groups"][0]["tsam_step"] == 3
     # A checkpoint goes from one way of counting to the other.
     resumed = optimizer_of(third, sampler, True)
     with torch.no_grad():
@@ -79,12 +80,12 @@ class Calls(TorchDispatchMode):
 
 
 def lasting(optimizer: TSAM) -> list[Tensor]:
-    chain = optimizer._chain
-    counter = [optimizer._step] if isinstance(optimizer._step, Tensor) else []
+    chain = optimizer._progress.memory
+    counter = [optimizer._progress.step] if isinstance(optimizer._progress.step, Tensor) else []
     positions = [buffer for buffers in chain.positions.values() for buffer in buffers]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
-    scratch = [*(copy for _, copy in optimizer._saved.values()), *chain.momenta.values()]
+    scratch = [*(copy for _, copy in optimizer._progress.scratch.values()), *chain.momenta.values()]
     return [*parameters, *scratch, *base, *positions, chain.scalars, *counter]
 
 
@@ -144,7 +145,7 @@ def test_a_step_begins_without_losing_count() -> None:
 )
 def test_what_a_replay_cannot_do_is_refused(problem: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TSAM(problem().parameters, lr=0.1, capturable=True, **options)
+        tsam(problem().parameters, lr=0.1, capturable=True, **options)
 
 
 def base_with(group: dict[str, Any]) -> Any:
@@ -214,15 +215,15 @@ def test_what_ends_well_under_capture_goes_back(problem: Any, monkeypatch: pytes
         task = problem()
         optimizer = optimizer_of(task, sampler, True, lr=0.0)
         task.train(optimizer, 1)
-        before, scalars = task.copies(), optimizer._chain.scalars.clone()
+        before, scalars = task.copies(), optimizer._progress.memory.scalars.clone()
         with monkeypatch.context() as patch:
             patch.setattr(_cuda, "capturing", lambda device: True)
             with optimizer.perturbed():
                 assert not all(map(torch.equal, before, task.copies()))
             assert all(map(torch.equal, before, task.copies()))
-            assert torch.equal(optimizer._chain.scalars, scalars)
+            assert torch.equal(optimizer._progress.memory.scalars, scalars)
     task = problem()
-    sam = TSAM(task.parameters, num_samples=1, radius=0.0, lr=0.0, capturable=True, same_masks=False)
+    sam = tsam(task.parameters, num_samples=1, radius=0.0, lr=0.0, capturable=True, same_masks=False)
     task.train(sam, 1)
     before = task.copies()
     monkeypatch.setattr(_cuda, "capturing", lambda device: True)

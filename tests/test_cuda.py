@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from back_ends import Results, agree, results
+from flat_options import tsam
 from torch import Tensor, nn
 
-from tsam_ext import _C, TSAM, _cuda, hmc
+from tsam_ext import _C, _cuda, hmc
+from tsam_ext.base import check_parameters
 from tsam_ext.functional import new_state
-from tsam_ext.settings import check_parameters
 
 gpu = pytest.mark.cuda
 JOBS = [*(f"ops:{seed}" for seed in range(5)), "train:noise", "train:ascent", "train:hmc"]
@@ -36,11 +37,11 @@ def test_a_gpu_gives_what_the_cpu_gives(both: tuple[Results, Results], job: str)
     agree(both[0][job], both[1][job], training=job.startswith("train"))
 
 
-def training(sampler: str, **options: Any) -> tuple[TSAM, Any]:
+def training(sampler: str, **options: Any) -> tuple[tsam, Any]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
     x, y = torch.randn(64, 32, device="cuda"), torch.randint(0, 10, (64,), device="cuda")
-    optimizer = TSAM(net.parameters(), lr=0.1, rho=0.1, seed=1, sampler=sampler, **options)
+    optimizer = tsam(net.parameters(), lr=0.1, rho=0.1, seed=1, sampler=sampler, **options)
 
     def closure() -> Tensor:
         loss = nn.functional.cross_entropy(net(x), y)
@@ -90,7 +91,7 @@ def test_a_net_on_two_devices_trains_as_on_one(prior: str, other: str) -> None:
 
     def trained(first: str, second: str) -> list[Tensor]:
         net = Spanning(first, second)
-        optimizer = TSAM(net.parameters(), lr=0.1, rho=0.1, seed=1, sampler=sampler, **options)
+        optimizer = tsam(net.parameters(), lr=0.1, rho=0.1, seed=1, sampler=sampler, **options)
 
         def closure() -> Tensor:
             out = net(x)
@@ -153,7 +154,7 @@ def test_each_replay_of_a_captured_step_is_the_next_step(sampler: str) -> None:
                 optimizer.step(closure)
         for _ in range(3):
             graph.replay() if graphed else optimizer.step(closure)
-        step = optimizer.state_dict()["tsam"]["step"]
+        step = optimizer.state_dict()["param_groups"][0]["tsam_step"]
         return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]], step
 
     (replayed, steps), (stepped, counted) = run(True), run(False)
@@ -166,7 +167,7 @@ def test_each_replay_of_a_captured_step_is_the_next_step(sampler: str) -> None:
 @pytest.mark.parametrize("num_samples", [2, 8])
 def test_memory_does_not_grow_with_the_samples(num_samples: int) -> None:
     parameter = nn.Parameter(torch.randn(1 << 22, device="cuda"))
-    optimizer = TSAM([parameter], lr=0.0, num_samples=num_samples)
+    optimizer = tsam([parameter], lr=0.0, num_samples=num_samples)
 
     def closure() -> Tensor:
         parameter.grad = torch.ones_like(parameter)

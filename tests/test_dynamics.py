@@ -20,8 +20,8 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 import tsam_ext
 from tsam_ext import _C
 from tsam_ext import reference as oracle
+from tsam_ext.engine.checks import NOISES
 from tsam_ext.functional import kick, leapfrog, perturb
-from tsam_ext.functional.checks import NOISES
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

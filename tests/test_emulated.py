@@ -13,8 +13,7 @@ import torch
 from back_ends import Results, agree, results
 
 from tsam_ext import _C
-from tsam_ext.chain import SLOTS
-from tsam_ext.metrics import new_state
+from tsam_ext.engine.state import CHAIN_SLOTS, new_state
 
 pytestmark = pytest.mark.emulated
 # Each order runs the fourth lists, of a few large and small tensors, for the comparison of orders.
@@ -68,7 +67,7 @@ def test_adopting_a_second_sample_is_nan() -> None:
     _C.accumulate_(x, [], state)
     assert x[0].isnan().all()
     mean, carried = [torch.ones(4)], [torch.ones(4)]
-    _C.hmc_carry_(mean, carried, [], torch.zeros(SLOTS, dtype=torch.float64), state, True)
+    _C.hmc_carry_(mean, carried, [], torch.zeros(CHAIN_SLOTS, dtype=torch.float64), state, True)
     assert mean[0].isnan().all() and carried[0].eq(1).all()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import _C, TSAM
-from tsam_ext.chain import SLOTS, ChainSlot
-from tsam_ext.functional.state import new_state
+from tsam_ext import _C
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, new_state
 
 SIZES = (3, 0, 70_001, 128)
 
@@ -27,7 +27,7 @@ def lists(dtype: torch.dtype) -> list[list[Tensor]]:
 
 
 def chain_after(taken: bool) -> Tensor:
-    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
     chain[ChainSlot.TAKEN] = taken
     return chain
 
@@ -88,7 +88,7 @@ def options(**changes: Any) -> dict[str, Any]:
 
 def gradients_of_a_step(parameter: torch.nn.Parameter, **changes: Any) -> list[int]:
     """Where each pass's gradient lay."""
-    optimizer, kept = TSAM([parameter], **options(**changes)), []
+    optimizer, kept = tsam([parameter], **options(**changes)), []
 
     def closure() -> Tensor:
         loss = (parameter**2).sum()
@@ -113,7 +113,7 @@ def test_the_first_counted_gradient_s_memory_becomes_the_mean(burn_in: int) -> N
 def test_a_gradient_that_comes_after_the_first_sample_is_not_adopted(without: int) -> None:
     """The first ``without`` of four passes leave none: the samples that these end count as zero in the mean."""
     parameter = torch.nn.Parameter(torch.randn(1000))
-    optimizer, calls = TSAM([parameter], **options(delta=0.0, tilt=0.0)), []
+    optimizer, calls = tsam([parameter], **options(delta=0.0, tilt=0.0)), []
 
     def closure() -> Tensor:
         loss = (parameter**2).sum()
@@ -136,7 +136,7 @@ def test_memory_that_is_another_s_or_narrower_is_not_adopted(why: str) -> None:
     buffer = torch.ones_like(start) if why == "buffer" else None
     parameter.grad = buffer
     bucket = torch.zeros(5, 1001, dtype=start.dtype)
-    optimizer, calls = TSAM([parameter], **options()), []
+    optimizer, calls = tsam([parameter], **options()), []
 
     def closure() -> Tensor:
         loss = (parameter**2).sum()

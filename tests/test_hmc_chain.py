@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
 from tsam_ext import _C, TSAM
-from tsam_ext.chain import KEPT, SLOTS, ChainSlot
+from tsam_ext.chain import KEPT
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
 from tsam_ext.functional import new_state
 
 HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3, "delta": 10.0}
@@ -40,49 +42,44 @@ def first_position(optimizer: TSAM, task: Any) -> list[Tensor]:
 
 def edited(state: dict[str, Any], *path: Any, to: Any) -> dict[str, Any]:
     state = copy.deepcopy(state)
-    inner = state["tsam"]["chain"]
+    inner = state
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = to
     return state
 
 
+def group(name: str) -> tuple[Any, ...]:
+    return "param_groups", 0, f"tsam_{name}"
+
+
+POSITION = ("state", 1, "tsam_position")
+
+
 BAD: list[tuple[tuple[Any, ...], Any, str]] = [
-    (("scalars", ChainSlot.CURRENT), 7.0, "chain: scalars: got ["),
-    (("scalars", ChainSlot.START), -1.0, "chain: scalars: got ["),
-    (("scalars", ChainSlot.LOG_STEP), math.nan, "chain: scalars: got ["),
-    (("scalars",), torch.zeros(SLOTS), "chain: scalars: got tensor("),
-    (("scalars",), torch.zeros(3, dtype=torch.float64), "chain: scalars: got tensor("),
-    (("scalars",), [0.0] * SLOTS, "chain: scalars: got ["),
-    (("prior",), "cauchy", "chain: prior: got 'cauchy', expected 'gaussian' or 'ball'"),
-    (("prior",), None, "chain: prior: got None"),
-    (("positions",), None, "chain: got None, expected a list of 4, one a parameter"),
-    (("positions",), [], "chain: got '0 positions', expected a list of 4, one a parameter"),
-    (("positions", 1), 5, "chain: positions[1]: got 5, expected None or a torch.float64 tensor of shape (7,)"),
-    (
-        ("positions", 1),
-        torch.zeros(2),
-        "chain: positions[1]: got 'a torch.strided torch.float32 tensor of shape (2,)",
-    ),
-    (
-        ("positions", 1),
-        torch.zeros(7),
-        "chain: positions[1]: got 'a torch.strided torch.float32 tensor of shape (7,)",
-    ),
-    (("positions", 1), torch.full((7,), math.inf, dtype=torch.float64), "chain: positions[1]: got 'a position that"),
-    (("positions", 1), torch.zeros(7, dtype=torch.float64).to_sparse(), "chain: positions[1]: got 'a torch.sparse_coo"),
-    (("positions", 1), torch.zeros(7, dtype=torch.float64, device="meta"), "chain: positions[1]: got 'a torch.strided"),
-    (("more",), 1, "chain: got {"),
+    (group("log_step_size"), math.nan, "log_step_size: got nan, expected a finite number"),
+    (group("log_step_size"), None, "param_groups[0]['tsam_log_step_size']: got None, expected a number or a string"),
+    (group("log_step_size"), 1, "log_step_size: got 1, expected a finite number"),
+    (group("gradient_scale"), "1.0", "gradient_scale: got '1.0'"),
+    (group("gradient_scales"), torch.zeros(3), "param_groups[0]['tsam_gradient_scales']: got a tensor of shape (3,)"),
+    (group("prior"), "cauchy", "prior: got 'cauchy', expected 'gaussian' or 'ball'"),
+    (group("prior"), None, "param_groups[0]['tsam_prior']: got None"),
+    (POSITION, 5, "position of parameter 1: got 5, expected a finite torch.float64 tensor of shape (7,)"),
+    (POSITION, torch.zeros(2), "position of parameter 1: got a torch.strided torch.float32 tensor of shape (2,)"),
+    (POSITION, torch.zeros(7), "position of parameter 1: got a torch.strided torch.float32 tensor of shape (7,)"),
+    (POSITION, torch.full((7,), math.inf, dtype=torch.float64), "position of parameter 1: got a position that"),
+    (POSITION, torch.zeros(7, dtype=torch.float64).to_sparse(), "position of parameter 1: got a torch.sparse_coo"),
+    (POSITION, torch.zeros(7, dtype=torch.float64, device="meta"), "position of parameter 1: got a torch.strided"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), BAD)
 def test_a_state_that_was_not_written_here_is_refused(problem, path: Any, value: Any, message: str) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC)
+    optimizer = tsam(task.parameters, **HMC)
     task.train(optimizer, 1)
     state, before = edited(optimizer.state_dict(), *path, to=value), optimizer.chain_position()
-    with pytest.raises(ValueError, match=re.escape(f"TSAM: load_state_dict: {message}")):
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"TSAM: load_state_dict: {message}")):
         optimizer.load_state_dict(state)
     for a, b in zip(before, optimizer.chain_position(), strict=True):
         assert torch.equal(a, b)
@@ -92,10 +89,10 @@ def test_no_content_of_the_scalars_reaches_beyond_the_buffers(problem) -> None:
     """The ops take what the array holds for 0, 1 or 2: a wrong number is a wrong sample, not a wrong address."""
     for value in (7.0, -3.0, 1e300, math.nan, math.inf, 0.5):
         task = problem()
-        optimizer = TSAM(task.parameters, **HMC)
+        optimizer = tsam(task.parameters, **HMC)
         task.train(optimizer, 1)
         for slot in (ChainSlot.CURRENT, ChainSlot.START):
-            optimizer._chain.scalars[slot] = value
+            optimizer._progress.memory.scalars[slot] = value
         task.train(optimizer, 2)
         assert all(bool(p.isfinite().all()) for p in task.parameters)
 
@@ -103,14 +100,14 @@ def test_no_content_of_the_scalars_reaches_beyond_the_buffers(problem) -> None:
 @pytest.mark.parametrize("other", ["gaussian", "ball"])
 def test_a_chain_goes_on_under_its_own_prior_only(problem, other: str) -> None:
     source = problem()
-    saved = TSAM(source.parameters, **HMC, prior="gaussian")
+    saved = tsam(source.parameters, **HMC, prior="gaussian")
     source.train(saved, 3)
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC, prior=other)
+    optimizer = tsam(task.parameters, **HMC, prior=other)
     optimizer.load_state_dict(saved.state_dict())
-    step = saved._chain.scalars[ChainSlot.LOG_STEP] if other == "gaussian" else math.log(math.pi / 2)
-    assert float(optimizer._chain.scalars[ChainSlot.LOG_STEP]) == float(step)
-    assert optimizer._chain.started is (other == "gaussian")
+    step = saved._progress.memory.scalars[ChainSlot.LOG_STEP] if other == "gaussian" else math.log(math.pi / 2)
+    assert float(optimizer._progress.memory.scalars[ChainSlot.LOG_STEP]) == float(step)
+    assert optimizer._progress.memory.started is (other == "gaussian")
     start = first_position(optimizer, task)
     if other == "gaussian":
         for a, b in zip(start, saved.chain_position(), strict=True):
@@ -123,13 +120,13 @@ def test_a_state_without_a_chain_starts_one(problem) -> None:
     """A state saved before the first step, or by another sampler, leaves nothing of the chain that was here."""
     for options in ({"sampler": "hmc", "delta": 10.0}, {"sampler": "ascent"}):
         task, twin = problem(), problem()
-        unused = TSAM(problem().parameters, lr=0.1, rho=0.5, seed=3, **options)
-        optimizer = TSAM(task.parameters, **{**HMC, "lr": 0.0})
+        unused = tsam(problem().parameters, lr=0.1, rho=0.5, seed=3, **options)
+        optimizer = tsam(task.parameters, **{**HMC, "lr": 0.0})
         task.train(optimizer, 3)
         optimizer.load_state_dict(unused.state_dict())
         with pytest.raises(RuntimeError, match="chain_position"):
             optimizer.chain_position()
-        begins = first_position(optimizer, task), first_position(TSAM(twin.parameters, **HMC), twin)
+        begins = first_position(optimizer, task), first_position(tsam(twin.parameters, **HMC), twin)
         for a, b in zip(*begins, strict=True):
             assert torch.equal(a, b)
         assert optimizer.diagnostics.step_size == math.pi / 2
@@ -137,19 +134,19 @@ def test_a_state_without_a_chain_starts_one(problem) -> None:
 
 def test_momenta_are_kept_from_step_to_step_and_saved_nowhere(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC)
+    optimizer = tsam(task.parameters, **HMC)
     task.train(optimizer, 1)
-    kept = [momentum.data_ptr() for momentum in optimizer._chain.momenta.values()]
+    kept = [momentum.data_ptr() for momentum in optimizer._progress.memory.momenta.values()]
     task.train(optimizer, 1)
     assert len(kept) == len(task.parameters)
-    assert kept == [momentum.data_ptr() for momentum in optimizer._chain.momenta.values()]
-    assert not copy.deepcopy(optimizer)._chain.momenta
+    assert kept == [momentum.data_ptr() for momentum in optimizer._progress.memory.momenta.values()]
+    assert not copy.deepcopy(optimizer)._progress.memory.momenta
     # They go where their parameters do: frozen ones have none, and another layout has its own.
     task.parameters[0].requires_grad_(False)
     with torch.no_grad():
         task.parameters[2].set_(task.parameters[2].t().contiguous().t())
     task.train(optimizer, 1)
-    chain = optimizer._chain
+    chain = optimizer._progress.memory
     assert chain.momenta.keys() == chain.positions.keys() == set(task.parameters[1:])
     for parameter, momentum in chain.momenta.items():
         assert momentum.stride() == parameter.stride() == chain.positions[parameter][0].stride()
@@ -157,14 +154,38 @@ def test_momenta_are_kept_from_step_to_step_and_saved_nowhere(problem) -> None:
 
 def test_what_a_state_holds_is_what_lasts(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **{**HMC, "delta": "auto"})
+    optimizer = tsam(task.parameters, **{**HMC, "delta": "auto"})
     task.train(optimizer, 3)
-    chain = optimizer.state_dict()["tsam"]["chain"]
-    assert chain["prior"] == "gaussian"
-    kept = chain["scalars"].nonzero().flatten().tolist()
-    assert kept == sorted(KEPT)
-    for position, parameter in zip(chain["positions"], task.parameters, strict=True):
-        assert torch.equal(position, optimizer._chain.position(parameter))
+    state, chain = optimizer.state_dict(), optimizer._progress.memory
+    for saved in state["param_groups"]:
+        assert saved["tsam_prior"] == "gaussian"
+        for name, slot in KEPT.items():
+            assert saved[f"tsam_{name}"] == float(chain.scalars[slot]) != 0.0
+    for i, parameter in enumerate(task.parameters):
+        assert torch.equal(state["state"][i]["tsam_position"], chain.position(parameter))
+        assert not any(name.startswith("tsam") for name in optimizer.state.get(parameter, {}))
+
+
+def test_what_is_loaded_is_not_the_base_s(problem) -> None:
+    """Bases cast and look for what they know: they see no entry of ours, neither in state nor in groups."""
+    source, task = problem(), problem()
+    saved = TSAM(source.parameters, torch.optim.Adam, lr=0.01, sampler="hmc")
+    source.train(saved, 2)
+    seen: list[Any] = []
+
+    class Watching(torch.optim.Adam):
+        def load_state_dict(self, state_dict: Any) -> None:
+            seen.append(copy.deepcopy(state_dict))
+            super().load_state_dict(state_dict)
+
+    Watching.__name__ = "Adam"
+    optimizer = TSAM(task.parameters, Watching, lr=0.01, sampler="hmc")
+    optimizer.load_state_dict(saved.state_dict())
+    assert seen[0]["state"].keys() == saved.base_optimizer.state_dict()["state"].keys()
+    for entry in (*seen[0]["state"].values(), *seen[0]["param_groups"], *optimizer.state.values()):
+        assert not any(name.startswith("tsam_") for name in entry)
+    for mine, theirs in zip(optimizer.chain_position(), saved.chain_position(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def in_the_ball(task: Any) -> tuple[Callable[[], Tensor], list[float]]:
@@ -187,7 +208,7 @@ def test_a_parameter_that_rests_and_moves_again_starts_the_chain_anew(problem, h
     task = problem()
     w1, b1, w2, b2 = task.parameters
     groups = [{"params": [w1, b1]}, {"params": [w2, b2]}]
-    optimizer = TSAM(groups, **{**HMC, "lr": 0.0, "delta": 2000.0}, prior="ball")
+    optimizer = tsam(groups, **{**HMC, "lr": 0.0, "delta": 2000.0}, prior="ball")
 
     def rest(yes: bool) -> None:
         if how == "rho":
@@ -199,7 +220,7 @@ def test_a_parameter_that_rests_and_moves_again_starts_the_chain_anew(problem, h
     task.train(optimizer, 3)
     rest(True)
     task.train(optimizer, 3)
-    assert set(optimizer._chain.positions) == {w2, b2}
+    assert set(optimizer._progress.memory.positions) == {w2, b2}
     if through == "checkpoint":
         optimizer.load_state_dict(optimizer.state_dict())
     rest(False)
@@ -215,7 +236,7 @@ def test_a_parameter_that_rests_and_moves_again_starts_the_chain_anew(problem, h
 def test_looking_at_a_new_parameter_s_perturbation_leaves_no_chain_that_was_never_there(problem) -> None:
     """perturbed() right after a parameter came: the chain starts anew in the next step, from the prior."""
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC)
+    optimizer = tsam(task.parameters, **HMC)
     task.train(optimizer, 2)
     extra = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
     optimizer.add_param_group({"params": [extra]})
@@ -224,14 +245,14 @@ def test_looking_at_a_new_parameter_s_perturbation_leaves_no_chain_that_was_neve
     with optimizer.perturbed():
         assert not torch.equal(extra, torch.ones_like(extra))
     assert torch.equal(extra, torch.ones_like(extra))
-    assert not optimizer._chain.started
+    assert not optimizer._progress.memory.started
     task.train(optimizer, 1)
     assert len(optimizer.chain_position()) == 5
 
 
 def test_a_reshaped_parameter_starts_the_chain_anew() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = TSAM([parameter], **HMC)
+    optimizer = tsam([parameter], **HMC)
 
     def closure() -> Tensor:
         loss = parameter.square().sum()
@@ -248,10 +269,10 @@ def test_a_reshaped_parameter_starts_the_chain_anew() -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_an_infinite_tilt_from_a_schedule_is_no_delta(problem, value: float) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **{**HMC, "delta": None}, tilt=lambda step: 1.0 if step < 2 else value)
+    optimizer = tsam(task.parameters, **{**HMC, "delta": None}, tilt=lambda step: 1.0 if step < 2 else value)
     task.train(optimizer, 2)
     before = task.copies()
-    message = f"TSAM: tilt(2): got {value}, expected a finite number, as delta is None"
+    message = f"TSAM: tilt(2): got {value}, expected a finite tilt, as the sampler is HMC with delta=None"
     with pytest.raises(ValueError, match=re.escape(message)):
         task.train(optimizer, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, task.copies(), strict=True))
@@ -259,30 +280,32 @@ def test_an_infinite_tilt_from_a_schedule_is_no_delta(problem, value: float) -> 
 
 def test_the_step_size_is_the_saved_one_only_where_it_is_adapted(problem) -> None:
     source = problem()
-    saved = TSAM(source.parameters, **HMC)
+    saved = tsam(source.parameters, **HMC)
     source.train(saved, 2)
     for options, want in (
         ({"adapt_step_size": False, "step_size": 0.05}, 0.05),
         ({"num_leapfrog_steps": 10}, math.pi / 20),  # the saved one is above this chain's own bound
-        ({"step_size": 3.0}, float(saved._chain.scalars[ChainSlot.LOG_STEP].exp())),
+        ({"step_size": 3.0}, float(saved._progress.memory.scalars[ChainSlot.LOG_STEP].exp())),
     ):
-        optimizer = TSAM(problem().parameters, **HMC, **options)
+        optimizer = tsam(problem().parameters, **HMC, **options)
         optimizer.load_state_dict(saved.state_dict())
-        assert float(optimizer._chain.scalars[ChainSlot.LOG_STEP].exp()) == pytest.approx(want, rel=1e-12)
+        assert float(optimizer._progress.memory.scalars[ChainSlot.LOG_STEP].exp()) == pytest.approx(want, rel=1e-12)
 
 
 def test_a_chain_is_loaded_by_the_sampler_that_has_one(problem) -> None:
     source, task = problem(), problem()
-    saved = TSAM(source.parameters, **HMC)
+    saved = tsam(source.parameters, **HMC)
     source.train(saved, 2)
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
     optimizer.load_state_dict(saved.state_dict())
-    assert not optimizer._chain.positions
+    with pytest.raises(RuntimeError, match="needs a sampler that keeps a chain"):
+        optimizer.chain_position()
+    assert not any("tsam_position" in entry for entry in optimizer.state_dict()["state"].values())
 
 
 def test_what_is_saved_can_be_loaded_also_after_a_cast() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = TSAM([parameter], **HMC)
+    optimizer = tsam([parameter], **HMC)
 
     def closure() -> Tensor:
         loss = parameter.square().sum()
@@ -292,14 +315,14 @@ def test_what_is_saved_can_be_loaded_also_after_a_cast() -> None:
     optimizer.step(closure)
     parameter.data, parameter.grad = parameter.data.double(), None
     state = optimizer.state_dict()
-    assert state["tsam"]["chain"]["positions"] == [None]
+    assert not any("tsam_position" in entry for entry in state["state"].values())
     optimizer.load_state_dict(state)
     optimizer.step(closure)
 
 
 def test_perturbed_is_where_a_fresh_chain_stands_and_an_exception_leaves_it_nowhere(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC, chain="fresh")
+    optimizer = tsam(task.parameters, **HMC, chain="fresh")
     task.train(optimizer, 2)
     before, origin = optimizer.chain_position(), task.copies()
     with optimizer.perturbed():
@@ -321,16 +344,16 @@ def test_numpy_s_numbers_do_not_reach_a_checkpoint(problem, tmp_path) -> None:
     numpy = pytest.importorskip("numpy")
     w1, b1, *rest = problem().parameters
     groups = [{"params": [w1, b1], "rho": numpy.float32(0.25)}, {"params": rest}]
-    optimizer = TSAM(groups, lr=0.1, rho=numpy.float64(0.05), radius=numpy.float64(0.5), seed=numpy.uint64(2**63 + 5))
+    optimizer = tsam(groups, lr=0.1, rho=numpy.float64(0.05), radius=numpy.float64(0.5), seed=numpy.uint64(2**63 + 5))
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["tsam"]["seed"] == 2**63 + 5
+    assert state["param_groups"][0]["tsam_seed"] == 2**63 + 5
     assert [group["rho"] for group in state["param_groups"]] == [0.25, 0.05]
 
 
 def test_equal_weights_that_are_meant_are_not_warned_of(problem, recwarn: pytest.WarningsRecorder) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **{**HMC, "delta": None}, tilt=5.0)
+    optimizer = tsam(task.parameters, **{**HMC, "delta": None}, tilt=5.0)
     task.train(optimizer, 1)
     assert optimizer.diagnostics.ess == 3.0
     assert not recwarn
@@ -338,6 +361,6 @@ def test_equal_weights_that_are_meant_are_not_warned_of(problem, recwarn: pytest
 
 def test_counting_a_state_where_no_step_has_begun_is_nan() -> None:
     total, carried = [torch.zeros(5)], [torch.ones(5)]
-    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
     _C.hmc_carry_(total, carried, [torch.ones(5)], chain, new_state(1), True)
     assert total[0].isnan().all() and carried[0].eq(1).all()

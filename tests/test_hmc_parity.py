@@ -1,4 +1,4 @@
-"""TSAM(sampler="hmc") against the plain-torch chain, decision by decision.
+"""tsam(sampler="hmc") against the plain-torch chain, decision by decision.
 
 The oracle draws the kernels' own normals, float32 numbers, so that what is left to differ is rounding; one test takes
 the oracle's own. Before each step the oracle is set to the state that TSAM is in: reflections amplify differences.
@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import _C, TSAM
-from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext import _C
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
 from tsam_ext.functional import new_state
 from tsam_ext.reference import PhiloxDraws, ReferenceTSAM
 from tsam_ext.reference.noise import MOMENTUM, PERTURBATION
@@ -66,7 +67,7 @@ class KernelDraws(PhiloxDraws):
             _C.perturb_(lists[0], lists[1], state, [1.0] * n, flags, base, *where)
             return lists[0]
         assert purpose == MOMENTUM
-        chain = torch.zeros(SLOTS, dtype=torch.float64)
+        chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
         chain[ChainSlot.LOG_STEP] = -INF  # no time to drift in, no gradient to kick by
         _C.hmc_leapfrog_(*lists, chain, [1.0] * n, flags, base, seed, self.step, sample, 1, 0, True, 0.5, 1.0, False)
         return lists[2]
@@ -86,7 +87,7 @@ class Pair:
         self.tasks = [problem(dtype=dtype), problem(dtype=dtype)]
         settings = {"lr": 0.1, "momentum": 0.9, "sampler": "hmc", "rho": 0.5, **options}
         params = [grouped(task) if groups else task.parameters for task in self.tasks]
-        self.ours, self.oracle = TSAM(params[0], **settings), ReferenceTSAM(params[1], **settings)
+        self.ours, self.oracle = tsam(params[0], **settings), ReferenceTSAM(params[1], **settings)
         philox = self.oracle._draws
         if not own_noise:
             self.oracle._draws = lambda moved: KernelDraws(**vars(philox(moved)))
@@ -134,7 +135,7 @@ class Pair:
             for mine, twin in zip(self.tasks[0].parameters, self.tasks[1].parameters, strict=True):
                 twin.copy_(mine)
                 if twin in self.oracle._positions:
-                    self.oracle._positions[twin] = self.ours._chain.position(mine).double()
+                    self.oracle._positions[twin] = self.ours._progress.memory.position(mine).double()
 
 
 @pytest.mark.parametrize("num_leapfrog_steps", [1, 3])
@@ -196,7 +197,7 @@ def test_a_parameter_without_a_gradient_drifts(problem) -> None:
     """Its q is zero, its prior is not: it moves, is restored and keeps p.grad None."""
     task_a, task_b = problem(), problem()
     positions: list[list[Tensor]] = []
-    for task, kind in ((task_a, TSAM), (task_b, ReferenceTSAM)):
+    for task, kind in ((task_a, tsam), (task_b, ReferenceTSAM)):
         unused = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
         optimizer = kind([*task.parameters, unused], lr=0.1, sampler="hmc", rho=0.5, tilt=9.0, seed=8)
         seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""TSAM(sampler="hmc", recycle=True): every state of a trajectory counts, by its chance of being accepted.
+"""tsam(sampler="hmc", recycle=True): every state of a trajectory counts, by its chance of being accepted.
 
 Laws: state n counts α_n = min(1, e^(H_0 - H_n)), the start Σ (1 - α_n), so a trajectory counts N in all; a state that
 counts often is one weight in the effective sample size; the same mean as without, for the same gradients. The formulas
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from chain_laws import DoubleWell, Quadratic, steps_on
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import TSAM
-from tsam_ext.chain import ChainSlot
+from tsam_ext.engine.state import ChainSlot
 
 HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3, "recycle": True}
 
@@ -36,7 +36,7 @@ def test_gradient_and_weights_are_those_of_the_states_that_the_closure_saw(
         return loss
 
     options = {"num_leapfrog_steps": n, "num_samples": s, "burn_in": burn_in, "prior": prior}
-    optimizer = TSAM(task.parameters, **HMC, **options, delta=20.0, tilt=20.0)
+    optimizer = tsam(task.parameters, **HMC, **options, delta=20.0, tilt=20.0)
     rejected = 0.0
     for _ in range(3):
         seen.clear()
@@ -61,7 +61,7 @@ def test_gradient_and_weights_are_those_of_the_states_that_the_closure_saw(
 
 def test_states_that_are_never_rejected_weigh_the_same(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC, num_leapfrog_steps=4, num_samples=3, delta=0.0, tilt=0.0)
+    optimizer = tsam(task.parameters, **HMC, num_leapfrog_steps=4, num_samples=3, delta=0.0, tilt=0.0)
     task.train(optimizer, 2)
     weights = optimizer.diagnostics.weights.view(3, 5)
     torch.testing.assert_close(weights[:, :4], torch.full((3, 4), 1 / 12, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -72,7 +72,7 @@ def test_states_that_are_never_rejected_weigh_the_same(problem) -> None:
 def test_a_state_that_stays_is_one_state(problem) -> None:
     """Everything is rejected: s trajectories count one state alone, and its gradient is the mean."""
     task, gradients = problem(), []
-    optimizer = TSAM(task.parameters, **HMC, num_leapfrog_steps=2, num_samples=4, delta=1e9, tilt=1e9)
+    optimizer = tsam(task.parameters, **HMC, num_leapfrog_steps=2, num_samples=4, delta=1e9, tilt=1e9)
 
     def closure() -> Tensor:
         loss = task.loss()
@@ -81,7 +81,7 @@ def test_a_state_that_stays_is_one_state(problem) -> None:
         return loss
 
     optimizer.estimate_gradient(closure)
-    assert not optimizer._chain.scalars[ChainSlot.ACCEPTED]
+    assert not optimizer._progress.memory.scalars[ChainSlot.ACCEPTED]
     assert float(optimizer.diagnostics.ess) == pytest.approx(1.0, abs=1e-12)
     assert optimizer.diagnostics.weights.view(4, 3)[:, 2].tolist() == [0.25] * 4
     torch.testing.assert_close(task.parameters[0].grad, gradients[0], rtol=1e-12, atol=0)
@@ -91,7 +91,7 @@ def test_a_state_that_stays_is_one_state(problem) -> None:
 def test_a_state_whose_loss_is_not_finite_has_no_share(problem, bad: float) -> None:
     """And its gradient, which is not finite either, never enters 0 times infinity."""
     task, calls = problem(), []
-    optimizer = TSAM(task.parameters, **HMC, num_leapfrog_steps=3, num_samples=2, tilt=5.0)
+    optimizer = tsam(task.parameters, **HMC, num_leapfrog_steps=3, num_samples=2, tilt=5.0)
 
     def closure() -> Tensor:
         loss = task.loss()
@@ -117,7 +117,7 @@ def test_a_gradient_that_first_comes_inside_a_trajectory_was_zero_before(
 ) -> None:
     """What memory held before does not matter: the new mean starts at 0, not at what the allocator gave."""
     task, late, calls = problem(), torch.nn.Parameter(torch.ones(1000, dtype=torch.float64)), []
-    optimizer = TSAM([*task.parameters, late], **HMC, num_leapfrog_steps=3, num_samples=2, delta=0.0, tilt=0.0)
+    optimizer = tsam([*task.parameters, late], **HMC, num_leapfrog_steps=3, num_samples=2, delta=0.0, tilt=0.0)
 
     def closure() -> Tensor:
         calls.append(1)

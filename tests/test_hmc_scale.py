@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import _C, TSAM
-from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext import _C
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
 from tsam_ext.functional import new_state
 
 PRIORS = ["gaussian", "ball"]
@@ -36,7 +37,7 @@ def linear(d: int, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Paramet
 @pytest.mark.parametrize("d", [1, 7, 1000, 1_000_000])
 def test_acceptance_is_exactly_one_without_a_lean(d: int) -> None:
     parameter, closure = linear(d)
-    optimizer = TSAM([parameter], lr=0.0, sampler="hmc", delta=0.0, num_leapfrog_steps=3, seed=1)
+    optimizer = tsam([parameter], lr=0.0, sampler="hmc", delta=0.0, num_leapfrog_steps=3, seed=1)
     for _ in range(3):
         optimizer.step(closure)
         assert optimizer.diagnostics.energy_errors.tolist() == [0.0] * 3
@@ -48,7 +49,7 @@ def test_acceptance_does_not_fall_with_the_dimension(d: int, steps: int) -> None
     """δρ‖g‖ = √d, h = 1.5, N = 1: 0.86 to 0.89; 120 to 900 trajectories of one seed."""
     parameter, closure = linear(d)
     options = {"rho": 0.1, "delta": d**0.5 / 0.1, "tilt": 0.0, "step_size": 1.5, "adapt_step_size": False}
-    optimizer = TSAM([parameter], lr=0.0, sampler="hmc", seed=1, **options)
+    optimizer = tsam([parameter], lr=0.0, sampler="hmc", seed=1, **options)
     rates = []
     for _ in range(steps):
         optimizer.step(closure)
@@ -68,7 +69,7 @@ def test_energy_of_four_million_elements_is_that_of_float64(prior: str, toleranc
         parameter, closure = linear(4_000_000, dtype)
         options = {"num_samples": 2, "num_leapfrog_steps": 2, "step_size": 0.7, "prior": prior, "rho": 0.1}
         delta = 2e4
-        optimizer = TSAM([parameter], lr=0.0, sampler="hmc", seed=1, delta=delta, tilt=0.0, **options)
+        optimizer = tsam([parameter], lr=0.0, sampler="hmc", seed=1, delta=delta, tilt=0.0, **options)
         optimizer.step(closure)
         energies.append(optimizer.diagnostics.energy_errors)
     assert (energies[0] - energies[1]).abs().max() < tolerance
@@ -85,7 +86,7 @@ def test_energy_error_of_one_hit_is_the_formula_s() -> None:
 
     def trajectory(seed: int, length: float, kick: float) -> tuple[Tensor, Tensor, Tensor]:
         """Momentum and position after the drift, and the chain's scalars."""
-        chain, state = torch.zeros(SLOTS, dtype=torch.float64), new_state(1)
+        chain, state = torch.zeros(CHAIN_SLOTS, dtype=torch.float64), new_state(1)
         chain[ChainSlot.LOG_STEP], chain[ChainSlot.DELTA] = torch.tensor(length, dtype=torch.float64).log(), delta
         position, saved, momentum, proposal, spare = (torch.zeros(d, dtype=torch.float64) for _ in range(5))
         lists = [[position], [saved], [momentum], [start.clone()], [proposal], [spare], [slope]]

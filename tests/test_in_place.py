@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
 from tsam_ext import _C, _ops
 from tsam_ext import functional as fused
-from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
 from tsam_ext.functional import Slot, new_state
 
 
@@ -33,7 +34,6 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def test_a_step_by_hand_is_the_optimizer_s() -> None:
     """TSAM's ascent, two samples, from the functions alone."""
-    import tsam_ext
 
     def loss_at(x: list[Tensor]) -> Tensor:
         return sum(((t * torch.arange(1.0, t.numel() + 1)).sin() ** 2).sum() for t in x)
@@ -41,7 +41,7 @@ def test_a_step_by_hand_is_the_optimizer_s() -> None:
     parameters = [t.requires_grad_() for t in lists(5, 7)]
     position = [t.detach().clone() for t in parameters]
     start = copies(position)
-    opt = tsam_ext.TSAM(parameters, lr=0.1, rho=0.1, radius=0.2, tilt=3.0, num_samples=2, seed=5)
+    opt = tsam(parameters, lr=0.1, rho=0.1, radius=0.2, tilt=3.0, num_samples=2, seed=5)
 
     def closure() -> Tensor:
         loss = loss_at(parameters)
@@ -298,7 +298,7 @@ def begun() -> Tensor:
 
 def chain() -> Tensor:
     """The scalars of a chain in the middle of a step."""
-    scalars = torch.zeros(SLOTS, dtype=torch.float64)
+    scalars = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
     scalars[ChainSlot.DELTA], scalars[ChainSlot.TRAJECTORIES], scalars[ChainSlot.TAKEN] = 1.0, 2.0, 1.0
     return scalars
 

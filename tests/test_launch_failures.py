@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import plain_state
+from flat_options import tsam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tsam_ext import _C, TSAM
-from tsam_ext.chain import SLOTS
+from tsam_ext.engine.state import CHAIN_SLOTS
 from tsam_ext.functional import Slot, new_state
 
 pytestmark = pytest.mark.emulated
@@ -58,11 +59,11 @@ class Mixed(nn.Module):
         return self.second(nn.functional.dropout(self.first(x).tanh(), 0.2).float())
 
 
-def start(options: dict[str, Any], steps: int) -> tuple[TSAM, Callable[[], Tensor]]:
+def start(options: dict[str, Any], steps: int) -> tuple[tsam, Callable[[], Tensor]]:
     """An optimizer after some steps, and its closure; equal arguments give equal bits."""
     torch.manual_seed(0)
     net, x, y = Mixed(), torch.randn(12, 5).double(), torch.randint(0, 3, (12,))
-    optimizer = TSAM(net.parameters(), lr=0.1, momentum=0.9, rho=0.3, num_samples=2, seed=3, **options)
+    optimizer = tsam(net.parameters(), lr=0.1, momentum=0.9, rho=0.3, num_samples=2, seed=3, **options)
 
     def closure() -> Tensor:
         loss = cross_entropy(net(x), y)
@@ -104,7 +105,7 @@ def saving_ops(x: list[Tensor], state: Tensor) -> dict[str, Callable[[], None]]:
     saved, grads = [torch.zeros_like(p) for p in x], [torch.ones_like(p) for p in x]
     buffers = [[torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in x] for _ in range(3)]
     ones, flags, base = [1.0] * len(x), [False] * len(x), [8 * i for i in range(len(x))]
-    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
     state[Slot.GRAD_NORM] = 1.0
     return {
         "perturb_": lambda: _C.perturb_(x, saved, state, ones, flags, base, 3, 1, 0, 1, 32, False, True),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tsam_ext import _C
-from tsam_ext.metrics import HEADER, ROW, Slot, new_state
+from tsam_ext.engine.state import HEADER, ROW, Slot, new_state
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsam_ext import _C, TSAM
-from tsam_ext.estimate import Estimate
-from tsam_ext.functional.state import new_state
+from tsam_ext import _C
+from tsam_ext.engine.state import new_state
+from tsam_ext.estimates import PerturbationEstimate
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = st.lists(st.sampled_from([0, 1, 3, 127, 128, 129, 1000, 70_001]), min_size=0, max_size=4)
@@ -128,11 +129,11 @@ class Calls(TorchDispatchMode):
 def test_a_step_with_merged_passes_is_the_step_without(problem: Any, options: dict[str, Any], monkeypatch: Any) -> None:
     merged, apart = problem(), problem()
     settings = {"lr": 0.1, "rho": 0.3, "seed": 3, "num_samples": 5, **options}
-    one, other = TSAM(merged.parameters, **settings), TSAM(apart.parameters, **settings)
+    one, other = tsam(merged.parameters, **settings), tsam(apart.parameters, **settings)
     with Calls() as calls:
         merged.train(one, 2)
     with monkeypatch.context() as patch, Calls() as more:
-        patch.setattr(Estimate, "_merges", lambda self, gradients: False)
+        patch.setattr(PerturbationEstimate, "_merges", lambda self, gradients: False)
         apart.train(other, 2)
     assert all(map(torch.equal, merged.copies(), apart.copies()))
     name, two = "tsam.accumulate_perturb_.default", ("tsam.accumulate_.default", "tsam.perturb_.default")
@@ -149,7 +150,7 @@ def test_passes_over_other_tensors_stay_apart(problem: Any, odd: str) -> None:
     first, *rest = task.parameters
     groups = [{"params": [first], "rho": 0.0 if odd == "unperturbed" else 0.3}, {"params": rest}]
     groups += [{"params": [extra]}] if odd == "unused" else []
-    optimizer = TSAM(groups, lr=0.1, seed=3, num_samples=5, radius=0.0 if odd == "radius" else None)
+    optimizer = tsam(groups, lr=0.1, seed=3, num_samples=5, radius=0.0 if odd == "radius" else None)
     with Calls() as calls:
         task.train(optimizer, 1)
     assert calls.counts["tsam.accumulate_perturb_.default"] == 0

@@ -1,59 +1,97 @@
-"""The mutants themselves, without building any: each patch is well formed, applies, and names a test that exists.
+"""The mutants themselves, without building any: each entry is well formed, applies, and names a test that exists.
 
-And the script's own judgement, on made-up patches of Python files: what its test does not see is reported as survived,
-what it sees as caught, and a patch that does not apply as that. ``python tests/mutants/run.py`` runs them all.
+And the script's own judgement, on made-up tables of Python files: what its test does not see is reported as survived,
+what it sees as caught, and an entry that does not apply as that. ``python tests/mutants/run.py`` runs them all.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mutants.entries import Edit, EntryError, Mutant, read_mutants, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "mutants"
-PATCHES = sorted(FOLDER.glob("*.patch"))
+MUTANTS = read_mutants(FOLDER)
 NODE = r"tests/test_\w+\.py::test_\w+(?:\[.+\])?"
-HEADER = re.compile(rf"\S[^\n]*[^\n.]\.\nTest: ({NODE})\n\n--- a/(\S+)\n\+\+\+ b/(\S+)\n@@")
 
 
-needs_patch = pytest.mark.skipif(shutil.which("patch") is None, reason="the program patch is not there")
+def test_there_are_many_and_each_is_one_of_its_kind() -> None:
+    assert len(MUTANTS) >= 200
+    for mutant in MUTANTS:
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", mutant.name), mutant.name
+        assert re.fullmatch(r"\S[^\n]*[^\n.]\.", mutant.what), (
+            f"{mutant.name}: expected one sentence, got {mutant.what!r}"
+        )
+        assert re.fullmatch(NODE, mutant.test), f"{mutant.name}: expected a node id, got {mutant.test!r}"
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
+    for path in FOLDER.glob("*.toml"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
 
 
-def named_test(patch: Path) -> str:
-    header = HEADER.match(patch.read_text())
-    assert header, f"{patch.name}: expected a sentence, 'Test: <node id>', an empty line and one file's diff"
-    return header[1]
+def test_each_applies() -> None:
+    assert not (found := stale(MUTANTS, ROOT)), f"run.py --check says the same: {found}"
 
 
-def test_there_are_many_and_their_names_are_unique() -> None:
-    assert len(PATCHES) >= 25
-    for patch in PATCHES:
-        assert re.fullmatch(r"\d{3}-[a-z0-9]+(-[a-z0-9]+)*", patch.stem), patch.name
-    for column in (0, 1):  # the numbers, and the names behind them
-        assert len({patch.stem.split("-", 1)[column] for patch in PATCHES}) == len(PATCHES)
-    assert len({patch.read_text().split("\n--- a/")[1] for patch in PATCHES}) == len(PATCHES)
+def test_what_does_not_apply_is_said_and_nothing_written(tmp_path: Path) -> None:
+    """Old text that is missing, or there twice, or whose file is gone; also where it stands now."""
+    package = tmp_path / "python"
+    package.mkdir()
+    (package / "a.py").write_text("one = 1\r\ntwo = 1\n")
+    (package / "b.py").write_text("three = 3\n")
+
+    def said(*edits: tuple[str, str, str]) -> str:
+        made_up = Mutant("m", "It is broken.", "tests/test_a.py::test_b", tuple(Edit(*edit) for edit in edits))
+        before = [path.read_bytes() for path in sorted(package.iterdir())]
+        wrong = "; ".join(stale([made_up], tmp_path).get("m", []))
+        assert bool(made_up.apply(tmp_path)) == bool(wrong)
+        assert ([path.read_bytes() for path in sorted(package.iterdir())] == before) == bool(wrong)
+        return wrong
+
+    fine = ("python/b.py", "three = 3", "three = 4")
+    assert said(("python/a.py", "= 1", "= 2")) == "python/a.py: got 2 times, expected once: '= 1'"
+    assert said(fine, ("python/a.py", "\n  four = 4\n", "")) == "python/a.py: got 0 times, expected once: 'four = 4'"
+    assert said(("python/gone.py", "one", "")).startswith("python/gone.py is not there: 'one'; the text stands in ")
+    assert said(("python/a.py", "three", "")).endswith("'three'; the text stands in python/b.py")
+    assert said(("python/a.py", "one = 1\r\n", "one = 7\r\n"), ("python/a.py", "= 1", "= 2"), fine) == ""
+    assert (package / "a.py").read_bytes() == b"one = 7\r\ntwo = 2\n"
+    assert (package / "b.py").read_bytes() == b"three = 4\n"
 
 
-@needs_patch
-def test_each_applies(tmp_path: Path) -> None:
-    for part in ("cmake", "csrc", "python"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for patch in PATCHES:
-        header = HEADER.match(patch.read_text())
-        assert header, patch.name
-        assert header[2] == header[3], patch.name
-        command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "--dry-run", "-i", patch]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, f"{patch.name}\n{done.stdout}{done.stderr}"
+ENTRY = """[[mutant]]
+name = "m"
+what = "It is broken."
+test = "tests/test_a.py::test_b"
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (ENTRY, "m: got"),
+        (ENTRY + "edits = []", "m: got"),
+        (ENTRY + "file = 'a'\nold = 'b'", "m: got"),
+        (ENTRY + "file = 'a'\nold = 'b'\nnew = 'c'\nmore = 'd'", "m: got"),
+        (ENTRY + "file = 'a'\nold = 'b'\nnew = 'b'", "new is the same"),
+        (ENTRY + "file = 'a'\nold = ' '\nnew = 'b'", "old is empty"),
+        (ENTRY + "file = 'a'\nold = 1\nnew = 'b'", "every value is a text"),
+        (ENTRY.replace("mutant", "mutants"), "expected .* alone"),
+        (ENTRY + "file = ", "t.toml: "),
+    ],
+)
+def test_an_entry_that_is_not_well_formed_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(EntryError, match=said):
+        read_mutants(tmp_path)
 
 
 def test_the_named_tests_exist() -> None:
-    names = {named_test(patch) for patch in PATCHES}
+    names = {mutant.test for mutant in MUTANTS}
     files = sorted({name.split("::")[0] for name in names})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -63,37 +101,46 @@ def test_the_named_tests_exist() -> None:
     assert names <= known, sorted(names - known)
 
 
+FILE = "python/tsam_ext/diagnostics.py"
 MADE_UP = {
-    "a comment": ("self._num_rows = 0\n", "self._num_rows = 0  # none yet\n"),
-    "a wrong column": ("return self._column(0)\n", "return self._column(1)\n"),
-    "other lines": ("return self._column(7)\n", "return self._column(1)\n"),
-    "a broken import": ("import warnings\n", "import warnings_\n"),
+    "a comment": ("self._warned: set[str] = set()", "self._warned: set[str] = set()  # none yet"),
+    "a wrong column": ("return self._column(0)", "return self._column(1)"),
+    "other lines": ("return self._column(7)", "return self._column(1)"),
+    "a broken import": ("from . import _ops", "from . import _ops_"),
 }
 TEST = "tests/test_optim_laws.py::test_diagnostics_are_the_formulas"
 
 
-def made_up_patch(name: str) -> str:
-    """Of python/tsam_ext/metrics.py, in the form of a diff with no context."""
-    old, new = MADE_UP[name]
-    lines = (ROOT / "python" / "tsam_ext" / "metrics.py").read_text().splitlines()
-    number = next((i for i, line in enumerate(lines, 1) if line.strip() == old.strip()), 1)
-    indent = " " * (len(lines[number - 1]) - len(lines[number - 1].lstrip()))
-    file = "python/tsam_ext/metrics.py"
-    diff = f"--- a/{file}\n+++ b/{file}\n@@ -{number} +{number} @@\n-{indent}{old}+{indent}{new}"
-    return f"It is {name}.\nTest: {TEST}\n\n{diff}"
-
-
-def judged(tmp_path: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def judged(
+    tmp_path: Path, *names: str, test: str = TEST, arguments: tuple[str, ...] = ("--no-build", "--jobs", "1")
+) -> subprocess.CompletedProcess[str]:
+    """The script on made-up mutants of one file."""
     for name in names:
-        (tmp_path / f"{name.replace(' ', '-')}.patch").write_text(made_up_patch(name))
-    command = [sys.executable, FOLDER / "run.py", "--no-build", "--jobs", "1", "--patches", tmp_path]
+        old, new = MADE_UP[name]
+        (tmp_path / f"{name.replace(' ', '-')}.toml").write_text(
+            f"""[[mutant]]
+name = "{name.replace(" ", "-")}"
+what = "It is {name}."
+test = "{test}"
+file = "{FILE}"
+old = '{old}'
+new = '{new}'
+"""
+        )
+    command = [sys.executable, FOLDER / "run.py", *arguments, "--tables", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     if "an editable install" in done.stderr:
         pytest.skip("an editable install stands before the copies that the script makes")
     return done
 
 
-@needs_patch
+def test_check_lists_what_does_not_apply(tmp_path: Path) -> None:
+    done = judged(tmp_path, *MADE_UP, arguments=("--check",))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.startswith(f"other-lines: does not apply\n  {FILE}: got 0 times, expected once: "), done.stdout
+    assert done.stdout.splitlines()[-1] == "4 mutants, 3 apply, 1 do NOT"
+
+
 def test_what_is_not_caught_is_named_and_ends_with_1(tmp_path: Path) -> None:
     done = judged(tmp_path, *MADE_UP)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -103,21 +150,14 @@ def test_what_is_not_caught_is_named_and_ends_with_1(tmp_path: Path) -> None:
         assert outcome in summary
 
 
-@needs_patch
 def test_what_is_caught_ends_with_0(tmp_path: Path) -> None:
     done = judged(tmp_path, "a wrong column")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 mutants, 1 caught, ")
 
 
-def test_a_named_test_that_fails_without_any_patch_stops_the_run(tmp_path: Path) -> None:
-    (tmp_path / "one.patch").write_text(made_up_patch("a comment").replace(TEST, f"{TEST}_of_old"))
-    done = subprocess.run(
-        [sys.executable, FOLDER / "run.py", "--no-build", "--patches", tmp_path],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if "an editable install" in done.stderr:
-        pytest.skip("an editable install stands before the copies that the script makes")
+def test_a_named_test_that_fails_without_any_mutant_stops_the_run(tmp_path: Path) -> None:
+    done = judged(tmp_path, "a comment", test=f"{TEST}_of_old")
     assert done.returncode == 2
     assert "on the unbroken copy" in done.stderr
 

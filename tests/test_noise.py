@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tsam_ext import _C
-from tsam_ext.chain import SLOTS
-from tsam_ext.functional.checks import NOISES
-from tsam_ext.metrics import new_state
+from tsam_ext.engine.checks import NOISES
+from tsam_ext.engine.state import CHAIN_SLOTS, new_state
 from tsam_ext.reference import noise as oracle
 
 N = 1 << 20
@@ -86,7 +85,7 @@ def test_the_bits_do_not_depend_on_threads() -> None:
 PROGRAM = """
 import hashlib, torch
 from tsam_ext import _C
-from tsam_ext.metrics import new_state
+from tsam_ext.engine.state import new_state
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for noise in range(3):
@@ -208,7 +207,7 @@ def test_momenta_are_the_same_numbers_in_every_dtype() -> None:
         wide = torch.promote_types(dtype, torch.float32)
         kinds = [dtype, dtype, wide, wide, wide, wide, dtype]  # position, saved, momentum, x0, x1, x2, grads
         lists = [[torch.zeros(n, dtype=kind) for n in sizes] for kind in kinds]
-        chain, ones, flags = torch.zeros(SLOTS, dtype=torch.float64), [1.0] * 3, [False] * 3
+        chain, ones, flags = torch.zeros(CHAIN_SLOTS, dtype=torch.float64), [1.0] * 3, [False] * 3
         _C.hmc_leapfrog_(*lists, chain, ones, flags, base, 3, 2, 1, 1, 0, 0.0, 0.0, True, False)
         drawn.append(torch.cat(lists[2]).double())
     assert torch.equal(drawn[1], drawn[0]) and torch.equal(drawn[2], drawn[0])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsam_ext import TSAM
@@ -58,7 +59,7 @@ def test_an_estimate_never_syncs(problem, sampler: str, batch: str, tilt: Any) -
     if sampler == "hmc":  # it takes whole batches alone; the other case is the rule for delta
         options, batch = {"delta": "auto" if batch == "split" else None}, "whole"
     tilts = {"tensor": torch.tensor(2.0, dtype=torch.float64), "schedule": float}
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, tilt=tilts.get(tilt, tilt), **options)
+    optimizer = tsam(task.parameters, lr=0.1, sampler=sampler, tilt=tilts.get(tilt, tilt), **options)
     with NoSync():
         for _ in range(2):
             optimizer.estimate_gradient(task.closure(optimizer) if batch == "whole" else split_closure(task, optimizer))
@@ -77,7 +78,7 @@ def split_closure(task: Any, optimizer: TSAM) -> Any:
 
 def test_the_sync_check_sees_a_planted_item(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
 
     def closure() -> torch.Tensor:
         loss = task.loss()
@@ -92,7 +93,7 @@ def test_the_sync_check_sees_a_planted_item(problem) -> None:
 def extra_parameters_held(sampler: str, num_samples: int, dtype: torch.dtype) -> float:
     """Peak bytes of one step beyond those of the gradient alone, in units of the parameters' bytes."""
     parameter = torch.nn.Parameter(torch.randn(100_000, dtype=dtype))
-    optimizer = TSAM([parameter], lr=0.1, sampler=sampler, num_samples=num_samples)
+    optimizer = tsam([parameter], lr=0.1, sampler=sampler, num_samples=num_samples)
 
     def closure() -> torch.Tensor:
         parameter.grad = torch.ones_like(parameter)  # the only memory that a gradient costs here
@@ -121,7 +122,7 @@ def test_extra_memory_of_hmc() -> None:
 
 def test_between_steps_only_the_copy_stays() -> None:
     parameter = torch.nn.Parameter(torch.randn(1000))
-    optimizer = TSAM([parameter], lr=0.1)
+    optimizer = tsam([parameter], lr=0.1)
 
     def closure() -> torch.Tensor:
         parameter.grad = torch.ones_like(parameter)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
 from tsam_ext import TSAM, reference
@@ -28,7 +29,7 @@ def pair(problem: Any, **options: Any) -> tuple[Any, ...]:
     """Two twins, each with its optimizer."""
     options = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 1, **options}
     first, second = problem(), problem()
-    return first, TSAM(first.parameters, **options), second, TSAM(second.parameters, **options)
+    return first, tsam(first.parameters, **options), second, tsam(second.parameters, **options)
 
 
 def loop(task: Any, optimizer: TSAM) -> list[float]:
@@ -76,7 +77,7 @@ def test_several_backward_calls_accumulate(problem) -> None:
         twin.step(lambda: halves(theirs))
         assert ours.holds(theirs.copies())
     theirs.net.load_state_dict(problem().net.state_dict())
-    whole = TSAM(theirs.parameters, lr=0.1, momentum=0.9, rho=0.3, seed=1)
+    whole = tsam(theirs.parameters, lr=0.1, momentum=0.9, rho=0.3, seed=1)
     theirs.train(whole, 3)
     torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-10, atol=1e-12)
 
@@ -103,7 +104,7 @@ def test_estimating_twice_gives_the_same_gradient_and_one_step(problem) -> None:
     optimizer.apply()
     theirs.train(twin, 1)
     assert ours.holds(theirs.copies())
-    assert optimizer.state_dict()["tsam"]["step"] == 1
+    assert optimizer.state_dict()["param_groups"][0]["tsam_step"] == 1
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -137,7 +138,7 @@ def test_the_returned_loss_is_the_first_pass_s_own_value(problem) -> None:
 
 def test_step_without_an_estimate_raises(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
     copies = task.copies()
     for call in (optimizer.step, optimizer.apply):
         with pytest.raises(RuntimeError, match="estimate"):
@@ -176,7 +177,7 @@ def test_break_restores_and_leaves_no_estimate(problem, stop: int) -> None:
 
 def test_misuse_of_the_loop_raises_and_restores(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
     copies = task.copies()
 
     def no_record() -> None:
@@ -222,7 +223,7 @@ def test_two_halves_of_sam_are_one_step(problem, adaptive: bool, zero_grad: bool
         assert (ours.parameters[0].grad is None) == zero_grad
         assert theirs.train(twin, 1) == [float(loss.detach())]
         assert ours.holds(theirs.copies())
-    assert optimizer.state_dict()["tsam"]["step"] == 3
+    assert optimizer.state_dict()["param_groups"][0]["tsam_step"] == 3
     with pytest.raises(RuntimeError, match="first_step"):
         optimizer.second_step()
 
@@ -238,7 +239,7 @@ NOT_SAM: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", NOT_SAM)
 def test_the_two_halves_need_sam(problem, options: dict[str, Any]) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, **options)
+    optimizer = tsam(task.parameters, lr=0.1, **options)
     copies = task.copies()
     task.loss().backward()
     for half in (optimizer.first_step, optimizer.second_step):
@@ -252,7 +253,7 @@ def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
     """The noise that the oracle draws; a second time the same; bit-identical after exceptions too."""
     task = problem()
     options = {"sampler": "noise", "noise": noise, "radius": 1.5, "seed": 9}
-    optimizer = TSAM(task.parameters, lr=0.1, **options)
+    optimizer = tsam(task.parameters, lr=0.1, **options)
     copies = task.copies()
     offsets = reference.base_offsets([p.numel() for p in task.parameters])
     nu = reference.unit_noise(task.parameters, offsets, seed=9, step=0, sample=0, noise=noise)
@@ -269,7 +270,7 @@ def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
     with torch.no_grad(), optimizer.perturbed():
         pass
     ours = problem()
-    twin = TSAM(ours.parameters, lr=0.1, **options)
+    twin = tsam(ours.parameters, lr=0.1, **options)
     assert task.train(optimizer, 2) == ours.train(twin, 2)  # looking changed nothing
     assert task.holds(ours.copies())
 
@@ -277,7 +278,7 @@ def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
 def test_perturbed_cannot_be_entered_twice_or_stepped_in(problem) -> None:
     """Either works or raises; in both cases the parameters come back bit for bit."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.0, sampler="noise", radius=1.0, seed=9)
+    optimizer = tsam(task.parameters, lr=0.0, sampler="noise", radius=1.0, seed=9)
     copies = task.copies()
     attempts = [
         lambda: optimizer.perturbed(1).__enter__(),
@@ -300,7 +301,7 @@ def test_perturbed_cannot_be_entered_twice_or_stepped_in(problem) -> None:
 def test_perturbed_ascends_along_gradients_that_exist(problem) -> None:
     """SAM's point θ + rho g/‖g‖ from p.grad, which stays; θ itself without gradients."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.4, radius=0.0)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.4, radius=0.0)
     theta = task.flat()
     with optimizer.perturbed():
         assert torch.equal(task.flat(), theta)
@@ -315,7 +316,7 @@ def test_perturbed_ascends_along_gradients_that_exist(problem) -> None:
 
 def test_part_takes_what_a_batch_is_made_of(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, batch="split", sampler="noise")
+    optimizer = tsam(task.parameters, lr=0.1, batch="split", sampler="noise")
     x, names = torch.arange(12.0), [f"row {i}" for i in range(12)]
     assert torch.equal(optimizer.part(x), x)  # outside a step: everything
     seen = []
@@ -334,6 +335,9 @@ def test_part_takes_what_a_batch_is_made_of(problem) -> None:
         optimizer.part()
     with pytest.raises(RuntimeError, match="part"):
         optimizer.step(task.loss)  # a split batch that nobody split
+    passes = iter([True, False])
+    with pytest.raises(RuntimeError, match=r"opt\.part.*in each pass"):  # or in its first pass only
+        optimizer.step(lambda: (next(passes) and optimizer.part(x), task.loss())[1])
     lengths = iter([12, 10])
     with pytest.raises(ValueError, match=r"10 rows.*12"):
         optimizer.step(lambda: (optimizer.part(x[: next(lengths)]), task.loss())[1])

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import TSAM
-from tsam_ext.chain import SLOTS, ChainSlot
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
 
 HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3}
 PRIORS = ["gaussian", "ball"]
@@ -44,7 +44,7 @@ def counting(task: Any, calls: list[float]) -> Callable[[], Tensor]:
 def test_the_closure_runs_once_a_gradient(problem, prior: str, n: int, s: int, burn_in: int, delta: float) -> None:
     task, calls = problem(), []
     options = {"num_leapfrog_steps": n, "num_samples": s, "burn_in": burn_in, "delta": delta, "prior": prior}
-    optimizer = TSAM(task.parameters, **HMC, **options)
+    optimizer = tsam(task.parameters, **HMC, **options)
     for step in range(1, 4):
         optimizer.step(counting(task, calls))
         assert len(calls) == step * (1 + n * (burn_in + s))
@@ -55,7 +55,7 @@ def test_the_closure_runs_once_a_gradient(problem, prior: str, n: int, s: int, b
 def test_a_sample_is_the_chain_s_state_after_each_trajectory_and_the_start_is_none(problem) -> None:
     """The losses that the step counts, against those that the closure saw and the decisions read afterwards."""
     task, calls = problem(), []
-    optimizer = TSAM(task.parameters, **HMC, num_samples=6, delta=300.0, tilt=2.0, adapt_step_size=False)
+    optimizer = tsam(task.parameters, **HMC, num_samples=6, delta=300.0, tilt=2.0, adapt_step_size=False)
     optimizer.step(counting(task, calls))
     losses, energies = optimizer.diagnostics.losses.tolist(), optimizer.diagnostics.energy_errors.tolist()
     current, accepted = calls[0], 0
@@ -83,7 +83,7 @@ def test_the_gradient_is_the_weighted_mean_at_the_chain_s_states(problem, prior:
         return loss
 
     options = {"num_samples": 4, "num_leapfrog_steps": 2, "delta": 20.0, "tilt": 25.0, "burn_in": burn_in}
-    optimizer = TSAM(task.parameters, **HMC, **options, prior=prior)
+    optimizer = tsam(task.parameters, **HMC, **options, prior=prior)
     for _ in range(3):
         seen.clear()
         optimizer.estimate_gradient(closure)
@@ -98,11 +98,11 @@ def test_the_gradient_is_the_weighted_mean_at_the_chain_s_states(problem, prior:
 def test_delta_follows_the_tilt_unless_told(problem) -> None:
     task = problem()
     for options, want in (({"tilt": 7.0}, 7.0), ({"tilt": 7.0, "delta": -2.0}, -2.0), ({"tilt": float}, 0.0)):
-        optimizer = TSAM(task.parameters, **HMC, **options)
+        optimizer = tsam(task.parameters, **HMC, **options)
         task.train(optimizer, 1)
         assert optimizer.diagnostics.delta == want
     tensor = torch.tensor(4.0)
-    optimizer = TSAM(task.parameters, **HMC, delta=tensor)
+    optimizer = tsam(task.parameters, **HMC, delta=tensor)
     task.train(optimizer, 1)
     tensor.fill_(5.0)
     task.train(optimizer, 1)
@@ -113,7 +113,7 @@ def test_automatic_delta_is_the_rule(problem) -> None:
     """delta_scale √d / |T∇L| with the norm a running mean over the steps' first gradients."""
     task, norms = problem(), []
     d = task.flat().numel()
-    optimizer = TSAM(task.parameters, **HMC, delta="auto", delta_scale=1.5, adaptive=True)
+    optimizer = tsam(task.parameters, **HMC, delta="auto", delta_scale=1.5, adaptive=True)
     for _ in range(30):
         start = task.copies()
         first: list[float] = []
@@ -136,7 +136,7 @@ def test_automatic_delta_is_the_rule(problem) -> None:
 
 def test_the_chain_goes_on_from_step_to_step_and_restarts_where_it_is_unknown(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC, delta=0.0, num_samples=1)
+    optimizer = tsam(task.parameters, **HMC, delta=0.0, num_samples=1)
     task.train(optimizer, 1)
     before = optimizer.chain_position()
     start: list[Tensor] = []
@@ -155,7 +155,7 @@ def test_the_chain_goes_on_from_step_to_step_and_restarts_where_it_is_unknown(pr
     position = optimizer.chain_position()
     assert not any(torch.equal(a, b) for a, b in zip(before, position, strict=True))
     with optimizer.perturbed():
-        moved = [p - o for p, (_, o) in zip(task.copies(), optimizer._saved.values(), strict=True)]
+        moved = [p - o for p, (_, o) in zip(task.copies(), optimizer._progress.scratch.values(), strict=True)]
     for a, b in zip(moved, position, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     extra = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
@@ -166,7 +166,7 @@ def test_the_chain_goes_on_from_step_to_step_and_restarts_where_it_is_unknown(pr
 
 def test_fresh_chains_start_from_the_prior(problem) -> None:
     task, starts = problem(), []
-    optimizer = TSAM(task.parameters, **HMC, chain="fresh", delta=0.0, num_samples=1)
+    optimizer = tsam(task.parameters, **HMC, chain="fresh", delta=0.0, num_samples=1)
     for _ in range(2):
         calls: list[Tensor] = []
 
@@ -179,7 +179,7 @@ def test_fresh_chains_start_from_the_prior(problem) -> None:
         origin = task.flat()
         optimizer.step(closure)
         starts.append(calls[0] - origin)
-    noise = TSAM(task.parameters, lr=0.0, rho=0.5, seed=3, sampler="noise", num_samples=1)
+    noise = tsam(task.parameters, lr=0.0, rho=0.5, seed=3, sampler="noise", num_samples=1)
     with noise.perturbed():
         inside = task.flat()
     assert not torch.allclose(starts[0], starts[1])
@@ -197,7 +197,7 @@ def test_a_proposal_whose_loss_is_not_finite_is_rejected(problem, bad: float) ->
         calls.append(float(loss.detach()))
         return loss * bad if len(calls) == 3 else loss
 
-    optimizer = TSAM(task.parameters, **HMC, delta=1.0, num_samples=3)
+    optimizer = tsam(task.parameters, **HMC, delta=1.0, num_samples=3)
     optimizer.step(closure)
     losses = optimizer.diagnostics.losses
     assert losses.isfinite().all()
@@ -220,7 +220,7 @@ def test_other_groups_frozen_and_unused_parameters(problem) -> None:
         loss.backward()
         return loss
 
-    optimizer = TSAM(groups, **HMC, delta=1.0)
+    optimizer = tsam(groups, **HMC, delta=1.0)
     before = [p.detach().clone() for p in (still, frozen, unused, *moving)]
     optimizer.estimate_gradient(closure)
     for values in seen:
@@ -236,7 +236,7 @@ def test_other_groups_frozen_and_unused_parameters(problem) -> None:
 def test_low_precision_parameters(problem, dtype: torch.dtype) -> None:
     task = problem(dtype=dtype)
     before = task.copies()
-    optimizer = TSAM(task.parameters, **{**HMC, "lr": 0.0}, num_leapfrog_steps=2, delta=1.0)
+    optimizer = tsam(task.parameters, **{**HMC, "lr": 0.0}, num_leapfrog_steps=2, delta=1.0)
     task.train(optimizer, 3)
     assert task.holds(before)
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in task.parameters)
@@ -245,13 +245,13 @@ def test_low_precision_parameters(problem, dtype: torch.dtype) -> None:
 
 def test_the_step_size_moves_towards_its_target_and_no_further(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, **HMC, delta=0.0)
+    optimizer = tsam(task.parameters, **HMC, delta=0.0)
     task.train(optimizer, 3)
     assert float(optimizer.diagnostics.step_size) == pytest.approx(math.pi / 2, rel=1e-12)
-    optimizer = TSAM(task.parameters, **HMC, delta=0.0, step_size=0.5)
+    optimizer = tsam(task.parameters, **HMC, delta=0.0, step_size=0.5)
     task.train(optimizer, 3)
     assert float(optimizer.diagnostics.step_size) == pytest.approx(0.5 * math.exp(3 * 0.05 * 0.2), rel=1e-12)
-    optimizer = TSAM(task.parameters, **HMC, delta=1e7)
+    optimizer = tsam(task.parameters, **HMC, delta=1e7)
     for _ in range(3):
         before = float(optimizer.diagnostics.step_size)
         task.train(optimizer, 1)
@@ -259,7 +259,7 @@ def test_the_step_size_moves_towards_its_target_and_no_further(problem) -> None:
             rate = float(optimizer.diagnostics.acceptance_rate)
         if not math.isnan(before):
             assert float(optimizer.diagnostics.step_size) == pytest.approx(before * math.exp(0.05 * (rate - 0.8)))
-    fixed = TSAM(task.parameters, **HMC, delta=1e7, adapt_step_size=False)
+    fixed = tsam(task.parameters, **HMC, delta=1e7, adapt_step_size=False)
     task.train(fixed, 2)
     assert float(fixed.diagnostics.step_size) == pytest.approx(math.pi / 2, rel=1e-12)
 
@@ -271,12 +271,12 @@ class ignored:  # noqa: N801  (reads as a statement)
 
 def test_warnings_come_with_the_read_and_once(problem) -> None:
     task = problem(dtype=torch.float32)
-    optimizer = TSAM(task.parameters, **HMC, delta=1e8)
+    optimizer = tsam(task.parameters, **HMC, delta=1e8)
     task.train(optimizer, 2)
     with pytest.warns(UserWarning, match="rounding noise"):
         assert optimizer.diagnostics.rounding > 0.3
     assert optimizer.diagnostics.rounding > 0.3  # a second warning would be an error of the test run
-    other = TSAM(task.parameters, lr=0.1)
+    other = tsam(task.parameters, lr=0.1)
     task.train(other, 1)
     assert other.diagnostics.acceptance_rate.isnan()
     assert other.diagnostics.energy_errors.isnan().all()
@@ -284,7 +284,7 @@ def test_warnings_come_with_the_read_and_once(problem) -> None:
 
 PROGRAM = """
 import hashlib, sys, torch
-from tsam_ext import TSAM, _C
+from tsam_ext import HMC, TSAM, _C
 torch.set_num_threads(int(sys.argv[1]))
 digest = hashlib.sha256()
 for prior in ("gaussian", "ball"):
@@ -295,11 +295,11 @@ for prior in ("gaussian", "ball"):
             for i, p in enumerate(params):
                 p.grad = torch.ones_like(p).mul_(1 + i)
             return params[1].detach().double().sum()
-        optimizer = TSAM(params, lr=0.1, sampler="hmc", delta=3.0, rho=0.5, num_leapfrog_steps=2, prior=prior, seed=5,
+        optimizer = TSAM(params, lr=0.1, sampler=HMC(delta=3.0, num_leapfrog_steps=2, prior=prior), rho=0.5, seed=5,
                          adaptive=True)
         for _ in range(2):
             optimizer.step(closure)
-        for tensor in (*params, *optimizer.chain_position(), optimizer._chain.scalars):
+        for tensor in (*params, *optimizer.chain_position(), optimizer._progress.memory.scalars):
             digest.update(tensor.detach().view(torch.uint8).numpy().tobytes())
 print(_C.__isa__, digest.hexdigest())
 """
@@ -328,44 +328,26 @@ def test_the_slots_are_those_of_the_header() -> None:
     for name, value in vars(ChainSlot).items():
         if not name.startswith("_"):
             assert slots["".join(part.capitalize() for part in name.split("_"))] == value
-    assert slots["Chain"] == SLOTS
+    assert slots["Chain"] == CHAIN_SLOTS
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"step_size": 0.0}, ValueError, "step_size: got 0.0, expected None or a finite number above 0"),
-    ({"step_size": -1.0}, ValueError, "step_size: got -1.0"),
-    ({"step_size": "long"}, TypeError, "step_size: got 'long'"),
-    ({"delta": math.nan}, ValueError, "delta: got nan, expected None, a finite number"),
-    ({"delta": math.inf}, ValueError, "delta: got inf"),
-    ({"delta": "much"}, TypeError, "delta: got 'much'"),
-    ({"delta": torch.ones(2)}, ValueError, "delta: got 'a torch.float32 tensor of shape"),
-    ({"tilt": math.inf}, ValueError, "delta: got None, expected a finite number or 'auto', as tilt is infinite"),
-    ({"delta_scale": math.inf}, ValueError, "delta_scale: got inf"),
-    ({"num_leapfrog_steps": 0}, ValueError, "num_leapfrog_steps: got 0, expected an integer from 1"),
-    ({"num_leapfrog_steps": 1.5}, TypeError, "num_leapfrog_steps: got 1.5"),
-    ({"prior": "cauchy"}, ValueError, "prior: got 'cauchy', expected 'gaussian' or 'ball'"),
-    ({"chain": "long"}, ValueError, "chain: got 'long', expected 'persistent' or 'fresh'"),
-    ({"burn_in": -1}, ValueError, "burn_in: got -1"),
-    ({"metropolis": 1}, TypeError, "metropolis: got 1"),
-    ({"recycle": "yes"}, TypeError, "recycle: got 'yes'"),
-    ({"adapt_step_size": None}, TypeError, "adapt_step_size: got None"),
-    ({"batch": "split"}, ValueError, "batch: got 'split', expected 'whole', as sampler is 'hmc'"),
-    ({"antithetic": True}, ValueError, "antithetic: got True, expected False"),
-    ({"same_masks": False}, ValueError, "same_masks: got False, expected True"),
-    ({"sampler": "ascent", "delta": 2.0}, ValueError, "delta: got 2.0, expected None, as sampler is not 'hmc'"),
-    ({"sampler": "noise", "prior": "ball"}, ValueError, "prior: got 'ball', expected 'gaussian', as sampler is not"),
+    ({"batch": "split"}, ValueError, "batch: got 'split', expected 'whole', as the sampler is HMC"),
+    ({"radius": 0.1}, ValueError, "radius: got 0.1, expected None (the scale is rho), as the sampler is HMC"),
+    ({"same_masks": False}, ValueError, "same_masks: got False, expected True, as the sampler is HMC"),
+    ({"tilt": math.inf}, ValueError, "tilt: got inf, expected a finite tilt, as the sampler is HMC with delta=None"),
 ]
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD)
-def test_refusals(problem, options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_settings_that_mean_nothing_are_refused(problem, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(f"TSAM: {message}")):
-        TSAM(problem().parameters, **{**HMC, **options})
+        tsam(problem().parameters, **{**HMC, **options})
 
 
 def test_chain_position_is_refused_where_there_is_none(problem) -> None:
     task = problem()
-    for optimizer in (TSAM(task.parameters, **HMC), TSAM(task.parameters, lr=0.1)):
+    for optimizer in (tsam(task.parameters, **HMC), tsam(task.parameters, lr=0.1)):
         with pytest.raises(RuntimeError, match="chain_position"):
             optimizer.chain_position()
 
@@ -375,7 +357,7 @@ def test_burn_in_is_not_counted(problem) -> None:
     found = []
     for s, burn_in in ((5, 0), (2, 3)):
         task = problem()
-        optimizer = TSAM(task.parameters, **HMC, num_samples=s, burn_in=burn_in, delta=300.0, tilt=300.0)
+        optimizer = tsam(task.parameters, **HMC, num_samples=s, burn_in=burn_in, delta=300.0, tilt=300.0)
         optimizer.estimate_gradient(counting(task, []))
         found.append((optimizer.diagnostics.losses[-2:], optimizer.diagnostics.num_nonfinite, task.gradient()))
     assert torch.equal(found[0][0], found[1][0])

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from tsam_ext import TSAM, reference
+from tsam_ext import reference
 from tsam_ext.reference import ReferenceTSAM
 
 INF = math.inf
@@ -52,7 +53,7 @@ def test_one_sample_without_noise_is_sam(problem, base: str, adaptive: bool) -> 
     rho = 2.0 if adaptive else 0.3
     ours, theirs = problem("digits"), problem("digits")
     options_of_ours = {"rho": rho, "adaptive": adaptive, "num_samples": 1, "radius": 0}
-    optimizer = TSAM(ours.parameters, kind, tilt=7.0, **options_of_ours, **options)
+    optimizer = tsam(ours.parameters, kind, tilt=7.0, **options_of_ours, **options)
     plain = kind(theirs.parameters, **options)
     losses = []
     for _ in range(20):
@@ -78,7 +79,7 @@ def grouped(task: Any) -> list[dict[str, Any]]:
 
 def run_pair(problem: Any, groups: bool, steps: int = 2, **options: Any) -> tuple[Any, ...]:
     results = []
-    for kind in (TSAM, ReferenceTSAM):
+    for kind in (tsam, ReferenceTSAM):
         task = problem()
         params = grouped(task) if groups else task.parameters
         optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **options)
@@ -127,7 +128,7 @@ def test_the_estimate_is_the_gradient_of_the_tilted_loss(problem, tilt, dtype) -
     """For the sampler noise: p.grad = ∇ (1/t) log mean exp(t L(θ+ε_j)) by ordinary autograd."""
     task = problem(dtype=dtype)
     options = {"sampler": "noise", "radius": 1.5, "num_samples": 4, "tilt": tilt, "seed": 3}
-    optimizer = TSAM(task.parameters, lr=0.1, **options)
+    optimizer = tsam(task.parameters, lr=0.1, **options)
     names = [name for name, _ in task.net.named_parameters()]
     offsets = reference.base_offsets([p.numel() for p in task.parameters])
     twins = [p.detach().clone().requires_grad_() for p in task.parameters]
@@ -148,7 +149,7 @@ def test_the_estimate_is_the_gradient_of_the_tilted_loss(problem, tilt, dtype) -
 @pytest.mark.parametrize("s", [1, 2, 5])
 def test_the_closure_runs_once_a_gradient(problem, sampler: str, per_sample: int, s: int) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, num_samples=s, every=3)
+    optimizer = tsam(task.parameters, lr=0.1, sampler=sampler, num_samples=s, every=3)
     counts = []
     for _ in range(7):
         task.calls.clear()
@@ -163,7 +164,7 @@ def test_the_closure_runs_once_a_gradient(problem, sampler: str, per_sample: int
 def test_a_split_batch_sees_each_row_once(problem, sampler, per_sample, n: int, s: int) -> None:
     task = problem(rows=n)
     options = {"num_samples": s, "batch": "split", "seed": 1}
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, **options)
+    optimizer = tsam(task.parameters, lr=0.1, sampler=sampler, **options)
     optimizer.estimate_gradient(task.closure(optimizer))
     used = min(n, s)
     assert len(task.calls) == used * per_sample
@@ -181,7 +182,7 @@ def test_a_split_batch_sees_each_row_once(problem, sampler, per_sample, n: int, 
 def test_a_split_batch_without_perturbation_or_tilt_is_the_whole_batch(problem) -> None:
     """Parts weigh by their rows, so the mean over parts of 13 rows is the mean over the rows."""
     task = problem(rows=13)
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.0, tilt=0.0, batch="split", num_samples=5)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.0, tilt=0.0, batch="split", num_samples=5)
     optimizer.estimate_gradient(task.closure(optimizer))
     gradient = task.gradient()
     task.net.zero_grad()
@@ -193,7 +194,7 @@ def test_a_split_batch_without_perturbation_or_tilt_is_the_whole_batch(problem) 
 def test_plain_steps_are_the_base_optimizer_s(problem, batch: str) -> None:
     """every=3: steps 1 and 2 take the plain gradient of all rows, step 3 the noise of step 3."""
     ours, theirs = problem(), problem()
-    optimizer = TSAM(ours.parameters, lr=0.1, momentum=0.9, every=3, batch=batch, seed=5)
+    optimizer = tsam(ours.parameters, lr=0.1, momentum=0.9, every=3, batch=batch, seed=5)
     ours.train(optimizer, 1)
     plain = torch.optim.SGD(theirs.parameters, lr=0.1, momentum=0.9)
     theirs.net.load_state_dict(ours.net.state_dict())
@@ -216,7 +217,7 @@ def test_plain_steps_are_the_base_optimizer_s(problem, batch: str) -> None:
 @pytest.mark.parametrize(("tilt", "choose"), [(INF, max), (-INF, min)])
 def test_an_infinite_tilt_takes_one_sample_s_gradient(problem, sampler, tilt, choose) -> None:
     task, seen = problem(), []
-    optimizer = TSAM(task.parameters, lr=0.1, tilt=tilt, sampler=sampler, radius=1.0, num_samples=5)
+    optimizer = tsam(task.parameters, lr=0.1, tilt=tilt, sampler=sampler, radius=1.0, num_samples=5)
 
     def closure() -> Tensor:
         loss = task.loss()
@@ -236,7 +237,7 @@ def test_an_infinite_tilt_takes_one_sample_s_gradient(problem, sampler, tilt, ch
 
 def test_diagnostics_are_the_formulas(problem) -> None:
     task, norms = problem(), []
-    optimizer = TSAM(task.parameters, lr=0.1, tilt=6.0, rho=0.5, num_samples=4, seed=2)
+    optimizer = tsam(task.parameters, lr=0.1, tilt=6.0, rho=0.5, num_samples=4, seed=2)
 
     def closure() -> Tensor:
         loss = task.loss()
@@ -260,11 +261,11 @@ def test_diagnostics_are_the_formulas(problem) -> None:
 
 def test_implied_delta_is_the_formula(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.3)
     task.train(optimizer, 1)
     told = optimizer.diagnostics
     assert torch.allclose(told.implied_delta, task.flat().numel() / (0.3 * told.gradient_norms))
-    optimizer = TSAM(grouped(task), lr=0.1, rho=0.3)
+    optimizer = tsam(grouped(task), lr=0.1, rho=0.3)
     task.train(optimizer, 1)
     assert optimizer.diagnostics.implied_delta.isnan().all()
 
@@ -276,7 +277,7 @@ def test_losses_that_are_not_finite(problem, where: set[int], bad: float, skip: 
     """One makes the whole result NaN; with skip_nonfinite_loss it is as if the sample had not been."""
     task, seen = problem(), []
     options = {"sampler": "noise", "num_samples": 4, "radius": 1.0, "tilt": 3.0}
-    optimizer = TSAM(task.parameters, lr=0.1, skip_nonfinite_loss=skip, **options)
+    optimizer = tsam(task.parameters, lr=0.1, skip_nonfinite_loss=skip, **options)
 
     def closure() -> Tensor:
         loss = task.loss()
@@ -305,7 +306,7 @@ def test_losses_that_are_not_finite(problem, where: set[int], bad: float, skip: 
 def test_a_step_of_one_gradient_with_a_bad_loss_is_nan(problem, options, buffer: bool, skip: bool, bad: float) -> None:
     """Also where the gradient's own memory is the result, so that nothing else would be written."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.0, skip_nonfinite_loss=skip, **options)
+    optimizer = tsam(task.parameters, lr=0.0, skip_nonfinite_loss=skip, **options)
     task.train(optimizer, 1)  # of every=2 the second step is the plain one
     optimizer.zero_grad(set_to_none=not buffer)
 
@@ -322,7 +323,7 @@ def test_a_step_of_one_gradient_with_a_bad_loss_is_nan(problem, options, buffer:
 def test_a_gradient_that_is_not_finite_reaches_p_grad(problem, sampler: str) -> None:
     task = problem()
     copies = task.copies()
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler)
+    optimizer = tsam(task.parameters, lr=0.1, sampler=sampler)
 
     def closure() -> Tensor:
         loss = task.closure(optimizer)()
@@ -339,7 +340,7 @@ def test_the_same_seed_is_the_same_bits_and_none_asks_torch(problem) -> None:
     def trained(seed: int | None, torch_seed: int) -> Tensor:
         task = problem()
         torch.manual_seed(torch_seed)
-        task.train(TSAM(task.parameters, lr=0.1, seed=seed, rho=0.3), 2)
+        task.train(tsam(task.parameters, lr=0.1, seed=seed, rho=0.3), 2)
         return task.flat()
 
     assert torch.equal(trained(7, 0), trained(7, 1))
@@ -348,8 +349,8 @@ def test_the_same_seed_is_the_same_bits_and_none_asks_torch(problem) -> None:
     assert torch.equal(trained(None, 0), trained(None, 0))
     assert not torch.equal(trained(None, 0), trained(None, 1))
     torch.manual_seed(0)
-    first, second = (TSAM(problem().parameters, lr=0.1).seed for _ in range(2))
+    first, second = (tsam(problem().parameters, lr=0.1).seed for _ in range(2))
     assert first != second
     state = torch.random.get_rng_state()
-    assert TSAM(problem().parameters, lr=0.1, seed=(1 << 64) - 1).seed == (1 << 64) - 1
+    assert tsam(problem().parameters, lr=0.1, seed=(1 << 64) - 1).seed == (1 << 64) - 1
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -7,10 +7,13 @@ nothing in a step makes the host wait for a device.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +51,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 def test_running_statistics_move_as_in_one_forward(options: dict[str, Any]) -> None:
     """With model=: after each step the buffers are those that the step's first pass left."""
     net, x, y = convolutions()
-    optimizer = TSAM(net.parameters(), lr=0.1, model=net, **options)
+    optimizer = tsam(net.parameters(), lr=0.1, model=net, **options)
     after_first: list[list[Tensor]] = []
 
     def closure() -> Tensor:
@@ -76,7 +79,7 @@ def test_statistics_are_those_of_a_plain_forward_where_nothing_moves_first() -> 
     net, x, y = convolutions()
     twin, _, _ = convolutions()
     twin(x)
-    optimizer = TSAM(net.parameters(), lr=0.1, model=net, radius=0.0)
+    optimizer = tsam(net.parameters(), lr=0.1, model=net, radius=0.0)
 
     def closure() -> Tensor:
         loss = cross_entropy(net(x), y)
@@ -89,7 +92,7 @@ def test_statistics_are_those_of_a_plain_forward_where_nothing_moves_first() -> 
 
 def test_statistics_return_after_an_exception() -> None:
     net, x, y = convolutions()
-    optimizer = TSAM(net.parameters(), lr=0.1, model=net)
+    optimizer = tsam(net.parameters(), lr=0.1, model=net)
     before, calls = buffers(net), []
 
     def closure() -> Tensor:
@@ -107,7 +110,7 @@ def test_statistics_return_after_an_exception() -> None:
 
 def test_without_the_model_statistics_move_and_one_warning_says_so() -> None:
     net, x, y = convolutions()
-    optimizer = TSAM(net.parameters(), lr=0.1)
+    optimizer = tsam(net.parameters(), lr=0.1)
 
     def closure() -> Tensor:
         loss = cross_entropy(net(x), y)
@@ -121,9 +124,46 @@ def test_without_the_model_statistics_move_and_one_warning_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step(closure)
-        quiet = TSAM(net.parameters(), lr=0.1)
+        quiet = tsam(net.parameters(), lr=0.1)
         net.eval()
         quiet.step(closure)
+
+
+def test_a_warning_points_at_the_user_s_line_in_every_form_of_a_step() -> None:
+    """Of closure, estimate, loop, under a scheduler's wrapper of step, and of a look at a diagnostic."""
+    net, x, y = convolutions()
+
+    def closure() -> Tensor:
+        loss = cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    def loop(optimizer: TSAM) -> None:
+        for sample in optimizer.samples():  # here
+            with sample:
+                sample.record(closure())
+
+    def scheduled(optimizer: TSAM) -> None:
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        optimizer.step(closure)  # here
+
+    def form(name: str) -> Callable[[TSAM], Any]:
+        forms = {"loop": loop, "scheduled": scheduled}
+        forms["step"] = lambda optimizer: optimizer.step(closure)  # here
+        forms["estimate"] = lambda optimizer: optimizer.estimate_gradient(closure)  # here
+        return forms[name]
+
+    lines = Path(__file__).read_text().splitlines()
+    for name in ("step", "estimate", "loop", "scheduled"):
+        with pytest.warns(UserWarning, match="model=") as caught:
+            form(name)(TSAM(net.parameters(), lr=0.1))
+        assert Path(caught[0].filename) == Path(__file__), name
+        assert lines[caught[0].lineno - 1].endswith("# here"), name
+    optimizer = TSAM(net.parameters(), lr=0.1, tilt=1e-9, model=net)
+    optimizer.step(closure)
+    with pytest.warns(UserWarning, match="effective sample size") as caught:
+        _ = optimizer.diagnostics.ess  # here
+    assert lines[caught[0].lineno - 1].endswith("# here")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -132,7 +172,7 @@ def test_the_watch_for_layers_ends_with_the_first_step(problem, fails: bool) -> 
     hooks = nn.modules.module._global_forward_pre_hooks
     before, during = len(hooks), []
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
 
     def closure() -> Tensor:
         during.append(len(hooks))
@@ -153,7 +193,7 @@ def test_the_watch_for_layers_ends_with_the_first_step(problem, fails: bool) -> 
 def test_dropout_masks(problem, same_masks: bool) -> None:
     """The same in all passes of a step, new in the next step, and the stream ends as after one forward."""
     task, masks = problem(dropout=0.5), []
-    optimizer = TSAM(task.parameters, lr=0.1, same_masks=same_masks)
+    optimizer = tsam(task.parameters, lr=0.1, same_masks=same_masks)
     task.net[2].register_forward_hook(lambda module, args, out: masks.append(out == 0))
     start = torch.random.get_rng_state()
     task.train(optimizer, 1)
@@ -181,7 +221,7 @@ def test_distributed_data_parallel(problem, tmp_path, bucket_view: bool, bucket_
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ours, theirs = problem(), problem()
-        optimizer, twin = (TSAM(t.parameters, lr=0.1, momentum=0.9, rho=0.5, seed=1) for t in (ours, theirs))
+        optimizer, twin = (tsam(t.parameters, lr=0.1, momentum=0.9, rho=0.5, seed=1) for t in (ours, theirs))
         parallel = nn.parallel.DistributedDataParallel
         ours.net = parallel(ours.net, gradient_as_bucket_view=bucket_view, bucket_cap_mb=bucket_mb)
         assert ours.train(optimizer, 4) == theirs.train(twin, 4)
@@ -205,7 +245,7 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("tilt", [2.0, float("inf")])
 def test_a_step_reads_nothing_from_the_device(problem, options, tilt: float) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, tilt=tilt, **options)
+    optimizer = tsam(task.parameters, lr=0.1, momentum=0.9, tilt=tilt, **options)
 
     def closure() -> Tensor:
         x, y = optimizer.part(task.x, task.y)
@@ -222,11 +262,12 @@ def test_a_step_reads_nothing_from_the_device(problem, options, tilt: float) -> 
 
 def test_a_tilt_that_does_nothing_is_said_once(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, tilt=1e-9)
+    optimizer = tsam(task.parameters, lr=0.1, tilt=1e-9)
     task.train(optimizer, 2)
     with pytest.warns(UserWarning, match="tilt"):
         assert float(optimizer.diagnostics.ess) == pytest.approx(3.0)
-    quiet = TSAM(task.parameters, lr=0.1)  # the default tilt is nobody's choice
+    task.train(optimizer, 1)  # in a later step it is not said again
+    quiet = tsam(task.parameters, lr=0.1)  # the default tilt is nobody's choice
     task.train(quiet, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -236,7 +277,7 @@ def test_a_tilt_that_does_nothing_is_said_once(problem) -> None:
 
 def test_a_step_under_no_grad_runs_the_closure_with_grad(problem) -> None:
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, seed=2) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, lr=0.1, seed=2) for t in (ours, theirs))
     with torch.no_grad():
         losses = ours.train(optimizer, 2)
     assert losses == theirs.train(twin, 2)

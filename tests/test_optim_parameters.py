@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,7 +20,7 @@ from tsam_ext.reference import ReferenceTSAM
 def test_frozen_parameters_are_never_touched(problem, sampler: str) -> None:
     """Not moved, no gradient, not counted in d; their elements keep their place. Then unfrozen."""
     results = []
-    for kind in (TSAM, ReferenceTSAM):
+    for kind in (tsam, ReferenceTSAM):
         task = problem()
         frozen = task.parameters[0].requires_grad_(False)
         bits, version, seen = frozen.clone(), frozen._version, []
@@ -44,7 +45,7 @@ def test_unused_parameters_are_perturbed_and_keep_no_gradient(problem) -> None:
     unused = nn.Parameter(torch.linspace(-1, 1, 9, dtype=torch.float64))
     bits = unused.detach().clone()
     params = [task.parameters[0], unused, *task.parameters[1:]]
-    optimizer = TSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, seed=2)
+    optimizer = tsam(params, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, seed=2)
 
     def closure() -> Tensor:
         inside.append(unused.detach().clone())
@@ -66,7 +67,7 @@ def test_a_gradient_missing_in_some_passes_counts_as_zero(problem, used_in, buff
     task, seen = problem(), []
     extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
     options = {"sampler": "noise", "radius": 0.5, "tilt": 4.0, "seed": 2}
-    optimizer = TSAM([*task.parameters, extra], lr=0.1, **options)
+    optimizer = tsam([*task.parameters, extra], lr=0.1, **options)
     if buffer:
         extra.grad = torch.full_like(extra, 7.0)
         kept = extra.grad
@@ -91,7 +92,7 @@ def test_a_gradient_missing_in_some_passes_counts_as_zero(problem, used_in, buff
 def test_a_gradient_that_comes_late_finds_its_own_mean() -> None:
     """All of one shape, so that no check sees them swapped: slopes 1, 2 and 3, the first from the second sample on."""
     params = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
-    optimizer = TSAM(params, lr=0.0, sampler="noise", tilt=0.0, num_samples=4, seed=0)
+    optimizer = tsam(params, lr=0.0, sampler="noise", tilt=0.0, num_samples=4, seed=0)
     for sample in optimizer.samples():
         with sample:
             used = [(k + 1.0) * p.sum() for k, p in enumerate(params) if k > 0 or sample.index > 0]
@@ -107,7 +108,7 @@ def test_a_gradient_that_comes_late_finds_its_own_mean() -> None:
 def test_an_ascent_with_gradients_missing_is_the_oracle_s(problem, used_in, radius: float) -> None:
     """Also where a parameter first moves in a later sample than the others."""
     results = []
-    for kind in (TSAM, ReferenceTSAM):
+    for kind in (tsam, ReferenceTSAM):
         task, calls = problem(), []
         extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
         params = [extra, *task.parameters]
@@ -135,7 +136,7 @@ def test_an_ascent_with_gradients_missing_is_the_oracle_s(problem, used_in, radi
 def test_channels_last_parameters(sampler: str, adaptive: bool) -> None:
     """Noise follows storage; a gradient in another layout than its parameter's is brought to it."""
     results = []
-    for kind, turned in ((TSAM, False), (TSAM, True), (ReferenceTSAM, False)):
+    for kind, turned in ((tsam, False), (tsam, True), (ReferenceTSAM, False)):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Flatten(), nn.Linear(27, 3))
         net = net.double().to(memory_format=torch.channels_last)
@@ -167,7 +168,7 @@ def test_channels_last_parameters(sampler: str, adaptive: bool) -> None:
 def test_low_precision_parameters(problem, dtype, tolerance: float, sampler: str) -> None:
     """As the oracle, to a few roundings of the parameters; restored to their bits; gradients of their dtype."""
     gradients = []
-    for kind in (TSAM, ReferenceTSAM):
+    for kind in (tsam, ReferenceTSAM):
         task = problem(dtype=dtype)
         copies = task.copies()
         optimizer = kind(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=2.0, seed=3)
@@ -186,7 +187,7 @@ def test_the_mean_of_low_precision_gradients_is_kept_wide() -> None:
     """What each gradient adds is below half a unit of bfloat16 in the mean: it must not get lost."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     options = {"rho": 0.0, "sampler": "noise", "tilt": 0.0, "num_samples": 128}
-    optimizer = TSAM([weight], lr=0.1, **options)
+    optimizer = tsam([weight], lr=0.1, **options)
     values = iter([1.0] * 64 + [1.0 + 2**-7] * 64)
 
     def closure() -> Tensor:
@@ -205,7 +206,7 @@ def test_the_mean_of_low_precision_gradients_is_kept_wide() -> None:
 def test_odd_shapes_and_mixed_dtypes() -> None:
     """0-dim, empty and single elements; float32, float64 and bfloat16 in one optimizer, as the oracle."""
     results = []
-    for kind in (TSAM, ReferenceTSAM):
+    for kind in (tsam, ReferenceTSAM):
         torch.manual_seed(0)
         params = [
             nn.Parameter(torch.tensor(0.5, dtype=torch.float64)),
@@ -235,7 +236,7 @@ def test_adaptive_leaves_zeros_alone(problem) -> None:
     task, inside = problem(), []
     with torch.no_grad():
         task.parameters[0][:, 2] = 0.0
-    optimizer = TSAM(task.parameters, lr=0.1, adaptive=True, rho=2.0)
+    optimizer = tsam(task.parameters, lr=0.1, adaptive=True, rho=2.0)
 
     def closure() -> Tensor:
         inside.append(task.parameters[0].detach().clone())
@@ -250,7 +251,7 @@ def test_adaptive_leaves_zeros_alone(problem) -> None:
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradient_tensors_are_filled_not_replaced(problem, set_to_none: bool) -> None:
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, momentum=0.9, seed=2) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, lr=0.1, momentum=0.9, seed=2) for t in (ours, theirs))
     ours.train(optimizer, 1)
     theirs.train(twin, 1)
     held = [(p.grad, p.grad.data_ptr()) for p in ours.parameters]
@@ -279,7 +280,7 @@ def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str, buc
         if bucket == "one a parameter":
             chunks = [chunk.clone() for chunk in chunks]
         owned = [chunk.view_as(p) for chunk, p in zip(chunks, task.parameters, strict=True)]
-        optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=3.0, seed=2)
+        optimizer = tsam(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=3.0, seed=2)
 
         def closure(task=task, owned=owned, reuse=reuse) -> Tensor:
             loss = task.loss()
@@ -301,7 +302,7 @@ def test_a_closure_that_writes_into_the_buffer_that_was_there(problem) -> None:
         held = [torch.zeros_like(p, requires_grad=False) for p in task.parameters]
         for p, buffer in zip(task.parameters, held, strict=True):
             p.grad = buffer if reuse else None
-        optimizer = TSAM(task.parameters, lr=0.1, rho=0.5, tilt=3.0, seed=2)
+        optimizer = tsam(task.parameters, lr=0.1, rho=0.5, tilt=3.0, seed=2)
 
         def closure(task=task, held=held, reuse=reuse) -> Tensor:
             loss = task.loss()
@@ -319,7 +320,7 @@ def test_a_closure_that_writes_into_the_buffer_that_was_there(problem) -> None:
 def test_parameters_that_change_dtype_between_steps(problem) -> None:
     """net.double() replaces the data behind each parameter; what was kept for the old ones is not used."""
     ours, theirs = problem(dtype=torch.float32), problem(dtype=torch.float32)
-    optimizer = TSAM(ours.parameters, lr=0.1, rho=0.5, seed=2)
+    optimizer = tsam(ours.parameters, lr=0.1, rho=0.5, seed=2)
     oracle = ReferenceTSAM(theirs.parameters, lr=0.1, rho=0.5, seed=2)
     for dtype in (torch.float32, torch.float64, torch.float32):
         for task in (ours, theirs):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import plain_state
+from flat_options import tsam
 from torch import Tensor
 
 from tsam_ext import TSAM, _ops
@@ -72,8 +73,8 @@ def cases() -> list[Any]:
 def test_a_raising_closure_leaves_no_trace(problem, options, steps: int, at: int, error) -> None:
     ours, theirs = problem(dropout=0.5), problem(dropout=0.5)
     settings = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 3, **options}
-    optimizer = TSAM(ours.parameters, **settings)
-    twin = TSAM(theirs.parameters, **settings)
+    optimizer = tsam(ours.parameters, **settings)
+    twin = tsam(theirs.parameters, **settings)
     torch.manual_seed(1)
     ours.train(optimizer, steps)
     torch.manual_seed(1)
@@ -108,7 +109,7 @@ def test_every_kind_of_parameter_comes_back(problem, dtype, sampler: str, error)
     task = problem(dtype=dtype)
     unused = torch.nn.Parameter(torch.randn(5).to(dtype))
     frozen = torch.nn.Parameter(torch.randn(3).to(dtype), requires_grad=False)
-    optimizer = TSAM([*task.parameters, unused, frozen], lr=0.1, rho=0.3, sampler=sampler, seed=3)
+    optimizer = tsam([*task.parameters, unused, frozen], lr=0.1, rho=0.3, sampler=sampler, seed=3)
     every = [*task.parameters, unused, frozen]
     before = [p.detach().clone() for p in every]
     moved: list[list[bool]] = []
@@ -145,7 +146,7 @@ def test_every_kind_of_parameter_comes_back(problem, dtype, sampler: str, error)
 def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
     """Views into one bucket, as a reducer owns: same tensors, zeroed, filled by the next step."""
     task, twin = problem(), problem()
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, seed=3)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.3, seed=3)
     bucket = torch.full((task.flat().numel(),), 7.0, dtype=torch.float64)
     begin = 0
     for p in task.parameters:
@@ -158,7 +159,7 @@ def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
     assert not bucket.any()
     optimizer.estimate_gradient(task.closure(optimizer))
     assert all(p.grad is b for p, b in zip(task.parameters, buffers, strict=True))
-    other = TSAM(twin.parameters, lr=0.1, rho=0.3, seed=3)
+    other = tsam(twin.parameters, lr=0.1, rho=0.3, seed=3)
     other.estimate_gradient(twin.closure(other))
     assert torch.equal(bucket, twin.gradient())
 
@@ -166,7 +167,7 @@ def test_gradient_buffers_survive_as_zeros(problem, at: int) -> None:
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
     copies = ours.copies()
 
     def loop(raise_inside: bool) -> None:
@@ -218,7 +219,7 @@ def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op:
             raise KeyboardInterrupt
 
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3, **options) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, lr=0.1, rho=0.3, seed=3, **options) for t in (ours, theirs))
     ours.train(optimizer, 1)
     theirs.train(twin, 1)
     monkeypatch.setattr(_ops, op, interrupted)
@@ -228,7 +229,7 @@ def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op:
     theirs.train(twin, 1)
     for at in range(1, calls + 1):
         # A new object each time, whose scratch holds no copy of this step yet.
-        fresh = TSAM(ours.parameters, lr=0.1, rho=0.3, seed=3, **options)
+        fresh = tsam(ours.parameters, lr=0.1, rho=0.3, seed=3, **options)
         for user in (fresh, optimizer):
             counted[0], stop_at[0] = 0, at
             with pytest.raises(KeyboardInterrupt):
@@ -243,7 +244,7 @@ def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op:
 def test_a_restore_that_fails_is_tried_again(problem, monkeypatch, sampler: str) -> None:
     """Ctrl-C may come once more, while things are put back."""
     task = problem(dropout=0.5)
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, seed=3, sampler=sampler)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.3, seed=3, sampler=sampler)
     task.train(optimizer, 1)
     optimizer.zero_grad()
     copies, generator, saved = task.copies(), torch.random.get_rng_state(), plain_state(optimizer)
@@ -269,7 +270,7 @@ def test_a_restore_that_fails_is_tried_again(problem, monkeypatch, sampler: str)
 def test_an_abandoned_loop_ends_with_the_next_step(problem) -> None:
     """The iterator is kept alive, so nothing closed it; a new step starts from the true parameters."""
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, lr=0.1, rho=0.3, seed=3) for t in (ours, theirs))
     copies = ours.copies()
     iterator = iter(optimizer.samples())
     with next(iterator) as sample:
@@ -288,7 +289,7 @@ def test_an_abandoned_loop_ends_with_the_next_step(problem) -> None:
 def test_a_failed_half_of_sam_can_be_abandoned(problem) -> None:
     ours, theirs = problem(), problem()
     settings = {"lr": 0.1, "rho": 0.3, "num_samples": 1, "radius": 0.0}
-    optimizer, twin = (TSAM(t.parameters, **settings) for t in (ours, theirs))
+    optimizer, twin = (tsam(t.parameters, **settings) for t in (ours, theirs))
     copies = ours.copies()
     ours.loss().backward()
     optimizer.first_step(zero_grad=True)
@@ -305,7 +306,7 @@ def test_extreme_values_come_back_bit_for_bit(problem) -> None:
     with torch.no_grad():
         task.parameters[1].copy_(values)
     bits = task.parameters[1].detach().view(torch.int32).clone()
-    optimizer = TSAM(task.parameters, lr=0.1, rho=1e3)
+    optimizer = tsam(task.parameters, lr=0.1, rho=1e3)
     optimizer.estimate_gradient(task.closure(optimizer))
     assert torch.equal(task.parameters[1].detach().view(torch.int32), bits)
 
@@ -313,7 +314,7 @@ def test_extreme_values_come_back_bit_for_bit(problem) -> None:
 @pytest.mark.parametrize("options", [{"sampler": "noise"}, {"sampler": "ascent", "radius": 0.0}, {"sampler": "hmc"}])
 def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> None:
     task, seen = problem(), []
-    optimizer = TSAM(task.parameters, lr=0.1, rho=0.3, **options)
+    optimizer = tsam(task.parameters, lr=0.1, rho=0.3, **options)
     start = [p._version for p in task.parameters]
 
     def closure() -> Tensor:
@@ -332,7 +333,7 @@ def test_version_counters_see_every_move(problem, options: dict[str, Any]) -> No
 
 def test_autograd_refuses_a_graph_from_before_a_move(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, sampler="noise")
+    optimizer = tsam(task.parameters, lr=0.1, sampler="noise")
     stale = task.loss()
     with optimizer.perturbed(), pytest.raises(RuntimeError, match="modified by an inplace"):
         stale.backward()
@@ -353,7 +354,7 @@ def test_autograd_refuses_a_graph_from_before_a_move(problem) -> None:
 
 def test_parameters_keep_their_memory(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = tsam(task.parameters, lr=0.1)
     pointers = [p.data_ptr() for p in task.parameters]
     pointers_inside = []
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 
-from tsam_ext import TSAM
 from tsam_ext.functional import Slot, grad_norm_, new_state
 
 LIBM = ctypes.CDLL(ctypes.util.find_library("m"))
@@ -62,7 +62,7 @@ def test_one_sample_without_noise_is_sam_bit_for_bit(problem, base: str, adaptiv
     kind, options = BASES[base]
     rho = 2.0 if adaptive else 0.3
     ours, theirs = problem("digits", dtype=dtype), problem("digits", dtype=dtype)
-    optimizer = TSAM(ours.parameters, kind, tilt=7.0, rho=rho, adaptive=adaptive, num_samples=1, radius=0, **options)
+    optimizer = tsam(ours.parameters, kind, tilt=7.0, rho=rho, adaptive=adaptive, num_samples=1, radius=0, **options)
     plain = kind(theirs.parameters, **options)
     losses = []
     for _ in range(20):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from typing import Any
 
 import pytest
 import torch
 from conftest import plain_state
+from flat_options import tsam
 
 from tsam_ext import TSAM
 from tsam_ext.reference import ReferenceTSAM
@@ -44,12 +46,12 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def test_save_load_and_continue(problem, base: str, settings: dict[str, Any], seed: int) -> None:
     kind, options = BASES[base]
     steady, before, after = problem(), problem(), problem()
-    whole = TSAM(steady.parameters, kind, seed=seed, **settings, **options)
+    whole = tsam(steady.parameters, kind, seed=seed, **settings, **options)
     steady.train(whole, 7)
-    first = TSAM(before.parameters, kind, seed=seed, **settings, **options)
+    first = tsam(before.parameters, kind, seed=seed, **settings, **options)
     before.train(first, 4)
     saved = through_a_file({"net": before.net.state_dict(), "optimizer": first.state_dict()})
-    second = TSAM(after.parameters, kind, seed=0, **settings, **{**options, "lr": 9.0})
+    second = tsam(after.parameters, kind, seed=0, **settings, **{**options, "lr": 9.0})
     after.train(second, 1)
     after.net.load_state_dict(saved["net"])
     second.load_state_dict(saved["optimizer"])
@@ -59,22 +61,28 @@ def test_save_load_and_continue(problem, base: str, settings: dict[str, Any], se
     assert second.base_optimizer.param_groups is second.param_groups
 
 
-def test_state_dict_is_the_base_s_and_one_key(problem) -> None:
+def test_state_dict_is_the_base_s_and_numbers_in_each_group(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=4, tilt=2.5, num_samples=2)
+    w1, b1, *rest = task.parameters
+    groups = [{"params": [w1, b1], "rho": 0.2}, {"params": rest}]
+    optimizer = TSAM(groups, lr=0.1, momentum=0.9, seed=4, tilt=2.5, num_samples=2)
     task.train(optimizer, 3)
-    state = optimizer.state_dict()
-    own = state.pop("tsam")
-    base = optimizer.base_optimizer.state_dict()
+    state, base = optimizer.state_dict(), optimizer.base_optimizer.state_dict()
     assert state.keys() == base.keys() == {"state", "param_groups"}
-    assert state["param_groups"] == base["param_groups"]
-    names = {"version", "noise_scheme", "step", "seed", "base_optimizer", "shapes", "settings"}
-    assert own.keys() == names
-    assert (own["step"], own["seed"], own["base_optimizer"]) == (3, 4, "SGD")
-    assert own["shapes"] == [[[7, 5], [7], [3, 7], [3]]]
-    assert (own["settings"]["tilt"], own["settings"]["num_samples"]) == (2.5, 2)
-    for group in base["param_groups"]:
-        assert (group["rho"], group["radius"], group["adaptive"]) == (0.05, None, False)
+    names = {"version", "noise_scheme", "step", "seed", "base_optimizer", "shapes"}
+    for group, plain, shapes in zip(
+        state["param_groups"], base["param_groups"], ("(7, 5) (7,)", "(3, 7) (3,)"), strict=True
+    ):
+        own = {key: group.pop(key) for key in list(group) if key.startswith("tsam_")}
+        assert own.keys() == {f"tsam_{name}" for name in names}
+        assert (own["tsam_step"], own["tsam_seed"], own["tsam_base_optimizer"]) == (3, 4, "SGD")
+        assert own["tsam_shapes"] == shapes
+        assert group == plain
+        assert not any(key.startswith("tsam") for key in plain)
+    assert [(g["rho"], g["radius"], g["adaptive"]) for g in base["param_groups"]] == [
+        (0.2, None, False),
+        (0.05, None, False),
+    ]
 
 
 def test_saving_needs_no_sync_and_keeps_no_scratch(problem) -> None:
@@ -94,8 +102,10 @@ def test_saving_needs_no_sync_and_keeps_no_scratch(problem) -> None:
 
 
 def changed(state: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """A state with numbers of ours replaced in every group."""
     state = copy.deepcopy(state)
-    state["tsam"].update(own)
+    for group in state["param_groups"]:
+        group.update({f"tsam_{name}": value for name, value in own.items()})
     return state
 
 
@@ -110,16 +120,16 @@ def test_a_state_that_does_not_fit_changes_nothing(problem) -> None:
     split = TSAM([{"params": [p]} for p in problem().parameters], lr=0.1)
     before, bits = copy.deepcopy(state), task.copies()
     for bad, what in (
-        (adam.state_dict(), "base_optimizer: got 'AdamW', expected 'SGD'"),
-        (wide.state_dict(), "shapes: got"),
-        (split.state_dict(), "shapes: got"),
-        (changed(state, noise_scheme="philox2x32"), "noise_scheme: got 'philox2x32'"),
-        (changed(state, version=99), "version: got 99"),
+        (adam.state_dict(), "param_groups[0]['tsam_base_optimizer']: got 'AdamW', expected 'SGD'"),
+        (wide.state_dict(), "param_groups[0]['tsam_shapes']: got"),
+        (split.state_dict(), "got 4 parameter groups, expected 1 as here"),
+        (changed(state, noise_scheme="philox2x32"), "param_groups[0]['tsam_noise_scheme']: got 'philox2x32'"),
+        (changed(state, version=99), "param_groups[0]['tsam_version']: got 99, expected 2 as here"),
+        ({**state, "tsam": {"version": 1}}, "got a checkpoint of version 1, which an older tsam_ext has written"),
     ):
-        with pytest.raises(ValueError, match=f"TSAM: load_state_dict: {what}"):
+        with pytest.raises(ValueError, match=re.escape(f"TSAM: load_state_dict: {what}")):
             optimizer.load_state_dict(bad)
         after = optimizer.state_dict()
-        assert after["tsam"] == before["tsam"]
         assert after["param_groups"] == before["param_groups"]
         for key, entry in before["state"].items():
             assert torch.equal(after["state"][key]["momentum_buffer"], entry["momentum_buffer"])
@@ -127,9 +137,23 @@ def test_a_state_that_does_not_fit_changes_nothing(problem) -> None:
     for broken in ({"step": -1}, {"step": None}, {"seed": 1 << 64}, {"seed": "x"}):
         with pytest.raises((ValueError, TypeError)):
             optimizer.load_state_dict(changed(state, **broken))
-        assert optimizer.state_dict()["tsam"] == before["tsam"]
-        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert optimizer.state_dict()["param_groups"] == before["param_groups"]
     assert task.holds(bits)
+
+
+def test_groups_that_disagree_are_refused(problem) -> None:
+    """Each number stands in every group; one that differs is a state that nobody saved."""
+    w1, b1, *rest = problem().parameters
+    optimizer = TSAM([{"params": [w1, b1]}, {"params": rest}], lr=0.1, seed=4)
+    for name, value in (("step", 7), ("seed", 5), ("step", None)):
+        state = optimizer.state_dict()
+        state["param_groups"][1][f"tsam_{name}"] = value
+        with pytest.raises(ValueError, match=rf"param_groups\[1\]\['tsam_{name}'\]: got {value}, expected"):
+            optimizer.load_state_dict(state)
+    state = optimizer.state_dict()
+    del state["param_groups"][1]["tsam_version"]
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['tsam_version'\]: got None"):
+        optimizer.load_state_dict(state)
 
 
 def test_a_plain_state_dict_of_the_base_loads(problem) -> None:
@@ -142,7 +166,7 @@ def test_a_plain_state_dict_of_the_base_loads(problem) -> None:
     optimizer.load_state_dict(plain.state_dict())
     (group,) = optimizer.param_groups
     assert (group["lr"], group["rho"], group["radius"], group["adaptive"]) == (0.1, 0.2, None, False)
-    assert optimizer.state_dict()["tsam"]["step"] == 0
+    assert optimizer.state_dict()["param_groups"][0]["tsam_step"] == 0
     assert optimizer.state[task.parameters[0]]["momentum_buffer"].any()
     task.train(optimizer, 1)
 

@@ -12,17 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor
 from torch.optim import lr_scheduler
-
-from tsam_ext import TSAM
 
 
 def pair(problem: Any) -> tuple[Any, ...]:
     """Two twins, each with its optimizer."""
     options = {"lr": 0.1, "momentum": 0.9, "rho": 0.3, "seed": 1}
     first, second = problem(), problem()
-    return first, TSAM(first.parameters, **options), second, TSAM(second.parameters, **options)
+    return first, tsam(first.parameters, **options), second, tsam(second.parameters, **options)
 
 
 def test_zero_grad_and_clipping_between_estimate_and_apply(problem) -> None:

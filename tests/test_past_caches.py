@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from tsam_ext import _C
-from tsam_ext.chain import SLOTS, ChainSlot
-from tsam_ext.functional.state import new_state
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, new_state
 
 SIZES = (3_000_001, 70_003, 0, 1_999_999)  # of float32 20 MB
 OFFSETS = (0, 5, 0, 3)
@@ -53,13 +52,13 @@ def restoring(x: Lists) -> None:
 
 def chain_start(x: Lists) -> None:
     n = len(x[0])
-    chain = torch.zeros(SLOTS, dtype=torch.float64)
+    chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
     _C.hmc_place_(x[0], x[1], *x[3:], chain, state_after(1), [0.3] * n, [False] * n, [0] * n, 1, 0, 1000, 0, False)
 
 
 def carrying(counted: int) -> Callable[[Lists], None]:
     def run(x: Lists) -> None:
-        chain = torch.zeros(SLOTS, dtype=torch.float64)
+        chain = torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
         chain[ChainSlot.TAKEN] = 1.0
         _C.hmc_carry_(x[3], x[0], x[1], chain, state_after(counted), True)
         assert all(map(torch.equal, x[0], x[1])), "the chain goes on with the proposal's gradient"

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import tsam
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tsam_ext import TSAM, base, estimate, functional
-from tsam_ext.chain import SLOTS
-from tsam_ext.functional import new_state, spread
-from tsam_ext.functional.spread import STAGES, Spread
+from tsam_ext import TSAM, _ops, base, functional
+from tsam_ext.engine import spread
+from tsam_ext.engine.spread import STAGES, Spread
+from tsam_ext.engine.state import CHAIN_SLOTS
+from tsam_ext.functional import new_state
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "noise": {"sampler": "noise", "antithetic": True, "num_samples": 4},
@@ -54,7 +56,7 @@ def three_places(parameters: list[Tensor]) -> dict[Tensor, int]:
 def optimizer_of(task: Any, sampler: str) -> TSAM:
     *moving, last = task.parameters
     groups = [{"params": moving[:2], "rho": 0.3}, {"params": moving[2:]}, {"params": [last], "rho": 0.0}]
-    return TSAM(groups, **{"lr": 0.1, "momentum": 0.9, "rho": 0.5, "seed": 7, **SAMPLERS[sampler]})
+    return tsam(groups, **{"lr": 0.1, "momentum": 0.9, "rho": 0.5, "seed": 7, **SAMPLERS[sampler]})
 
 
 @samplers
@@ -122,7 +124,7 @@ def test_a_device_gets_its_own_tensors_and_its_own_scalars(problem: Any, sampler
         found = {place_at[t.data_ptr()] for value in lists for t in value if getattr(t, "data_ptr", int)() in place_at}
         assert len(found) < 2, op
         for value in args:
-            if isinstance(value, Tensor) and value.numel() >= min(SLOTS, 16):
+            if isinstance(value, Tensor) and value.numel() >= min(CHAIN_SLOTS, 16):
                 scalars.setdefault(value.data_ptr(), set()).update(found)
 
     with Calls(look):
@@ -158,7 +160,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("fake")
 def test_no_op_gets_tensors_of_two_devices(sampler: str, devices: tuple[str, ...]) -> None:
     net = Twin(*devices)
-    optimizer = TSAM(net.parameters(), lr=0.1, seed=1, **SAMPLERS[sampler])
+    optimizer = tsam(net.parameters(), lr=0.1, seed=1, **SAMPLERS[sampler])
     x = torch.empty(6, 5)
 
     def closure() -> Tensor:
@@ -177,7 +179,7 @@ def test_one_call_with_tensors_of_two_devices_is_refused() -> None:
     """What the test above relies on."""
     one, other = torch.empty(3), torch.empty(3, device="meta")
     with pytest.raises(ValueError, match=r"tsam.restore_: position\[1\]: got a tensor on meta, expected one on cpu"):
-        estimate._ops.restore_([one, other], [one, other])
+        _ops.restore_([one, other], [one, other])
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -217,7 +219,7 @@ def test_a_loss_may_lie_on_any_of_the_devices_and_on_no_other(problem: Any, monk
 
 def test_a_captured_step_needs_one_device(problem: Any, monkeypatch: Any) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, capturable=True, same_masks=False)
+    optimizer = tsam(task.parameters, lr=0.1, capturable=True, same_masks=False)
     pretend(monkeypatch, three_places(task.parameters))
     with pytest.raises(ValueError, match="capturable: got True, expected False, as the parameters lie on cpu and cpu"):
         task.train(optimizer, 1)
@@ -258,11 +260,11 @@ def test_the_list_ops_take_lists_over_several_devices(noise: str, monkeypatch: A
 
 def test_every_op_with_a_stage_is_called_in_stages() -> None:
     """The table of stages against the schemas, so that no op's sum can be one device's alone."""
-    ops = [getattr(torch.ops.tsam, name).default for name in estimate._ops.LIST_OPS]
+    ops = [getattr(torch.ops.tsam, name).default for name in _ops.LIST_OPS]
     staged = {op for op in ops if any(argument.name == "stage" for argument in op._schema.arguments)}
     assert staged == STAGES.keys()
     for op, stages in STAGES.items():
-        number, scalars = torch.zeros((), dtype=torch.float64), torch.zeros(SLOTS, dtype=torch.float64)
+        number, scalars = torch.zeros((), dtype=torch.float64), torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
         values: dict[str, Any] = {"loss": number, "tilt": number, "delta": number, "state": scalars, "chain": scalars}
         values |= {"float": 0.0, "int": 0, "bool": False}
         schema = op._schema.arguments[:-1]

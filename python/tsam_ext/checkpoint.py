@@ -32,6 +32,10 @@ def _identity(base: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _place(g: int, key: str) -> str:
+    return f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
+
+
 def _parameters(base: Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"]]
 
@@ -62,8 +66,11 @@ def unpack(
         raise refuse(TSAM, WHERE, got, f"one of version {STATE_VERSION}: it cannot be converted")
     theirs = set(group_names.values())  # of these, tsam_rho and its like are group keys
     groups, found = [], []
-    for group in saved["param_groups"]:
+    for g, group in enumerate(saved["param_groups"]):
         ours = {k.removeprefix(PREFIX): v for k, v in group.items() if k.startswith(PREFIX) and k not in theirs}
+        for key, value in ours.items():
+            if not isinstance(value, (int, float, str)):
+                raise refuse(TSAM, _place(g, key), shown(value), "a number or a string", TypeError)
         groups.append({k: v for k, v in group.items() if not k.startswith(PREFIX) or k in theirs})
         found.append(ours)
     state, tensors = {}, dict[str, dict[Any, Tensor]]()
@@ -83,14 +90,12 @@ def unpack(
     for g, (ours, group) in enumerate(zip(found, base.param_groups, strict=True)):
         for key, value in _identity(base, group).items():
             if ours.get(key) != value:
-                where = f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
-                raise refuse(TSAM, where, repr(ours.get(key)), f"{value!r} as here")
+                raise refuse(TSAM, _place(g, key), repr(ours.get(key)), f"{value!r} as here")
     numbers = found[0]
     for g, ours in enumerate(found):
         for key in numbers.keys() - {"shapes"}:
-            if ours.get(key) != numbers[key]:
-                where = f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
-                raise refuse(TSAM, where, shown(ours.get(key)), f"{numbers[key]!r} as in param_groups[0]")
+            if repr(ours.get(key)) != repr(numbers[key]):  # NaN is as NaN
+                raise refuse(TSAM, _place(g, key), shown(ours.get(key)), f"{numbers[key]!r} as in param_groups[0]")
     step = check_int(TSAM, f"{WHERE}: step", numbers.get("step"), 0, (1 << 63) - 1)
     seed = check_int(TSAM, f"{WHERE}: seed", numbers.get("seed"), 0, (1 << 64) - 1)
     kept = Saved(numbers, {name: [by_index.get(i) for i in indices] for name, by_index in tensors.items()})

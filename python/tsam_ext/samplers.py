@@ -213,7 +213,8 @@ class HMC(Sampler):
         )
         checked["num_leapfrog_steps"] = check_int("HMC", "num_leapfrog_steps", self.num_leapfrog_steps, 1, 1 << 16)
         if self.step_size is not None:
-            checked["step_size"] = check_positive("HMC", "step_size", self.step_size)
+            expected = "None or a finite number above 0"
+            checked["step_size"] = check_positive("HMC", "step_size", self.step_size, expected)
         for name in ("adapt_step_size", "metropolis", "recycle"):
             check_flag("HMC", name, getattr(self, name))
         check_choice("HMC", "prior", self.prior, PRIORS)

@@ -1,7 +1,8 @@
 """Breaks a copy of the project in many small ways, one at a time, and demands that a named test sees each.
 
-A mutant is a patch with two lines above its diff: what is broken, and ``Test: <node id>``. All named tests pass on
-the unbroken copy first; then each must fail (not merely error) under its patch. Nothing outside scratch is written.
+A mutant is an entry of a table here (entries.py): what is broken, a test, and the text to put in place of another. All
+named tests pass on the unbroken copy first; then each must fail (not merely error) on the broken one. Nothing outside
+scratch is written. ``--check`` only says whether each entry still applies to the sources.
 Exit codes: 0 all mutants caught, 1 some not (they are named), 2 cannot run, 130 interrupted.
 """
 
@@ -26,14 +27,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from entries import EntryError, Mutant, read_mutants, stale
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("csrc", "python", "tests", "bench", "cmake", "CMakeLists.txt", "pyproject.toml", "README.md")
 SECONDS = 900  # for one build or one test
 # No bit depends on these flags: fused multiply-adds are spelled out, and nothing is contracted (cmake/flags.cmake).
-QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DTSAM_CUDA=OFF")
-QUICK_BUILD += ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -march=native")
+QUICK_BUILD = ("-DTSAM_BASELINE_ONLY=ON", "-DTSAM_CUDA=OFF", "-DTSAM_PRECOMPILE=ON")
+QUICK_BUILD += ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-Og -march=native")
 # A process that has imported these, and nothing of ours, is forked for each test: several times cheaper than a new one.
 WARM = ["hypothesis", "numpy", "pytest", "scipy.stats", "torch", "torch._dynamo", "torch.func"]
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -43,44 +45,6 @@ ONE_AT_A_TIME = threading.Lock()
 
 class CannotRunError(Exception):
     """What keeps the whole run from saying anything about any mutant."""
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One patch: its name, what it breaks, the test that must see it, and the files that it changes."""
-
-    path: Path
-    what: str
-    test: str
-    files: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the extension module has to be built again; cmake/manylinux.* is off in these builds."""
-        return any(re.match(r"csrc/|cmake/(?!manylinux\.)|CMakeLists\.txt$", file) for file in self.files)
-
-    @property
-    def emulated(self) -> bool:
-        """Whether it breaks CUDA code, which only a package with emulated CUDA ops runs (tests/simt)."""
-        return any(file.startswith("csrc/cuda/") for file in self.files)
-
-    @classmethod
-    def read(cls, path: Path) -> Mutant:
-        text = path.read_text()
-        header = re.match(r"(?P<what>\S.*)\nTest: (?P<test>tests/\S+\.py::\S.*)\n\n(?=--- a/)", text)
-        files = re.findall(r"^\+\+\+ b/(\S+)$", text, re.MULTILINE)
-        if header is None or not files:
-            raise CannotRunError(f"{path.name}: expected one line on what is broken, 'Test: <node id>', and a diff")
-        return cls(path, header["what"], header["test"], tuple(files))
-
-
-def read_mutants(folder: Path) -> list[Mutant]:
-    """All mutants of a folder, by name."""
-    return [Mutant.read(path) for path in sorted(folder.glob("*.patch"))]
 
 
 @dataclass
@@ -172,7 +136,7 @@ class Scratch:
     """A copy of the project that is broken, tested and put back: ``tree`` beside the unbroken ``pristine``.
 
     Putting back restores sources, objects and build logs with their times, so that the next build makes exactly what
-    its own patch touches.
+    its own mutant touches.
     """
 
     folder: Path
@@ -250,9 +214,8 @@ class Scratch:
         return Verdict(mutant, outcome, detail, time.monotonic() - start)
 
     def _judge(self, mutant: Mutant) -> tuple[str, str]:
-        code, output = run(apply_command(mutant.path), self.tree)
-        if code != 0:
-            return "does not apply", output
+        if stale := mutant.apply(self.tree):
+            return "does not apply", "\n".join(stale)
         if mutant.compiled:
             code, output = run(self._ninja, self.folder)
             if code != 0:
@@ -276,14 +239,23 @@ class Scratch:
             else:
                 (self.tree / file).unlink(missing_ok=True)
         if mutant.compiled:
-            shutil.rmtree(self.tree / "build")
-            shutil.copytree(pristine / "build", self.tree / "build", symlinks=True)
+            restore(pristine / "build", self.tree / "build")
             shutil.copy2(pristine / self.module.relative_to(self.tree), self.module)
 
 
-def apply_command(patch: Path, *more: str) -> list[str | Path]:
-    """Applies a patch in the working folder: where its lines are found exactly, at whatever line number."""
-    return ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "--no-backup-if-mismatch", *more, "-i", patch.resolve()]
+def restore(pristine: Path, folder: Path) -> None:
+    """Makes a folder as it was copied, with the times; reads only what changed (a precompiled header is large)."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            original = pristine / Path(parent, name).relative_to(folder)
+            if not original.exists():
+                Path(parent, name).unlink()
+    for parent, _, names in os.walk(pristine):
+        for name in names:
+            original, copy = Path(parent, name), folder / Path(parent, name).relative_to(pristine)
+            now, then = copy.stat() if copy.exists() else None, original.stat()
+            if now is None or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+                shutil.copy2(original, copy)
 
 
 def in_parallel(scratches: list[Scratch], task: Callable[[int, Scratch], None]) -> None:
@@ -352,23 +324,35 @@ def report(verdicts: list[Verdict], seconds: float, slowest: int) -> int:
     return 1 if bad else 0
 
 
+def check(mutants: list[Mutant]) -> int:
+    """Prints each entry that does not apply to the checkout, with its file and the first line of its old text."""
+    found = stale(mutants, ROOT)
+    for name, reasons in found.items():
+        print("\n  ".join([f"{name}: does not apply", *reasons]))
+    print(f"{len(mutants)} mutants, {len(mutants) - len(found)} apply" + (f", {len(found)} do NOT" if found else ""))
+    return 1 if found else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Proves that each mutant of a folder makes its named test fail.")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="copies worked on at once (default: 2)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names to run, as '*tilt*' or a part of a name")
-    parser.add_argument("--patches", type=Path, default=Path(__file__).parent, metavar="FOLDER",
-                        help="where the patches are (default: beside this script)")  # fmt: skip
+    parser.add_argument("--tables", type=Path, default=Path(__file__).parent, metavar="FOLDER",
+                        help="where the TOML files are (default: beside this script)")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="only list the entries that no longer apply; no build")
     parser.add_argument("--no-build", action="store_true",
-                        help="take the installed extension module; for patches of Python files only")  # fmt: skip
+                        help="take the installed extension module; for mutants that need no build")  # fmt: skip
     parser.add_argument("--slowest", type=int, default=0, metavar="N", help="print the N slowest mutants")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     try:
         pattern = options.only if re.search(r"[*?\[]", options.only) else f"*{options.only}*"
-        mutants = [m for m in read_mutants(options.patches) if fnmatch.fnmatch(m.name, pattern)]
+        mutants = [m for m in read_mutants(options.tables) if fnmatch.fnmatch(m.name, pattern)]
         if not mutants or options.jobs < 1:
-            raise CannotRunError(f"no patch matches in {options.patches}" if not mutants else "--jobs is below 1")
+            raise CannotRunError(f"no mutant matches in {options.tables}" if not mutants else "--jobs is below 1")
+        if options.check:
+            return check(mutants)
         prebuilt = None
         if options.no_build:
             if compiled := [m.name for m in mutants if m.compiled]:
@@ -388,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
                     unbroken(scratches, group)
                     verdicts += judge_all(scratches, group)
         return report(verdicts, time.monotonic() - start, options.slowest)
-    except CannotRunError as error:
+    except (CannotRunError, EntryError) as error:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

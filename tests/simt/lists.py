@@ -13,12 +13,11 @@ import random
 import sys
 
 import torch
+from flat_options import tsam
 from torch import Tensor, nn
 
-import tsam_ext
 from tsam_ext import _C
-from tsam_ext.chain import SLOTS, ChainSlot
-from tsam_ext.metrics import new_state
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = torch.device(os.environ.get("TSAM_LISTS_DEVICE", "cpu"))
@@ -118,7 +117,7 @@ def run_hmc(lists: Make, prior: int, name: str) -> Lists:
     x, saved, grads, others = lists.fresh(), lists.fresh(filled=False), lists.fresh(), lists.fresh()
     carried, total, momentum = lists.fresh(), lists.fresh(in_wide=True), lists.fresh(in_wide=True, filled=False)
     buffers = [lists.fresh(in_wide=True, filled=False) for _ in range(3)]
-    chain, state = torch.zeros(SLOTS, dtype=torch.float64, device=DEVICE), new_state(4, DEVICE)
+    chain, state = torch.zeros(CHAIN_SLOTS, dtype=torch.float64, device=DEVICE), new_state(4, DEVICE)
     chain[ChainSlot.LOG_STEP] = math.log(0.9)
     scale, seeds, d = (lists.radius, lists.adaptive), (lists.base, 5, 11), lists.dimension
 
@@ -191,7 +190,7 @@ def train(sampler: str) -> Lists:
         net.to(DEVICE)
         x, y = torch.randn(48, 20, dtype=dtype).to(DEVICE), torch.randint(0, 3, (48,)).to(DEVICE)
         options = {"num_leapfrog_steps": 3} if sampler == "hmc" else {}
-        opt = tsam_ext.TSAM(
+        opt = tsam(
             net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1, tilt=2.0, num_samples=4,
             sampler=sampler, seed=7, **options,
         )  # fmt: skip

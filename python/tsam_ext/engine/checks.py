@@ -142,11 +142,11 @@ def check_flag(op: str, argument: str, value: object) -> bool:
     return value
 
 
-def check_positive(op: str, argument: str, value: object) -> float:
+def check_positive(op: str, argument: str, value: object, expected: str = "a finite number above 0") -> float:
     """``value`` as a finite float above 0."""
-    number = check_number(op, argument, value, "a finite number above 0", 0.0, or_tensor=False)
+    number = check_number(op, argument, value, expected, 0.0, or_tensor=False)
     if number == 0.0:
-        raise refuse(op, argument, shown(value), "a finite number above 0")
+        raise refuse(op, argument, shown(value), expected)
     return number
 
 

@@ -49,8 +49,8 @@ class Step:
 class Report:
     """What a completed step leaves for its diagnostics; ``names`` are those that say something of it.
 
-    ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes the
-    weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
+    ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
+    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
     """
 
     state: Tensor

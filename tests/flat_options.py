@@ -1,0 +1,29 @@
+"""TSAM from options that stand side by side, as the reference takes them and as tables of settings are easiest to read.
+
+``tsam(params, sampler="hmc", delta=2.0)`` is ``TSAM(params, sampler=HMC(delta=2.0))``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from tsam_ext import HMC, TSAM, Ascent, Noise
+
+SAMPLERS = {"ascent": Ascent, "noise": Noise, "hmc": HMC}
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of a sampler moved into its object."""
+    name = options.get("sampler", "ascent")
+    if name not in SAMPLERS:
+        return options
+    kind = SAMPLERS[name]
+    own = {field.name for field in fields(kind)}
+    rest = {key: value for key, value in options.items() if key not in own}
+    return rest | {"sampler": kind(**{key: value for key, value in options.items() if key in own})}
+
+
+def tsam(params: Any, *base: Any, **options: Any) -> TSAM:
+    """A TSAM from flat options."""
+    return TSAM(params, *base, **nested(options))
