@@ -280,17 +280,19 @@ def test_what_gpu_times_is_rehearsed_on_the_cpu() -> None:
     assert gpu.diverged([{**steps[0], "loss": float("inf")}]) == ["mlp: erm: the loss is not finite"]
 
 
-@pytest.mark.parametrize("failed", [[], ["racecheck"]])
-def test_a_check_that_fails_on_the_gpu_is_wrong(
-    failed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("failed", "loss"), [([], 1.0), (["racecheck"], 1.0), ([], float("nan"))])
+def test_what_fails_gpu(
+    failed: list[str], loss: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command as a whole, with no GPU: its parts are stood in for."""
-    steps = [{"list": "mlp", "task": "step", "way": "tsam", "seconds": [1.0], "loss": 1.0}]
+    steps = [{"list": "mlp", "task": "step", "way": "tsam", "seconds": [1.0], "loss": loss}]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(gpu, "_cuda", SimpleNamespace(cause=None))
     monkeypatch.setattr(gpu, "checks", lambda: failed)
     monkeypatch.setattr(gpu, "time_list", lambda name, device, rounds: [])
     monkeypatch.setattr(gpu, "time_steps", lambda name, device, rounds: steps)
-    assert main(["gpu", "--models", "mlp", "--out", str(tmp_path)]) == len(failed)
-    assert ("WRONG: racecheck: the check fails" in capsys.readouterr().out) is bool(failed)
+    assert main(["gpu", "--models", "mlp", "--out", str(tmp_path)]) == (1 if failed or loss != loss else 0)
+    out = capsys.readouterr().out
+    assert ("WRONG: racecheck: the check fails" in out) is bool(failed)
+    assert ("WRONG: mlp: tsam: the loss is not finite" in out) is (loss != loss)

@@ -55,9 +55,9 @@ def test_microbatches_do_the_step_of_the_whole_batch() -> None:
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-4, atol=1e-5)
 
 
-def test_the_clipped_gradient_is_short() -> None:
+def test_the_gradient_is_clipped_to_its_length() -> None:
     gradients = [p.grad for p in run("gradient_clipping")["model"].parameters()]
-    assert torch.nn.utils.get_total_norm(gradients) < 0.5 + 1e-5
+    assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(0.2, rel=1e-3)
 
 
 def test_running_statistics_move_once_per_step() -> None:
@@ -66,9 +66,8 @@ def test_running_statistics_move_once_per_step() -> None:
 
 def test_under_autocast_the_passes_see_the_perturbed_weights() -> None:
     scope = run("bfloat16_autocast")
-    first = float(scope["optimizer"].estimate_gradient(scope["closure"]))
-    losses = scope["optimizer"].diagnostics.losses
-    assert (losses > first).all()  # each ascends from near the same place
+    losses = scope["optimizer"].diagnostics.losses  # after the ascents of the recipe's last step
+    assert (losses > scope["losses"][-1]).all()
 
 
 def test_scaled_gradients_do_the_step_of_unscaled_ones() -> None:
