@@ -31,7 +31,7 @@ LAYERS = {
     "_ops": {"_C"},
     "_compile": {"_C", "_ops"},
     "_cuda": {"_C", "_ops"},
-    "functional": {"_ops"},
+    "functional": {"_C", "_ops"},
     "settings": {"_cuda", "functional"},
     "sample": {"estimate", "settings"},  # estimate: for its type alone
     "chain": {"settings", "table"},

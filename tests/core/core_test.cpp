@@ -300,8 +300,8 @@ static void moves() {
         "adaptive: noise scales by |theta_0|, ascent by its square, a zero parameter never moves");
   check(ascent_scale(0.1, 0.0) == 0.0 && ascent_scale(0.1, 2.0) == 0.05, "no ascent at a zero gradient");
   const Stream stream = make_stream(1, 0, kBallRadius, 0);
-  check(noise_scale(Noise::kGaussian, 16, 0, stream) == 0.25 && noise_scale(Noise::kSphere, 16, 4.0, stream) == 0.5 &&
-            std::fabs(noise_scale(Noise::kBall, 2, 4.0, stream) - 0.5 * std::sqrt(scalar_uniform(stream))) < 1e-16,
+  check(noise_scale(kNoises[0], 16, 0, stream) == 0.25 && noise_scale(kNoises[1], 16, 4.0, stream) == 0.5 &&
+            std::fabs(noise_scale(kNoises[2], 2, 4.0, stream) - 0.5 * std::sqrt(scalar_uniform(stream))) < 1e-16,
         "noise scales");
 }
 
