@@ -36,13 +36,15 @@ struct Perturb {
   C scale;
   bool adaptive;
 
+  // A number, or a processor's vector of them.
+  template <typename V>
+  TSAM_HD V moved(const V& origin, const V& z) const {
+    return fused(adaptive ? V(scale) * magnitude(origin) : V(scale), z, origin);
+  }
+
   template <int W>
   TSAM_HD void operator()(const C (&origin)[W], const float (&z)[W], C (&position)[W]) const {
-    if (adaptive) {
-      for (int i = 0; i < W; ++i) position[i] = fused(scale * magnitude(origin[i]), static_cast<C>(z[i]), origin[i]);
-    } else {
-      for (int i = 0; i < W; ++i) position[i] = fused(scale, static_cast<C>(z[i]), origin[i]);
-    }
+    for (int i = 0; i < W; ++i) position[i] = moved(origin[i], static_cast<C>(z[i]));
   }
 };
 
