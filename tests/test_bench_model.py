@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     **SAMPLERS,
     "sphere": {"noise": "sphere"},
     "ball": {"noise": "ball", "sampler": "noise"},
+    "rademacher": {"noise": "rademacher"},
     "antithetic": {"antithetic": True},
     "adaptive": {"adaptive": True},
     "adaptive SAM": {"adaptive": True, "radius": 0.0},

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tsam_ext import TSAM, base, estimate, functional
 from tsam_ext.chain import SLOTS
 from tsam_ext.functional import new_state, spread
+from tsam_ext.functional.checks import NOISES
 from tsam_ext.functional.spread import STAGES, Spread
 
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -223,7 +224,7 @@ def test_a_captured_step_needs_one_device(problem: Any, monkeypatch: Any) -> Non
         task.train(optimizer, 1)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "sphere", "ball"])
+@pytest.mark.parametrize("noise", NOISES)
 def test_the_list_ops_take_lists_over_several_devices(noise: str, monkeypatch: Any) -> None:
     """A step by hand, the state on a device of its own."""
     torch.manual_seed(3)

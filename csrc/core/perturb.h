@@ -24,6 +24,7 @@ constexpr Noise kNoises[] = {
     {"gaussian", kPerturbation, /*needs_norm=*/false, /*fills_ball=*/false},
     {"sphere", kPerturbation, /*needs_norm=*/true, /*fills_ball=*/false},
     {"ball", kPerturbation, /*needs_norm=*/true, /*fills_ball=*/true},
+    {"rademacher", kSigns, /*needs_norm=*/false, /*fills_ball=*/false},  // signs have the norm sqrt(d) themselves
 };
 constexpr int64_t kNumNoises = sizeof kNoises / sizeof kNoises[0];
 

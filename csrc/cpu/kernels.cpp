@@ -71,7 +71,11 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
       store(moved, count, position + i);
     }
   };
-  for_noise(n, element, stream, block);
+  if (draws_signs(stream)) {
+    for_noise<SignBlocks>(n, element, stream, block);
+  } else {
+    for_noise(n, element, stream, block);
+  }
 }
 
 void perturb(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element, Stream stream,

@@ -46,7 +46,7 @@ class TSAM(WrappingOptimizer):
             sample), ``"noise"`` (1 gradient a sample) or ``"hmc"`` (Hamiltonian Monte Carlo on the density
             ∝ prior(ε) exp(delta · L(θ+ε)): 1 + num_leapfrog_steps · (num_samples + burn_in) gradients a step).
         radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
-        noise: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the ball).
+        noise: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖), ``"ball"`` (within it), ``"rademacher"`` (±1/√d).
         adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves.
         batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
             cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
