@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tsam_ext
-from tsam_ext import HMC, TSAM, Ascent
+from tsam_ext import _C, HMC, TSAM, Ascent
 
 from . import sass
 from .baselines import LoopTSAM
@@ -42,7 +42,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "hmc gaussian, N=1, s=3": {"sampler": "hmc", "num_samples": SAMPLES},
     "hmc ball, N=1, s=3": {"sampler": HMC(prior="ball"), "num_samples": SAMPLES},
 }
-BALL_PRIOR, GAUSSIAN = 1, 0  # as the ops number priors, and noises
+BALL_PRIOR = 1  # as the ops number priors
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ Arguments = dict[str, Any]
 
 
 def _perturb(a: Arguments) -> list[Pass]:
-    sums = [Pass("noise_sum_squares<tsam::cuda::TensorTable<2> >", 2)] if a["noise"] != GAUSSIAN else []
+    sums = [Pass("noise_sum_squares<tsam::cuda::TensorTable<2> >", 2)] if _C.__noises__[a["noise"]][1] else []
     return [*sums, SCALARS, Pass("perturb_chunks<float>", 2, 1, 1 + a["save"]), *[SCALARS] * a["save"]]
 
 

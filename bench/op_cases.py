@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tsam_ext
 from tsam_ext import _ops
+from tsam_ext.engine.checks import NOISES
 from tsam_ext.engine.state import Slot, new_state
 
 from . import dynamics_cases, scalar_cases
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 SAMPLES = 3
 TILT = 2.0
 RHO = 1e-3
-GAUSSIAN, SPHERE = 0, 1
+GAUSSIAN, SPHERE, RADEMACHER = (NOISES.index(name) for name in ("gaussian", "sphere", "rademacher"))
 
 # ResNet-18's parameters by size, 62 tensors; shares of the wanted number of elements.
 _STAGES = ((64, 64), (64, 128), (128, 256), (256, 512))
@@ -117,9 +118,9 @@ def _perturb(at: Lists, noise: int, save: bool) -> Case:
         if save:
             for x, y in zip(p, s, strict=True):
                 y.copy_(x)
-        if noise == GAUSSIAN:
+        if noise != SPHERE:
             for x, y in zip(p, s, strict=True):
-                x.normal_().add_(y)
+                (x.normal_() if noise == GAUSSIAN else x.bernoulli_().mul_(2).sub_(1)).add_(y)
             return
         norm = float(_root([torch.linalg.vector_norm(x.normal_()) for x in p]))
         for x, y in zip(p, s, strict=True):
@@ -129,7 +130,10 @@ def _perturb(at: Lists, noise: int, save: bool) -> Case:
         if save:
             torch._foreach_copy_(s, p)
         for x in p:
-            x.normal_()
+            x.bernoulli_() if noise == RADEMACHER else x.normal_()
+        if noise == RADEMACHER:
+            torch._foreach_mul_(p, 2)
+            torch._foreach_sub_(p, 1)
         if noise == SPHERE:
             torch._foreach_mul_(p, radius / float(_root(torch._foreach_norm(p))))
         torch._foreach_add_(p, s)
@@ -137,25 +141,28 @@ def _perturb(at: Lists, noise: int, save: bool) -> Case:
     def compiled() -> None:
         # torch 2.13's inductor saves the moved position if a draw stands before the copy (the check below sees it);
         # so the gaussian draw comes after it, and sphere copies -(-x).
-        if noise == GAUSSIAN:
+        if noise != SPHERE:
             for x, y in zip(p, s, strict=True):
                 if save:
                     y.copy_(x)
-                x.copy_((x if save else y) + torch.randn_like(x))
+                z = torch.randn_like(x) if noise == GAUSSIAN else (torch.rand_like(x) < 0.5).to(x.dtype) * 2 - 1
+                x.copy_((x if save else y) + z)
             return
-        z = [torch.randn_like(x) for x in p]
-        scale = radius / torch.stack([(d * d).sum() for d in z]).sum().sqrt()
-        for x, y, d in zip(p, s, z, strict=True):
+        draws = [torch.randn_like(x) for x in p]
+        scale = radius / torch.stack([(d * d).sum() for d in draws]).sum().sqrt()
+        for x, y, d in zip(p, s, draws, strict=True):
             if save:
                 y.copy_(-x).neg_()
             x.copy_((x if save else y) + scale * d)
 
-    name = f"perturb_ {('gaussian', 'sphere')[noise]}, {'first draw (saves)' if save else 'later draw'}"
-    words, draws, scale = 3 if save else 2, 2 if noise == SPHERE else 1, 1.0 if noise == GAUSSIAN else -radius
+    name = f"perturb_ {NOISES[noise]}, {'first draw (saves)' if save else 'later draw'}"
+    words, draws = 3 if save else 2, {GAUSSIAN: 1, SPHERE: 2, RADEMACHER: 0}[noise]
+    scale, signs = -radius if noise == SPHERE else 1.0, noise == RADEMACHER
     judged = "noise" if save and noise == GAUSSIAN else ""
     return Case(
-        name, words, draws, ours, plain, foreach, compiled, at.refill, lambda _: p + s, scale=scale, judged=judged
-    )
+        name, words, draws, ours, plain, foreach, compiled, at.refill, lambda _: p + s,
+        scale=scale, signs=signs, judged=judged,
+    )  # fmt: skip
 
 
 def _grad_norm(at: Lists, adaptive: bool) -> Case:
@@ -327,7 +334,7 @@ def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
     """Every op that is timed."""
     at = Lists(sizes, dtype)
     return [
-        *(_perturb(at, noise, save) for noise in (GAUSSIAN, SPHERE) for save in (True, False)),
+        *(_perturb(at, noise, save) for noise in (GAUSSIAN, SPHERE, RADEMACHER) for save in (True, False)),
         _grad_norm(at, False),
         _grad_norm(at, True),
         _ascend(at, False),

@@ -22,7 +22,8 @@ class Case:
 
     ``words`` are read or written per element, ``wide`` of them in float32 always; ``draws``: normals per element.
     ``reset`` makes the inputs what they were; ``result`` finds what a way has computed, given what it returned.
-    ``scale`` is set where the work is noise: the standard deviation of the displacement, or minus its norm.
+    ``scale`` is set where the work is noise: the standard deviation of the displacement, or minus its norm; ``signs``
+    says that the displacement has one size, and either sign.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     wide: int = 0
     calls: int = 1
     scale: float | None = None
+    signs: bool = False
     tolerance: float = 1e-5  # relative and absolute, float32
     reads: bool = False  # writes nothing but a few numbers
     judged: str = ""  # what the verdict asks of it: "noise" or "memory"
@@ -74,7 +76,9 @@ def _wrong_noise(case: Case, before: list[Tensor], after: list[Tensor]) -> str:
     else:
         size = size / case.scale
     square = size.square()
-    for power, values, want, variance in ((1, size, 0, 1), (2, square, 1, 2), (4, square.square(), 3, 96)):
+    of_square, of_fourth = ((1, 0), (1, 0)) if case.signs else ((1, 2), (3, 96))
+    moments = ((1, size, (0, 1)), (2, square, of_square), (4, square.square(), of_fourth))
+    for power, values, (want, variance) in moments:
         got = float(values.mean())
         if abs(got - want) > 6 * math.sqrt(variance / n) + rounding * want:
             return f"moment {power} of the noise is {got}, expected {want}"

@@ -12,6 +12,9 @@ namespace tsam {
 namespace cpu {
 const char* isa_name();
 }
+namespace ops {
+std::vector<std::pair<const char*, bool>> noises();
+}
 }  // namespace tsam
 
 namespace {
@@ -66,6 +69,9 @@ PYBIND11_MODULE(_C, m) {
   using TensorPair = py::typing::Tuple<Tensor, Tensor>;
   const py::arg_v stage = py::arg("stage") = -1;
   m.attr("__isa__") = tsam::cpu::isa_name();
+  py::list noises;
+  for (const auto& [name, needs_norm] : tsam::ops::noises()) noises.append(py::make_tuple(name, needs_norm));
+  m.attr("__noises__") = py::tuple(noises);
 
   expose<Tensor, Tensor, double>(m, ops, "tilted_loss", "losses", "tilt");
   expose<Tensor, Tensor, double>(m, ops, "tilted_weights", "losses", "tilt");

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     **SAMPLERS,
     "sphere": {"sampler": Ascent(noise="sphere")},
     "ball": {"sampler": Noise(noise="ball")},
+    "rademacher": {"sampler": Ascent(noise="rademacher")},
     "antithetic": {"sampler": Ascent(antithetic=True)},
     "adaptive": {"adaptive": True},
     "adaptive SAM": {"adaptive": True, "radius": 0.0},

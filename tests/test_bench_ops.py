@@ -79,6 +79,8 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "perturb_ gaussian, later draw": (8, 4),
         "perturb_ sphere, first draw (saves)": (12, 6),
         "perturb_ sphere, later draw": (8, 4),
+        "perturb_ rademacher, first draw (saves)": (12, 6),
+        "perturb_ rademacher, later draw": (8, 4),
         "grad_norm_": (4, 2),
         "grad_norm_ adaptive": (8, 4),
         "ascend_": (12, 6),
@@ -170,7 +172,7 @@ def test_a_way_that_does_something_else_is_refused() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.03, 0.97])
-@pytest.mark.parametrize("noise", ["gaussian", "sphere"])
+@pytest.mark.parametrize("noise", ["gaussian", "sphere", "rademacher"])
 def test_noise_of_another_scale_or_shape_is_refused(noise: str, scale: float) -> None:
     case = next(c for c in cases([150_000], torch.float32) if c.name == f"perturb_ {noise}, later draw")
     with torch.no_grad():

@@ -255,7 +255,7 @@ BAD = [
     (set_key("state", torch.zeros(16)), r"state: got .*float32, expected a contiguous float64"),
     (set_key("step", -2), r"step: got -2, expected an integer from -1"),
     (set_key("sample", 2**28), r"sample: got 268435456, expected an integer from 0"),
-    (set_key("noise", 3), r"noise: got 3, expected an integer from 0 to 2"),
+    (set_key("noise", 4), r"noise: got 4, expected an integer from 0 to 3"),
     (alias, r"position\[1\]: got memory shared with position\[0\], expected tensors that do not overlap"),
     (alias_copy, r".*\[0\]: got memory shared with .*\[0\]"),
 ]  # fmt: skip

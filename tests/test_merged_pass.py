@@ -48,7 +48,7 @@ def state_after(losses: list[float]) -> Tensor:
 @given(
     sizes=SIZES,
     dtype=st.sampled_from(DTYPES),
-    noise=st.integers(0, 2),
+    noise=st.integers(0, len(_C.__noises__) - 1),
     adaptive=st.booleans(),
     negate=st.booleans(),
     # The mean blends; begins; stays as it is; is NaN.
@@ -121,7 +121,7 @@ class Calls(TorchDispatchMode):
     "options",
     [
         {"sampler": "noise", "noise": "ball", "antithetic": True},
-        {"sampler": "ascent", "adaptive": True},
+        {"sampler": "ascent", "adaptive": True, "noise": "rademacher"},
         {"sampler": "noise", "noise": "sphere", "batch": "split", "tilt": 5.0},
     ],
     ids=["noise", "ascent", "split"],

@@ -1,7 +1,8 @@
 """The noise as users get it, through perturb_ at position 0, radius 1 and dimension 1, where theta is z itself.
 
-Laws: the bits depend on (seed, step, sample, element) alone; z is standard normal and independent across every word
-of the counter. Statistical tests draw from fixed seeds; each would fail by chance with probability below 1e-6.
+Laws: the bits depend on (seed, step, sample, element) alone; z is standard normal, or for rademacher a sign by one fair
+bit, and independent across every word of the counter. Statistical tests draw from fixed seeds; each would fail by
+chance with probability below 1e-6.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tsam_ext.engine.state import CHAIN_SLOTS, new_state
 from tsam_ext.reference import noise as oracle
 
 N = 1 << 20
+UNSCALED = [name for name, needs_norm in _C.__noises__ if not needs_norm]  # position 0 becomes z itself
 
 
 def draw(
@@ -52,6 +54,10 @@ def normals(n: int, base: int = 0, **counter: int) -> torch.Tensor:
     return draw([n], [base], **counter)[0]
 
 
+def signs(n: int, base: int = 0, **counter: int) -> torch.Tensor:
+    return draw([n], [base], noise="rademacher", **counter)[0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     cuts=st.lists(st.integers(0, 3000), min_size=1, max_size=6),
@@ -59,23 +65,25 @@ def normals(n: int, base: int = 0, **counter: int) -> torch.Tensor:
     seed=st.integers(-(2**63), 2**63 - 1),
     step=st.integers(0, 2**32 - 1),
     sample=st.integers(0, 2**28 - 1),
+    noise=st.sampled_from(UNSCALED),
 )
 def test_an_element_has_its_noise_wherever_the_list_is_cut(
-    cuts: list[int], base: int, seed: int, step: int, sample: int
+    cuts: list[int], base: int, seed: int, step: int, sample: int, noise: str
 ) -> None:
-    whole = normals(sum(cuts), base, seed=seed, step=step, sample=sample)
+    (whole,) = draw([sum(cuts)], [base], seed=seed, step=step, sample=sample, noise=noise)
     bases = [base + sum(cuts[:i]) for i in range(len(cuts))]
-    pieces = draw(cuts, bases, seed=seed, step=step, sample=sample)
+    pieces = draw(cuts, bases, seed=seed, step=step, sample=sample, noise=noise)
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_the_bits_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("noise", ["ball", "rademacher"])
+def test_the_bits_do_not_depend_on_threads(noise: str) -> None:
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(draw([300_001, 5, 70_000], [3, 400_000, 400_008], noise="ball"))
+            results.append(draw([300_001, 5, 70_000], [3, 400_000, 400_008], noise=noise))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:
@@ -88,7 +96,7 @@ from tsam_ext import _C
 from tsam_ext.engine.state import new_state
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for noise in range(3):
+    for noise in range(len(_C.__noises__)):
         for adaptive in (False, True):
             torch.manual_seed(0)
             x = [torch.randn(n).to(dtype) for n in (70_001, 13, 0, 1)]
@@ -132,6 +140,32 @@ def test_the_noise_is_the_reference_s(base: int) -> None:
     assert (z.double() - exact).abs().max() < 1e-6
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(0, 9000),
+    base=st.one_of(st.integers(0, 300), st.integers(0, 2**62)),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    sample=st.integers(0, 2**28 - 1),
+)
+def test_the_signs_are_the_reference_s(n: int, base: int, seed: int, step: int, sample: int) -> None:
+    """Every bit, from any element on: a block of words, of 128 signs and of 4,096 may begin anywhere in the run."""
+    counter = {"seed": seed, "step": step, "sample": sample}
+    assert torch.equal(signs(n, base, **counter).double(), oracle.signs(n, base, **counter))
+
+
+def test_signs_are_fair_coins() -> None:
+    z = signs(N).double()
+    bits = (z < 0).numpy()
+    assert set(z.unique().tolist()) == {-1.0, 1.0}
+    assert abs(z.mean()) * N**0.5 < 5.5
+    # Each of a block's 128 bits, then each byte's 256 values; chi-square at 1e-7.
+    counts = bits.reshape(-1, 128).sum(0)
+    rows = N // 128
+    assert stats.chi2.sf(((counts - rows / 2) ** 2 / (rows / 4)).sum(), 128) > 1e-7
+    assert stats.chisquare(np.bincount(np.packbits(bits), minlength=256)).pvalue > 1e-7
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # Half a unit in the last place of values up to 6.8 (the float64 path adds float32 noise to float64 zeros).
@@ -140,6 +174,7 @@ def test_the_noise_is_the_reference_s(base: int) -> None:
 def test_every_dtype_gets_the_float32_noise(dtype: torch.dtype, tolerance: float) -> None:
     z, other = normals(5000), draw([5000], [0], dtype=dtype)[0]
     assert (z.double() - other.double()).abs().max() <= tolerance
+    assert torch.equal(signs(5000).double(), draw([5000], [0], dtype=dtype, noise="rademacher")[0].double())
 
 
 def test_normal_distribution() -> None:
@@ -172,11 +207,27 @@ def test_independent_across_every_word_of_the_counter() -> None:
         assert abs(squares.mean()) * N**0.5 < 5.5, name
 
 
-def test_negation_is_exact() -> None:
-    assert torch.equal(normals(1001), -draw([1001], [0], negate=True)[0])
+def test_signs_are_independent_across_every_word_of_the_counter() -> None:
+    first = signs(N).double()
+    others = {f"{lag} elements on": first.roll(-lag) for lag in (1, 2, 4, 32, 64, 128, 4096)}
+    others |= {
+        "2^39 elements on (word 1)": signs(N, 2**39).double(),
+        "next step": signs(N, step=1).double(),
+        "next sample": signs(N, sample=1).double(),
+        "seed + 1": signs(N, seed=2).double(),
+        "seed + 2^32": signs(N, seed=1 + 2**32).double(),
+        "gaussian": normals(N).sign().double(),
+    }
+    for name, other in others.items():
+        assert abs((first * other).mean()) * N**0.5 < 5.5, name
 
 
-@pytest.mark.parametrize("noise", ["sphere", "ball"])
+@pytest.mark.parametrize("noise", UNSCALED)
+def test_negation_is_exact(noise: str) -> None:
+    assert torch.equal(*(draw([1001], [0], noise=noise, negate=negate)[0] * (1 - 2 * negate) for negate in (0, 1)))
+
+
+@pytest.mark.parametrize("noise", ["sphere", "ball", "rademacher"])
 def test_sphere_and_ball(noise: str) -> None:
     sizes, base = [700, 0, 321], [0, 700, 700]
     d = sum(sizes)
@@ -184,7 +235,7 @@ def test_sphere_and_ball(noise: str) -> None:
     for sample in range(400):
         pieces = draw(sizes, base, sample=sample, noise=noise, dimension=d, dtype=torch.float64)
         norms.append(torch.cat(pieces).norm().item())
-    if noise == "sphere":
+    if noise != "ball":
         assert np.allclose(norms, 1.0, rtol=1e-12)
     else:
         # ||eps||^d is uniform; the reference takes the same uniform from the same counter.

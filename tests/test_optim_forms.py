@@ -15,6 +15,7 @@ from flat_options import tsam
 from torch import Tensor
 
 from tsam_ext import TSAM, reference
+from tsam_ext.engine.checks import NOISES
 
 SETTINGS: list[dict[str, Any]] = [
     {"sampler": "noise"},
@@ -248,7 +249,7 @@ def test_the_two_halves_need_sam(problem, options: dict[str, Any]) -> None:
     assert task.holds(copies)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "sphere", "ball"])
+@pytest.mark.parametrize("noise", NOISES)
 def test_perturbed_shows_the_noise_and_restores(problem, noise: str) -> None:
     """The noise that the oracle draws; a second time the same; bit-identical after exceptions too."""
     task = problem()

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from tsam_ext import reference
+from tsam_ext.engine.checks import NOISES
 from tsam_ext.reference import ReferenceTSAM
 
 INF = math.inf
@@ -88,7 +89,7 @@ def run_pair(problem: Any, groups: bool, steps: int = 2, **options: Any) -> tupl
 
 
 @pytest.mark.parametrize("tilt", [0, 1, -3, 20, INF, -INF])
-@pytest.mark.parametrize("noise", ["gaussian", "sphere", "ball"])
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("sampler", ["ascent", "noise"])
 def test_tsam_is_the_reference(problem, sampler: str, noise: str, tilt: float) -> None:
     for adaptive, groups, batch, antithetic in itertools.product(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tsam_ext import reference
 from tsam_ext.reference import StreamingTilt, normal, philox4x32, unit_noise
+from tsam_ext.reference.noise import SIGNS, signs
 
 INF = math.inf
 TILTS = [0.0, 1.0, -3.0, 20.0, 1e-12, -1e-12, 1e4, -1e4, INF, -INF]
@@ -120,14 +121,27 @@ def test_base_offsets_round_every_size_up() -> None:
     assert reference.base_offsets([5, 0, 4, 1, 3]) == [0, 8, 8, 12, 16]
 
 
+def test_a_sign_is_a_bit_of_its_block() -> None:
+    """By the definition, one element after the other."""
+    base, seed, step, sample = (1 << 39) - 200, 0x1234567_89ABCDEF, 77, 3
+    drawn = signs(500, base, seed, step, sample)
+    for i in range(500):
+        block, e = divmod(base + i, 128)
+        counter = [block & 0xFFFFFFFF, block >> 32, step, SIGNS << 28 | sample]
+        word = integer_philox(counter, [seed & 0xFFFFFFFF, seed >> 32])[e // 32]
+        assert drawn[i] == (-1.0 if word >> e % 32 & 1 else 1.0)
+
+
 def test_unit_noise_norms_order_and_antithesis() -> None:
     tensors = [torch.empty(3, 2, 4, 5).to(memory_format=torch.channels_last), torch.empty(7)]
     d, where = 127, {"seed": 5, "step": 6}
-    for noise in ("gaussian", "sphere", "ball"):
+    for noise in ("gaussian", "sphere", "ball", "rademacher"):
         nu = unit_noise(tensors, [0, 120], sample=3, noise=noise, **where)
-        z = torch.cat([normal(120, 0, 5, 6, 3), normal(7, 120, 5, 6, 3)])
+        draw = signs if noise == "rademacher" else normal
+        z = torch.cat([draw(120, 0, 5, 6, 3), draw(7, 120, 5, 6, 3)])
         scale = {
             "gaussian": d**-0.5,
+            "rademacher": d**-0.5,
             "sphere": 1 / float(z.norm()),
             "ball": reference.uniform(5, 6, 3) ** (1 / d) / float(z.norm()),
         }[noise]
@@ -261,7 +275,7 @@ def test_ascend_is_sam_and_asam() -> None:
 
 
 def test_torch_noise_of_the_baseline_obeys_the_same_laws(problem) -> None:
-    for noise, norm in (("sphere", 1.0), ("ball", None), ("gaussian", None)):
+    for noise, norm in (("sphere", 1.0), ("ball", None), ("gaussian", None), ("rademacher", 1.0)):
         task = problem(dtype=torch.float32)
         origin, seen = task.copies(), []
         options = {"sampler": "noise", "noise": noise, "radius": 0.3, "num_samples": 4}

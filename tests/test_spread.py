@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsam_ext import TSAM, _ops, base, functional
 from tsam_ext.engine import spread
+from tsam_ext.engine.checks import NOISES
 from tsam_ext.engine.spread import STAGES, Spread
 from tsam_ext.engine.state import CHAIN_SLOTS
 from tsam_ext.functional import new_state
@@ -225,7 +226,7 @@ def test_a_captured_step_needs_one_device(problem: Any, monkeypatch: Any) -> Non
         task.train(optimizer, 1)
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "sphere", "ball"])
+@pytest.mark.parametrize("noise", NOISES)
 def test_the_list_ops_take_lists_over_several_devices(noise: str, monkeypatch: Any) -> None:
     """A step by hand, the state on a device of its own."""
     torch.manual_seed(3)

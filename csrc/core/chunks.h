@@ -14,6 +14,10 @@
 
 namespace tsam {
 
+// Large enough that finding a chunk, handing it to a thread and making a draw's keys cost nothing beside its elements;
+// small enough that 256 KB of float32 stay in a core's cache, and that one large tensor is shared evenly over threads.
+// Chunks are part of a sum's definition (one partial a chunk, added in their order): another length is another rounding
+// of norms.
 constexpr int64_t kChunk = 65536;
 
 struct Chunk {

@@ -11,7 +11,22 @@
 
 namespace tsam {
 
-enum class Noise : int { kGaussian = 0, kSphere = 1, kBall = 2 };
+// What nu is made of. The purpose's stream gives z (philox.h); z is divided by sqrt(d), or by its norm, which has to be
+// summed over all elements before the first is written, and then multiplied by U^(1/d) where the ball is to be filled.
+struct Noise {
+  const char* name;
+  Purpose purpose;
+  bool needs_norm, fills_ball;
+};
+
+// The only list of them: an op's `noise` is an index, and Python gets the names from here (_C.__noises__).
+constexpr Noise kNoises[] = {
+    {"gaussian", kPerturbation, /*needs_norm=*/false, /*fills_ball=*/false},
+    {"sphere", kPerturbation, /*needs_norm=*/true, /*fills_ball=*/false},
+    {"ball", kPerturbation, /*needs_norm=*/true, /*fills_ball=*/true},
+    {"rademacher", kSigns, /*needs_norm=*/false, /*fills_ball=*/false},  // signs have the norm sqrt(d) themselves
+};
+constexpr int64_t kNumNoises = sizeof kNoises / sizeof kNoises[0];
 
 }  // namespace tsam
 
@@ -22,13 +37,15 @@ struct Perturb {
   C scale;
   bool adaptive;
 
+  // A number, or a processor's vector of them.
+  template <typename V>
+  TSAM_HD V moved(const V& origin, const V& z) const {
+    return fused(adaptive ? V(scale) * magnitude(origin) : V(scale), z, origin);
+  }
+
   template <int W>
   TSAM_HD void operator()(const C (&origin)[W], const float (&z)[W], C (&position)[W]) const {
-    if (adaptive) {
-      for (int i = 0; i < W; ++i) position[i] = fused(scale * magnitude(origin[i]), static_cast<C>(z[i]), origin[i]);
-    } else {
-      for (int i = 0; i < W; ++i) position[i] = fused(scale, static_cast<C>(z[i]), origin[i]);
-    }
+    for (int i = 0; i < W; ++i) position[i] = moved(origin[i], static_cast<C>(z[i]));
   }
 };
 
@@ -50,12 +67,18 @@ struct Ascend {
   }
 };
 
-// nu times what is still missing of a unit-norm draw, from the sum of squares of all z of the sample.
-TSAM_HD double noise_scale(Noise noise, int64_t dimension, double sum_squares, const Stream& radius_stream) {
+// What makes unit vectors of normals whose sum of squares is known, and points of the ball.
+TSAM_HD double sphere_scale(double sum_squares) { return sum_squares > 0.0 ? 1.0 / sqrt(sum_squares) : 0.0; }
+
+TSAM_HD double ball_scale(int64_t dimension, double sum_squares, const Stream& radius_stream) {
   const double d = static_cast<double>(dimension > 0 ? dimension : 1);
-  if (noise == Noise::kGaussian) return 1.0 / sqrt(d);
-  const double unit = sum_squares > 0.0 ? 1.0 / sqrt(sum_squares) : 0.0;
-  return noise == Noise::kSphere ? unit : unit * pow(scalar_uniform(radius_stream), 1.0 / d);
+  return sphere_scale(sum_squares) * pow(scalar_uniform(radius_stream), 1.0 / d);
+}
+
+// nu = scale z. The sum of squares of all z of the sample is looked at where the noise needs its norm.
+TSAM_HD double noise_scale(const Noise& noise, int64_t dimension, double sum_squares, const Stream& radius_stream) {
+  if (!noise.needs_norm) return 1.0 / sqrt(static_cast<double>(dimension > 0 ? dimension : 1));
+  return noise.fills_ball ? ball_scale(dimension, sum_squares, radius_stream) : sphere_scale(sum_squares);
 }
 
 // A zero gradient has no direction: no ascent, and never 0/0. Infinite or NaN norms pass through as 0 * inf

@@ -1,8 +1,10 @@
 // Noise as a pure function of (seed, step, purpose, sample, element): Philox4x32-10 (Salmon et al., SC 2011,
-// "Parallel random numbers: as easy as 1, 2, 3") followed by Box-Muller.
+// "Parallel random numbers: as easy as 1, 2, 3"), whose four words become four normals by Box-Muller or 128 signs.
 //
-// Counter: words 0-1 the quad (element index / 4), word 2 the step, word 3 purpose << 28 | sample. Key: the seed.
+// Counter: words 0-1 the quad (element index / 4; of signs the block, element index / 128), word 2 the step, word 3
+// purpose << 28 | sample. Key: the seed.
 // Layout: W consecutive quads side by side, x[component][lane]; element 4 * quad + component takes that component.
+// Sign e is bit e mod 32 of word (e mod 128) / 32 of block e / 128: a set bit is -1, any other +1.
 // Invariant: every float operation is IEEE basic, sqrt or an explicit fma, so the bits are the same for every W,
 // instruction set, thread count, chunking and device. u in [2^-33, 1] is a float32: |z| <= sqrt(66 ln 2) < 6.764, and
 // of radii below 2^-12 (one draw in 3e7) only zero is ever seen.
@@ -16,7 +18,14 @@
 
 namespace tsam {
 
-enum Purpose : uint32_t { kPerturbation = 0, kMomentum = 1, kAccept = 2, kBallRadius = 3, kStochasticRounding = 4 };
+enum Purpose : uint32_t {
+  kPerturbation = 0,
+  kMomentum = 1,
+  kAccept = 2,
+  kBallRadius = 3,
+  kStochasticRounding = 4,
+  kSigns = 5,  // its elements are signs, those of all others normals
+};
 
 // Everything of the counter but the element, and the key.
 struct Stream {
@@ -32,6 +41,7 @@ struct CountedStream {
   const double* held;
 };
 
+constexpr uint64_t kSignsPerBlock = 128;
 constexpr int64_t kMaxSample = (int64_t{1} << 28) - 1;
 constexpr int64_t kStepHeld = -1;  // an op's `step`: the one that its scalars hold
 
@@ -193,11 +203,9 @@ TSAM_HD void box_muller_direction(uint32_t x, float& c, float& s) {
   s = float_from_bits(bits_from_float(swap ? cosine : sine) ^ sin_sign);
 }
 
-// Standard normals of the W quads that start at `quad`, in element order: z[4 * lane + component].
-template <int W, typename Words = OneWord>
-TSAM_HD void normals(const KeyedStream& stream, uint64_t quad, float (&z)[4 * W]) {
-  uint32_t x[4][W];
-  philox<W, Words>(stream, quad, x);
+// Standard normals of W quads' words, in element order: z[4 * lane + component].
+template <int W>
+TSAM_HD void box_muller(const uint32_t (&x)[4][W], float (&z)[4 * W]) {
   TSAM_UNROLL
   for (int i = 0; i < W; ++i) {
     const float r0 = box_muller_radius(x[0][i]);
@@ -209,6 +217,43 @@ TSAM_HD void normals(const KeyedStream& stream, uint64_t quad, float (&z)[4 * W]
     z[4 * i + 1] = r0 * s0;
     z[4 * i + 2] = r1 * c1;
     z[4 * i + 3] = r1 * s1;
+  }
+}
+
+// Standard normals of the W quads that start at `quad`.
+template <int W, typename Words = OneWord>
+TSAM_HD void normals(const KeyedStream& stream, uint64_t quad, float (&z)[4 * W]) {
+  uint32_t x[4][W];
+  philox<W, Words>(stream, quad, x);
+  box_muller(x, z);
+}
+
+TSAM_HD bool draws_signs(const Stream& stream) { return stream.word3 >> 28 == kSigns; }
+
+TSAM_HD float sign(uint32_t word, int bit) { return (word & (1u << bit)) != 0 ? -1.0f : 1.0f; }
+
+// What the stream draws for the 4 W elements that start at `element`, a multiple of 4. Four signs never lie in two
+// words; eight may lie in two blocks.
+template <int W>
+TSAM_HD void normals_or_signs(const KeyedStream& stream, uint64_t element, float (&z)[4 * W]) {
+  static_assert(W <= 2, "no more than two blocks of signs");
+  const bool signs = draws_signs(stream.stream);
+  uint32_t x[4][W];
+  philox<W>(stream, signs ? element / kSignsPerBlock : element / 4, x);
+  if (!signs) {
+    box_muller(x, z);
+    return;
+  }
+  TSAM_UNROLL
+  for (int i = 0; i < W; ++i) {
+    const uint64_t e = element + 4 * static_cast<uint64_t>(i);
+    const int lane = W - 1;
+    const bool next = e / kSignsPerBlock != element / kSignsPerBlock, upper = (e & 64) != 0, odd = (e & 32) != 0;
+    const uint32_t even_word = upper ? (next ? x[2][lane] : x[2][0]) : (next ? x[0][lane] : x[0][0]);
+    const uint32_t odd_word = upper ? (next ? x[3][lane] : x[3][0]) : (next ? x[1][lane] : x[1][0]);
+    const uint32_t word = (odd ? odd_word : even_word) >> (e & 31);
+    TSAM_UNROLL
+    for (int k = 0; k < 4; ++k) z[4 * i + k] = sign(word, k);
   }
 }
 

@@ -52,28 +52,84 @@ TSAM_HD void for_blocks(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// What a run's z is made of: four from an element that is a multiple of 4, and 128 from such an element on, never from
+// one before the last.
+struct NormalBlocks {
+  const KeyedStream keyed;
+
+  TSAM_HD explicit NormalBlocks(const Stream& stream) : keyed(stream) {}
+  TSAM_HD void four(uint64_t element, float (&z)[4]) const { normals<1>(keyed, element / 4, z); }
+  TSAM_HD void operator()(uint64_t element, float (&z)[4 * kQuads]) const {
+    normals<kQuads, VectorWords>(keyed, element / 4, z);
+  }
+};
+
+// Words are made for kQuads blocks of signs, 4,096 elements, ahead: their rounds then fill vectors as those of normals
+// do, and cost a thirty-second of them an element.
+class SignBlocks {
+ public:
+  TSAM_HD explicit SignBlocks(const Stream& stream) : keyed_(stream) {}
+  TSAM_HD void four(uint64_t element, float (&z)[4]) const { normals_or_signs<1>(keyed_, element, z); }
+  TSAM_HD void operator()(uint64_t element, float (&z)[4 * kQuads]) {
+    if (element + 4 * kQuads > end_) make_words(element / kSignsPerBlock);
+    const uint64_t at = element + kQuads * kSignsPerBlock - end_;  // bits from the first word on
+    const uint32_t* const from = words_ + at / 32;
+    for (int k = 0; k < 4 * kQuads / 32; ++k) {
+      const uint32_t bits = static_cast<uint32_t>((from[k] | static_cast<uint64_t>(from[k + 1]) << 32) >> (at % 32));
+      write(bits, z + 32 * k, std::make_integer_sequence<int, 32 / kVectorLanes<float>>{});
+    }
+  }
+
+ private:
+  // Written out in vectors: of loops over bits g++ makes one that shuffles four words together.
+  template <int... V>
+  TSAM_HD static void write(uint32_t bits, float* z, std::integer_sequence<int, V...>) {
+    const Vector<uint32_t> all = Vector<uint32_t>{} + bits;
+    const Vector<float> plus = Vector<float>{} + 1.0f;
+    Vector<uint32_t> first;
+    for (int i = 0; i < kVectorLanes<uint32_t>; ++i) first[i] = 1u << i;
+    const auto lanes = [&](int at) {
+      const Vector<float> signs = (all & first << at) == 0 ? plus : -plus;
+      std::memcpy(z + at, &signs, sizeof signs);
+    };
+    (lanes(V * kVectorLanes<float>), ...);
+  }
+
+  TSAM_HD void make_words(uint64_t block) {
+    uint32_t x[4][kQuads];
+    philox<kQuads, VectorWords>(keyed_, block, x);
+    for (int i = 0; i < kQuads; ++i)
+      for (int k = 0; k < 4; ++k) words_[4 * i + k] = x[k][i];
+    end_ = (block + kQuads) * kSignsPerBlock;
+  }
+
+  const KeyedStream keyed_;
+  uint64_t end_ = 0;                // elements before this one have their words
+  uint32_t words_[4 * kQuads + 1];  // in the order of elements; of the last no bit is taken
+};
+
 // body(offset, count, z): the noise of the run, in blocks that follow the quads of the element index.
-template <typename Body>
+template <typename Blocks = NormalBlocks, typename Body>
 TSAM_HD void for_noise(int64_t n, uint64_t element, const Stream& stream, Body body) {
   constexpr int W = 4 * kQuads;
-  const KeyedStream keyed(stream);
+  Blocks noise(stream);
   float z[W];
   int64_t i = 0;
   const int skip = static_cast<int>(element % 4);
   if (skip != 0 && n > 0) {
     float head[4];
-    normals<1>(keyed, element / 4, head);
+    noise.four(element - static_cast<uint64_t>(skip), head);
     const int count = n < 4 - skip ? static_cast<int>(n) : 4 - skip;
     for (int k = 0; k < W; ++k) z[k] = k < count ? head[skip + k] : 0.0f;
     body(i, count, z);
     i += count;
   }
   for (; i + W <= n; i += W) {
-    normals<kQuads, VectorWords>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
+    noise(element + static_cast<uint64_t>(i), z);
     body(i, std::integral_constant<int, W>{}, z);
   }
   if (i < n) {
-    normals<kQuads, VectorWords>(keyed, (element + static_cast<uint64_t>(i)) / 4, z);
+    noise(element + static_cast<uint64_t>(i), z);
     body(i, static_cast<int>(n - i), z);
   }
 }

@@ -90,13 +90,13 @@ void kick(const KickArguments& a) {
   });
 }
 
-// Words: read 1, write 1; sphere and ball draw twice.
+// Words: read 1, write 1; what needs the norm of z draws twice.
 void perturb(const NoiseArguments& a) {
   const Kernels& k = kernels();
   const ChunkPlan plan = plan_of({a.x});
   const auto element = [&](const Chunk& chunk) { return static_cast<uint64_t>(a.base + chunk.offset); };
   double sum_squares = 0.0;
-  if (a.noise != Noise::kGaussian)
+  if (a.noise.needs_norm)
     sum_squares = sum_chunks(
         plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element(chunk), a.stream); });
   const double scale = noise_scale(a.noise, a.x.size, sum_squares, a.radius_stream) * scalar_value(a.radius);

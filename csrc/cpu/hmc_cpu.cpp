@@ -53,7 +53,7 @@ void place(const HmcPlaceArguments& a) {
         plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, element_of(a.base, chunk), stream); });
   if (a.stage.ends(0, squares)) return;
   const double draw_scale =
-      normed ? noise_scale(Noise::kBall, scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
+      normed ? ball_scale(scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
   const bool past_caches = !a.draw && goes_past_caches(scaled.origin);  // a draw leaves memory time enough
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);

@@ -41,6 +41,15 @@ struct NothingBeside {
   void operator()(int64_t, Count) const {}
 };
 
+template <typename C>
+Lanes<C> lanes_of(const float* z) {
+  if constexpr (std::is_same_v<C, double>) {
+    return widened(Lanes<float>(z));
+  } else {
+    return Lanes<C>(z);
+  }
+}
+
 // `beside` does its own work on the lanes of each block.
 template <typename T, typename Beside = NothingBeside>
 void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale,
@@ -48,14 +57,25 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   const Perturb<C> functor{static_cast<C>(scale), adaptive};
-  for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
+  const auto block = [&](int64_t i, auto count, const float (&z)[W]) {
     beside(i, count);
-    C origin[W], moved[W];
-    load(from + i, count, origin);
     if (saved != nullptr) std::memcpy(saved + i, from + i, static_cast<size_t>(count) * sizeof(T));
-    functor(origin, z, moved);
-    store(moved, count, position + i);
-  });
+    // What needs no conversion stays in registers; arrays of 128 lanes would go through memory and back.
+    if constexpr (std::is_same_v<T, C> && !std::is_same_v<decltype(count), int>) {
+      for (int k = 0; k < W; k += Lanes<C>::kCount)
+        functor.moved(Lanes<C>(from + i + k), lanes_of<C>(z + k)).store(position + i + k);
+    } else {
+      C origin[W], moved[W];
+      load(from + i, count, origin);
+      functor(origin, z, moved);
+      store(moved, count, position + i);
+    }
+  };
+  if (draws_signs(stream)) {
+    for_noise<SignBlocks>(n, element, stream, block);
+  } else {
+    for_noise(n, element, stream, block);
+  }
 }
 
 void perturb(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element, Stream stream,

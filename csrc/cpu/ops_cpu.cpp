@@ -33,13 +33,13 @@ struct Draw {
   double factor(size_t t) const { return (a.negate ? -scale : scale) * a.radius[t]; }
 };
 
-// What precedes the first element of a perturbation: the noise's scale, for which sphere and ball draw once without
+// What precedes the first element of a perturbation: the noise's scale, which may take a draw of all elements without
 // writing. False where the call ends with a stage's sum.
 bool begin_draw(Draw& draw, const ChunkPlan& plan) {
   const PerturbArguments& a = draw.a;
   const Kernels& k = kernels();
   double squares[1] = {0.0};
-  if (a.noise != Noise::kGaussian && a.stage.has(0))
+  if (a.noise.needs_norm && a.stage.has(0))
     squares[0] = sum_chunks(
         plan, [&](const Chunk& chunk) { return k.noise_sum_squares(chunk.length, draw.element(chunk), draw.stream); });
   if (a.stage.ends(0, squares)) return false;
@@ -48,11 +48,11 @@ bool begin_draw(Draw& draw, const ChunkPlan& plan) {
   return true;
 }
 
-// Words a float32 element: read 1, write 2 with save, else read 1, write 1. sphere and ball draw twice and so need
-// no buffer for z: their norm has to be known before the first element is written.
+// Words a float32 element: read 1, write 2 with save, else read 1, write 1. What needs the norm of z draws
+// twice, and so needs no buffer: the norm has to be known before the first element is written.
 void perturb(const PerturbArguments& a) {
   const ChunkPlan plan = plan_of(a.position);
-  Draw draw{a, stream_now(a.counter.stream(kPerturbation)), 0.0};
+  Draw draw{a, stream_now(a.counter.stream(a.noise.purpose)), 0.0};
   if (!begin_draw(draw, plan)) return;
   const Kernels& k = kernels();
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
@@ -138,7 +138,7 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
     return;
   }
   const ChunkPlan plan = plan_of(next.position);
-  Draw draw{next, stream_now(next.counter.stream(kPerturbation)), 0.0};
+  Draw draw{next, stream_now(next.counter.stream(next.noise.purpose)), 0.0};
   if (!begin_draw(draw, plan)) return;
   const Kernels& k = kernels();
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {

@@ -17,6 +17,8 @@ namespace tsam {
 namespace cuda {
 
 constexpr int kThreads = 256;
+// One block's: 16 elements a thread, four turns of 16 bytes in float32, so that even small networks make blocks for all
+// SMs (ResNet-18: 2,893) and the last ones to end are short. A sum's order follows from it, whatever the GPU.
 constexpr int64_t kDeviceChunk = 4096;
 
 // What a kernel may take from CUDA 12.1 on (sm_70 and later), less room for its other parameters.

@@ -91,10 +91,10 @@ void kick(const KickArguments& a) {
   });
 }
 
-// Launches: a sum over z for sphere and ball, the scale, the move.
+// Launches: a sum over z where its norm is needed, the scale, the move.
 void perturb(const NoiseArguments& a) {
   const OnDevice device(a.home);
-  const bool normed = a.noise != Noise::kGaussian;
+  const bool normed = a.noise.needs_norm;
   const Runs to{a.out}, from{a.x};
   const int64_t blocks = normed ? blocks_of(a.x.size) : 0;
   const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, kHeader);

@@ -17,7 +17,7 @@ struct FinishPlace {
   CountedStream radius_stream;
 
   TSAM_DEVICE void operator()(const double* sums) const {
-    *scale = prior == Prior::kBall ? noise_scale(Noise::kBall, dimension, sums[0], stream_now(radius_stream)) : 1.0;
+    *scale = prior == Prior::kBall ? ball_scale(dimension, sums[0], stream_now(radius_stream)) : 1.0;
   }
 };
 

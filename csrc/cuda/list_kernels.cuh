@@ -17,7 +17,7 @@ namespace cuda {
 using TablePair = TensorTable<2>;
 using TableTriple = TensorTable<3>;
 
-// partial[b] = sum of z^2 over the chunk. Words: 0.
+// partial[b] = sum of z^2 over the chunk, z normal: signs need no norm. Words: 0.
 template <typename Table>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     noise_sum_squares(TSAM_PARAMETER(Table) table, CountedStream counted, double* partial) {
@@ -53,7 +53,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(Table
   const T* const from = save ? position : saved;
   for_lanes<W>(chunk.length, static_cast<int>(element % 4), aligned(position, saved), [&](int i, auto lanes) {
     float z[W];
-    normals<W / 4>(stream, (element + static_cast<uint64_t>(static_cast<int64_t>(i))) / 4, z);
+    normals_or_signs<W / 4>(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), z);
     T raw[W];
     C origin[W], moved[W];
     load_raw(from + i, lanes, raw);

@@ -19,11 +19,11 @@ namespace {
 
 using namespace ops;
 
-// Launches: a sum over z for sphere and ball, the scale, the move, with save the count.
+// Launches: a sum over z where its norm is needed, the scale, the move, with save the count.
 void perturb(const PerturbArguments& a) {
   const OnDevice device(a.home);
-  const CountedStream stream = a.counter.stream(kPerturbation);
-  const bool normed = a.noise != Noise::kGaussian;
+  const CountedStream stream = a.counter.stream(a.noise.purpose);
+  const bool normed = a.noise.needs_norm;
   const int64_t blocks = normed && a.stage.has(0) ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
   const auto entry = [&](TablePair& table, size_t k, size_t i) {

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../core/dtype.h"
+#include "../core/perturb.h"
 #include "../core/spans.h"
 #include "../core/tilt.h"
 
@@ -263,6 +264,12 @@ inline Scalar checked_scalar(const Where& where, const Tensor& tensor) {
 inline void in_range(const Where& where, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high)
     fail(where, std::to_string(value), "an integer from " + std::to_string(low) + " to " + std::to_string(high));
+}
+
+// A kind of noise by its number.
+inline const Noise& checked_noise(const Where& where, int64_t number) {
+  in_range(where, number, 0, kNumNoises - 1);
+  return kNoises[number];
 }
 
 inline void not_negative(const Op& op, const char* argument, const std::vector<double>& values) {

@@ -165,12 +165,12 @@ Tensor perturb(Tensor x, Tensor radius, int64_t seed, int64_t draw, int64_t base
   const Scalar length = checked_scalar({op, "radius"}, radius);
   in_range({op, "draw"}, draw, 0, (int64_t{1} << 60) - 1);
   in_range({op, "base"}, base, 0, INT64_MAX);
-  in_range({op, "kind"}, kind, 0, 2);
+  const Noise& noise = checked_noise({op, "kind"}, kind);
   Tensor out = torch::stable::empty_like(x);
   const uint64_t key = static_cast<uint64_t>(seed);
   const uint32_t step = static_cast<uint32_t>(draw >> 28), sample = static_cast<uint32_t>(draw & kMaxSample);
-  run({x, from, length, make_stream(key, step, kPerturbation, sample), make_stream(key, step, kBallRadius, sample),
-       base, static_cast<Noise>(kind), checked_run({op, "result"}, out)});
+  run({x, from, length, make_stream(key, step, noise.purpose, sample), make_stream(key, step, kBallRadius, sample),
+       base, noise, checked_run({op, "result"}, out)});
   return out;
 }
 

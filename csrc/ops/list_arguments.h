@@ -88,10 +88,9 @@ inline PerturbArguments perturb_arguments(const Op& op, const TensorList& positi
   not_negative(op, "radius", radius);
   const Counter counter(op, seed, step, s + kStep, "sample", sample);
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
-  in_range({op, "noise"}, noise, 0, 2);
+  const Noise& kind = checked_noise({op, "noise"}, noise);
   const Stage part(op, stage, 1, s + kTotal);
-  return {state,     moved,  kept, s,   radius, adaptive, base, counter, static_cast<Noise>(noise),
-          dimension, negate, save, part};
+  return {state, moved, kept, s, radius, adaptive, base, counter, kind, dimension, negate, save, part};
 }
 
 template <void (*run)(const PerturbArguments&)>

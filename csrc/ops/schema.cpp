@@ -6,6 +6,24 @@
 // over several devices (list_arguments.h); -1 is the whole op.
 #include <torch/csrc/stable/library.h>
 
+#include <utility>
+#include <vector>
+
+#include "../core/perturb.h"
+
+namespace tsam {
+namespace ops {
+
+// For Python: the kinds of noise by number, and whether each needs the norm of a whole draw.
+std::vector<std::pair<const char*, bool>> noises() {
+  std::vector<std::pair<const char*, bool>> all;
+  for (const Noise& noise : kNoises) all.emplace_back(noise.name, noise.needs_norm);
+  return all;
+}
+
+}  // namespace ops
+}  // namespace tsam
+
 STABLE_TORCH_LIBRARY(tsam, m) {
   // Differentiable.
   m.def("tilted_loss(Tensor losses, float tilt) -> Tensor");

@@ -2,6 +2,7 @@
 from torch import Tensor
 
 __isa__: str  # instruction set of the CPU kernels: baseline, avx2 or avx512
+__noises__: tuple[tuple[str, bool], ...]  # kinds of noise by number, and whether each needs the norm of a whole draw
 
 def tilted_loss(losses: Tensor, tilt: float) -> Tensor: ...
 def tilted_weights(losses: Tensor, tilt: float) -> Tensor: ...

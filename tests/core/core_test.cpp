@@ -123,6 +123,25 @@ static void noise() {
   check(corners, "quarter turns are exact");
 }
 
+// Four or eight signs at a time, from every multiple of 4 in two blocks, also across 2^32 blocks.
+static void signs() {
+  bool ok = true;
+  const Stream stream = make_stream(0x123456789abcdef0u, 77, kSigns, 3);
+  const uint64_t first = (uint64_t{1} << 39) - kSignsPerBlock;
+  for (uint64_t at = first; at < first + 2 * kSignsPerBlock - 8; at += 4) {
+    float four[4], eight[8];
+    normals_or_signs<1>(stream, at, four);
+    normals_or_signs<2>(stream, at, eight);
+    for (uint64_t k = 0; k < 8; ++k) {
+      uint32_t x[4][1];
+      philox<1>(stream, (at + k) / 128, x);
+      const float sign = x[(at + k) % 128 / 32][0] >> (at + k) % 32 & 1 ? -1.0f : 1.0f;
+      ok = ok && eight[k] == sign && (k >= 4 || four[k] == sign);
+    }
+  }
+  check(ok, "sign e is bit e mod 32 of word (e mod 128) / 32 of block e / 128");
+}
+
 // Streaming against softmax in long double, one element of gradient a sample.
 static void streaming() {
   const double tilts[] = {-INFINITY, -20, 0, 1e-8, 1, 20, 1e4, INFINITY};
@@ -300,14 +319,16 @@ static void moves() {
         "adaptive: noise scales by |theta_0|, ascent by its square, a zero parameter never moves");
   check(ascent_scale(0.1, 0.0) == 0.0 && ascent_scale(0.1, 2.0) == 0.05, "no ascent at a zero gradient");
   const Stream stream = make_stream(1, 0, kBallRadius, 0);
-  check(noise_scale(Noise::kGaussian, 16, 0, stream) == 0.25 && noise_scale(Noise::kSphere, 16, 4.0, stream) == 0.5 &&
-            std::fabs(noise_scale(Noise::kBall, 2, 4.0, stream) - 0.5 * std::sqrt(scalar_uniform(stream))) < 1e-16,
+  check(noise_scale(kNoises[0], 16, 0, stream) == 0.25 && noise_scale(kNoises[1], 16, 4.0, stream) == 0.5 &&
+            std::fabs(noise_scale(kNoises[2], 2, 4.0, stream) - 0.5 * std::sqrt(scalar_uniform(stream))) < 1e-16,
         "noise scales");
+  check(noise_scale(kNoises[3], 16, 0, stream) == 0.25, "signs have the norm sqrt(d)");
 }
 
 int main() {
   known_answers();
   noise();
+  signs();
   conversions();
   halves();
   streaming();

@@ -184,7 +184,7 @@ class Scratch:
 
     @property
     def _ninja(self) -> list[str | Path]:
-        return ["ninja", "-C", self.tree / "build", "-j", str(self.build_jobs)]
+        return ["ninja", "-C", self.tree / "build", "-j", str(self.build_jobs), "_C"]
 
     def _digest(self) -> str:
         return hashlib.sha256(self.module.read_bytes()).hexdigest()

@@ -92,9 +92,11 @@ void run_lists(size_t off) {
   const CountedStream stream{make_stream(3, 1, kPerturbation, 2), nullptr};
   go("noise_sum_squares", noise_sum_squares<TablePair>, blocks, pair, stream, partial.data());
   check(launch(finish_sums<1, FinishNoise>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
-               FinishNoise{state.data(), Noise::kBall, 200, {make_stream(3, 1, kBallRadius, 2), nullptr}}),
+               FinishNoise{state.data(), kNoises[2], 200, {make_stream(3, 1, kBallRadius, 2), nullptr}}),
         "finish");
-  go("perturb_chunks", perturb_chunks<T>, blocks, pair, stream, state.data(), false, true);
+  const CountedStream signs{make_stream(3, 1, kSigns, 2), nullptr};
+  for (const CountedStream& drawn : {stream, signs})
+    go("perturb_chunks", perturb_chunks<T>, blocks, pair, drawn, state.data(), false, true);
   fill(pair, sizes, {pointers(grads), pointers(saved)});
   go("grad_sum_squares", grad_sum_squares<T>, blocks, pair, partial.data());
   check(launch(finish_sums<1, FinishNorm>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,

@@ -82,9 +82,9 @@ def run_ops(seed: int) -> Lists:
     out["gaussian bits"] = copies(x, saved)
     _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 1, 0, d, True, False)
     out["negated bits"] = copies(x)
-    for noise in (1, 2):
+    for noise, (name, needs_norm) in enumerate(_C.__noises__):
         _C.perturb_(x, saved, state, lists.radius, flags, base, 5, step, 2, noise, d, False, False)
-        out[f"noise {noise}"] = copies(x, [state])
+        out[f"{name} later{'' if needs_norm else ' bits'}"] = copies(x, [state])
     _C.grad_norm_(grads, saved, state, flags, 0)
     _C.ascend_(x, saved, grads, state, lists.radius, flags, False)
     out["ascended"] = copies(x, [state])
@@ -170,8 +170,9 @@ def run_single(lists: Make) -> Lists:
     position, momentum, grad = lists.fresh(), lists.fresh(), lists.fresh()
     for i, (x, p, g) in enumerate(zip(position[:7], momentum, grad, strict=False)):
         radius = scalar(0.3, x.dtype)
-        for kind in range(3):
-            out["perturb" if kind else "perturb bits"].append(_C.perturb(x, radius, 3, 4 << 28, lists.base[i], kind))
+        for kind, (_, needs_norm) in enumerate(_C.__noises__):
+            name = "perturb" if needs_norm else "perturb bits"
+            out[name].append(_C.perturb(x, radius, 3, 4 << 28, lists.base[i], kind))
         out["leapfrog bits"] += [*_C.leapfrog(x, p, g, radius, g if i % 2 else radius), _C.kick(p, g, radius)]
         losses = torch.randn(5, generator=lists.generator).to(DEVICE)
         values = torch.randn(5, min(x.numel(), 5000), generator=lists.generator).to(x)

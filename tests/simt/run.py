@@ -60,7 +60,7 @@ def build(folder: Path) -> Path:
             *DEFINITIONS,
         ]
     )  # fmt: skip
-    must(["ninja", "-C", folder / "build"])
+    must(["ninja", "-C", folder / "build", "_C"])
     return package
 
 

@@ -16,12 +16,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tsam_ext import _C
+
 T = TypeVar("T")
 TSAM = "TSAM"  # in place of an op's name: the optimizer
 NOT_OPS = (TSAM, "Ascent", "Noise", "HMC")  # whose messages begin with their own name
 LARGEST = sys.float_info.max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NOISES = ("gaussian", "sphere", "ball")
+NOISES = tuple(name for name, _ in _C.__noises__)  # a kind's number is its place (csrc/core/perturb.h)
 
 
 def refuse(op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> Exception:

@@ -126,7 +126,9 @@ def perturb(
         draw: which draw, from 0 to 2⁶⁰ − 1. ``step << 28 | sample`` is the draw of a TSAM step.
         base: element index of the first element, so that a slice of a tensor may draw its slice of the noise.
             Elements count in storage order. Default 0.
-        kind: ``"gaussian"`` (ν = z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the unit ball).
+        kind: ``"gaussian"`` (ν = z/√d; default), ``"sphere"`` (z/‖z‖), ``"ball"`` (uniform in the unit ball) or
+            ``"rademacher"`` (±1/√d, of norm 1: the cheapest. Element e takes bit e mod 128 of its Philox block e/128,
+            that is bit e mod 32 of word (e mod 128)/32, in a counter of its own purpose; a set bit is −1/√d).
 
     Returns:
         Like ``x``. Equal arguments give the same bits on every machine, thread count and instruction set (for

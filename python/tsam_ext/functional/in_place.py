@@ -70,7 +70,7 @@ def perturb_(
         radius: length of the perturbation, not below 0; one for all, or one a tensor.
         seed, step, sample: which noise; 64, 32 and 28 bits. step and sample default to 0. With ``step=None`` the step
             is the whole number in ``state[Slot.STEP]``, which each replay of a CUDA graph may find counted on.
-        kind: ``"gaussian"`` (z/√d; default), ``"sphere"`` (z/‖z‖) or ``"ball"`` (uniform in the unit ball).
+        kind: what ν is, as :func:`perturb` has it. Default ``"gaussian"``.
         adaptive: D = |origin| elementwise instead of 1; one for all, or one a tensor. Default False.
         base: element index of each tensor's first element; ``None``: one tensor after the other, each rounded up to a
             multiple of 4.

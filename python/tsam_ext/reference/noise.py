@@ -3,7 +3,9 @@
 Philox4x32-10, key = seed (low word first), counter = (quad low, quad high, step, purpose << 28 |
 sample), quad = element // 4. Its words x give the quad's normals √(-2 ln((x0 + ½)/2³²)) (cos, sin)
 (2π x1/2³²), and the same of x2, x3. Element = base + storage position; a parameter's base is the
-running total of the sizes before it, each rounded up to a multiple of 4.
+running total of the sizes before it, each rounded up to a multiple of 4. For signs the counter begins with
+the block, element // 128, in place of the quad: sign e is bit e % 32 of word (e % 128) // 32 of its
+block, +1 for 0 and -1 for 1.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-PERTURBATION, MOMENTUM, ACCEPT, BALL_RADIUS, ROUNDING = range(5)
+PERTURBATION, MOMENTUM, ACCEPT, BALL_RADIUS, ROUNDING, SIGNS = range(6)
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -75,6 +77,14 @@ def normal(
     return torch.stack(lanes, 1).flatten()[base % 4 : base % 4 + numel]
 
 
+def signs(numel: int, base: int, seed: int, step: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
+    """1 or -1 for each of the elements base, ..., base + numel - 1; float64, shape ``[numel]``."""
+    blocks = torch.arange(base // 128, (base + numel + 127) // 128, device=device)
+    words = torch.stack(_words(blocks, seed, step, sample, SIGNS), 1)
+    bits = (words[:, :, None] >> torch.arange(32, device=device)) & 1
+    return (1 - 2 * bits).flatten()[base % 128 : base % 128 + numel].double()
+
+
 def uniform(seed: int, step: int, sample: int, purpose: int = BALL_RADIUS) -> float:
     """One uniform number in (0, 1): (x3 + ½)/2³² of element 2⁶⁴ - 1."""
     quad = torch.tensor([(1 << 62) - 1])
@@ -97,9 +107,9 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def noise_scale(z: Sequence[Tensor], noise: str, draw_uniform: Callable[[], float]) -> Tensor:
-    """What makes ν of the normals z over a list: 1/√d, 1/‖z‖ or U^(1/d)/‖z‖; 0-dim float64."""
+    """What makes ν of the normals or signs z over a list: 1/√d, 1/‖z‖ or U^(1/d)/‖z‖; 0-dim float64."""
     dimension = sum(part.numel() for part in z)
-    if noise == "gaussian":
+    if noise in ("gaussian", "rademacher"):
         return torch.tensor(float(dimension), dtype=torch.float64).rsqrt()
     factor = draw_uniform() ** (1.0 / dimension) if noise == "ball" else 1.0
     return factor / global_norm(z)
@@ -115,16 +125,17 @@ def unit_noise(
     noise: str = "gaussian",
     antithetic: bool = False,
 ) -> list[Tensor]:
-    """ν over a list of dense tensors: z/√d, z/‖z‖ or z/‖z‖ U^(1/d), d and the norm of all together.
+    """ν over a list of dense tensors: z/√d, z/‖z‖, z/‖z‖ U^(1/d) or ±1/√d, d and the norm of all together.
 
     Returns:
-        float64 tensors of the shapes and strides of ``parameters``: the normal of element base + i
+        float64 tensors of the shapes and strides of ``parameters``: the number of element base + i
         lies at storage position i. With ``antithetic`` an odd sample is minus the one before.
     """
     drawn = sample & ~1 if antithetic else sample
     z = []
     for p, base in zip(parameters, offsets, strict=True):
-        stored = normal(p.numel(), base, seed, step, drawn, device=p.device)
+        draw = signs if noise == "rademacher" else normal
+        stored = draw(p.numel(), base, seed, step, drawn, device=p.device)
         z.append(torch.as_strided(stored, p.shape, p.stride()))
     scale = noise_scale(z, noise, lambda: uniform(seed, step, drawn))
     if antithetic and sample % 2 == 1:

@@ -272,11 +272,13 @@ class ReferenceTSAM:
         return noise, torch.ones((), dtype=torch.float64)
 
     def _torch_noise(self, moved: list[_Perturbed]) -> tuple[list[Tensor], Tensor]:
-        """Normals of generators of our own, seeded by (seed, step, sample)."""
+        """Normals or signs of generators of our own, seeded by (seed, step, sample)."""
         odd = self.antithetic and self._sample % 2 == 1
         draw = self._sample - 1 if odd else self._sample
         generators = self._generators(moved, draw)
         z = [torch.empty_like(_wide(m.origin)).normal_(generator=generators[m.parameter.device]) for m in moved]
+        if self.noise == "rademacher":
+            z = [torch.ones_like(part).copysign(part) for part in z]
         first = generators[moved[0].parameter.device]
         scale = noise_scale(z, self.noise, lambda: float(torch.rand((), generator=first, device=first.device)))
         return z, -scale if odd else scale
