@@ -1,6 +1,6 @@
 """The rooms of the Python package: arrows that run one way, and nobody in another's private names.
 
-``python tests/test_layout.py`` prints the sheet that CONTRIBUTING.md shows: each module, what it is, what it imports.
+``python tests/test_layout.py`` writes the sheet into CONTRIBUTING.md: each module, what it is, what it imports.
 An import for a type checker alone counts as any other.
 """
 
@@ -17,6 +17,7 @@ import tsam_ext
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "tsam_ext"
+PAGE, SHEET = ROOT / "CONTRIBUTING.md", r"(?s)(?<=```text\n)optim: .*?(?=\n```)"
 # From the top downwards: a module imports only from those below it. reference/ stands alone, it imports torch only.
 ORDER = [
     "optim",
@@ -126,8 +127,8 @@ def test_the_oracle_imports_torch_alone() -> None:
 
 
 def test_the_sheet_in_contributing_is_true() -> None:
-    (shown,) = re.findall(r"```text\n(optim: .*?)\n```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert shown == sheet(), "python tests/test_layout.py prints the sheet"
+    (shown,) = re.findall(SHEET, PAGE.read_text())
+    assert shown == sheet(), "python tests/test_layout.py writes it anew"
 
 
 def defined_by(node: ast.ClassDef) -> set[str]:
@@ -205,4 +206,4 @@ def test_dir_shows_the_public_names() -> None:
 
 
 if __name__ == "__main__":
-    print(sheet())
+    PAGE.write_text(re.sub(SHEET, sheet(), PAGE.read_text()))

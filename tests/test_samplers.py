@@ -9,7 +9,7 @@ import dataclasses
 import math
 import pickle
 import re
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy
 import pytest
@@ -19,6 +19,9 @@ from torch.nn import Parameter
 
 import tsam_ext
 from tsam_ext import HMC, TSAM, Ascent, Noise
+from tsam_ext.engine.checks import NOISES
+from tsam_ext.phase_space import PRIORS
+from tsam_ext.samplers import BY_NAME, NoiseKind, SamplerName
 
 NAN, INF = math.nan, math.inf
 NUMBER = "a finite number"
@@ -259,6 +262,13 @@ def test_help_fits_two_screens() -> None:
     for kind in (TSAM, Ascent, Noise, HMC):
         assert len((kind.__doc__ or "").splitlines()) + len(dataclass_fields(kind)) <= 100
         assert tsam_ext.__all__.count(kind.__name__) == 1
+
+
+def test_the_types_name_what_there_is() -> None:
+    """The Literal types, which an editor offers, are the kinds of noise and the priors that the kernels have."""
+    assert get_args(NoiseKind) == NOISES
+    assert get_args(get_type_hints(HMC)["prior"]) == PRIORS
+    assert get_args(SamplerName) == tuple(BY_NAME)
 
 
 def dataclass_fields(kind: Any) -> tuple[Any, ...]:
