@@ -80,7 +80,7 @@ class Calls(TorchDispatchMode):
 
 
 def lasting(optimizer: TSAM) -> list[Tensor]:
-    chain = optimizer._progress.memory
+    chain = optimizer._progress.sampler_state
     counter = [optimizer._progress.step] if isinstance(optimizer._progress.step, Tensor) else []
     positions = [buffer for buffers in chain.positions.values() for buffer in buffers]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -215,13 +215,13 @@ def test_what_ends_well_under_capture_goes_back(problem: Any, monkeypatch: pytes
         task = problem()
         optimizer = optimizer_of(task, sampler, True, lr=0.0)
         task.train(optimizer, 1)
-        before, scalars = task.copies(), optimizer._progress.memory.scalars.clone()
+        before, scalars = task.copies(), optimizer._progress.sampler_state.scalars.clone()
         with monkeypatch.context() as patch:
             patch.setattr(_cuda, "capturing", lambda device: True)
             with optimizer.perturbed():
                 assert not all(map(torch.equal, before, task.copies()))
             assert all(map(torch.equal, before, task.copies()))
-            assert torch.equal(optimizer._progress.memory.scalars, scalars)
+            assert torch.equal(optimizer._progress.sampler_state.scalars, scalars)
     task = problem()
     sam = tsam(task.parameters, num_samples=1, radius=0.0, lr=0.0, capturable=True, same_masks=False)
     task.train(sam, 1)

@@ -135,7 +135,7 @@ class Pair:
             for mine, twin in zip(self.tasks[0].parameters, self.tasks[1].parameters, strict=True):
                 twin.copy_(mine)
                 if twin in self.oracle._positions:
-                    self.oracle._positions[twin] = self.ours._progress.memory.position(mine).double()
+                    self.oracle._positions[twin] = self.ours._progress.sampler_state.position(mine).double()
 
 
 @pytest.mark.parametrize("num_leapfrog_steps", [1, 3])

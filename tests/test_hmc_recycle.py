@@ -81,7 +81,7 @@ def test_a_state_that_stays_is_one_state(problem) -> None:
         return loss
 
     optimizer.estimate_gradient(closure)
-    assert not optimizer._progress.memory.scalars[ChainSlot.ACCEPTED]
+    assert not optimizer._progress.sampler_state.scalars[ChainSlot.ACCEPTED]
     assert float(optimizer.diagnostics.ess) == pytest.approx(1.0, abs=1e-12)
     assert optimizer.diagnostics.weights.view(4, 3)[:, 2].tolist() == [0.25] * 4
     torch.testing.assert_close(task.parameters[0].grad, gradients[0], rtol=1e-12, atol=0)

@@ -32,7 +32,7 @@ ORDER = [
     "estimates.perturbation",
     "estimates.estimate",
     "chain",
-    "memory",
+    "sampler_state",
     "origin",
     "mean",
     "table",

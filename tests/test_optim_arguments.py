@@ -93,7 +93,7 @@ def test_bad_values_of_a_group_are_named(row: tuple[Any, ...]) -> None:
     assert len(optimizer.param_groups) == 1
 
 
-GLOBAL = ["tilt", "num_samples", "sampler", "batch", "every"]
+GLOBAL = ["tilt", "num_samples", "sampler", "batch", "every", "seed", "model"]
 
 
 @pytest.mark.parametrize("name", [*GLOBAL, "skip_nonfinite_loss", "same_masks"])

@@ -199,9 +199,11 @@ def test_misuse_of_the_loop_raises_and_restores(problem) -> None:
         with pytest.raises((RuntimeError, ValueError), match=error):
             misuse()
         assert task.holds(copies)
-    with pytest.raises((RuntimeError, TypeError, ValueError)):
-        optimizer.step(lambda: None)  # a closure that returns nothing
-    assert task.holds(copies)
+    for returned, what in ((None, "None"), ("2.0", "'2.0'"), ((1.0, 2.0), "tuple"), (True, "True")):
+        match = rf"^TSAM: loss: got {what}, expected a floating-point tensor of one element or a number \(a closure has"
+        with pytest.raises(TypeError, match=match):
+            optimizer.step(lambda returned=returned: returned)
+        assert task.holds(copies)
     old = next(iter(optimizer.samples()))
     task.train(optimizer, 1)
     with pytest.raises(RuntimeError), old:

@@ -299,7 +299,7 @@ for prior in ("gaussian", "ball"):
                          adaptive=True)
         for _ in range(2):
             optimizer.step(closure)
-        for tensor in (*params, *optimizer.chain_position(), optimizer._progress.memory.scalars):
+        for tensor in (*params, *optimizer.chain_position(), optimizer._progress.sampler_state.scalars):
             digest.update(tensor.detach().view(torch.uint8).numpy().tobytes())
 print(_C.__isa__, digest.hexdigest())
 """

@@ -66,14 +66,14 @@ def test_one_sample_without_noise_is_sam(problem, base: str, adaptive: bool) -> 
     torch.testing.assert_close(ours.flat(), theirs.flat(), rtol=1e-12, atol=1e-12)
 
 
-def grouped(task: Any) -> list[dict[str, Any]]:
+def grouped(task: Any, sampler: str = "ascent") -> list[dict[str, Any]]:
     """Groups with settings of their own: a frozen parameter first, one unperturbed, one without noise."""
     frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     w1, b1, w2, b2 = task.parameters
     return [
         {"params": [frozen, w1]},
         {"params": [b1], "rho": 0.0, "radius": 5.0},
-        {"params": [w2], "rho": 0.7, "radius": 0.4},
+        {"params": [w2], "radius": 0.4, **({"rho": 0.7} if sampler == "ascent" else {})},
         {"params": [b2], "adaptive": True, "radius": 0.0},
     ]
 
@@ -82,7 +82,7 @@ def run_pair(problem: Any, groups: bool, steps: int = 2, **options: Any) -> tupl
     results = []
     for kind in (tsam, ReferenceTSAM):
         task = problem()
-        params = grouped(task) if groups else task.parameters
+        params = grouped(task, options.get("sampler", "ascent")) if groups else task.parameters
         optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **options)
         results.append((task, task.train(optimizer, steps), optimizer))
     return tuple(results)

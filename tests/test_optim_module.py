@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsam_ext import TSAM
+from tsam_ext.engine import notices
 
 SAM = {"num_samples": 1, "radius": 0.0}
 
@@ -164,6 +165,20 @@ def test_a_warning_points_at_the_user_s_line_in_every_form_of_a_step() -> None:
     with pytest.warns(UserWarning, match="effective sample size") as caught:
         _ = optimizer.diagnostics.ess  # here
     assert lines[caught[0].lineno - 1].endswith("# here")
+
+
+def test_a_folder_whose_name_begins_as_ours_is_a_user_s(tmp_path: Path) -> None:
+    """Code in torch's neighbours, torchmetrics say, is not torch's own."""
+    for package in (Path(torch.__file__).parent, Path(notices.__file__).parents[1]):
+        scope: dict[str, Any] = {"warn": notices.warn}
+        exec(compile("def call():\n    warn('here')", f"{package}_more/reader.py", "exec"), scope)
+        with pytest.warns(UserWarning, match="here") as caught:
+            scope["call"]()
+        assert caught[0].filename == f"{package}_more/reader.py"
+        exec(compile("def call():\n    warn('here')", f"{package}/inside.py", "exec"), scope)
+        with pytest.warns(UserWarning, match="here") as caught:
+            scope["call"]()
+        assert Path(caught[0].filename) == Path(__file__)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -121,7 +121,7 @@ def test_a_state_that_does_not_fit_changes_nothing(problem) -> None:
     before, bits = copy.deepcopy(state), task.copies()
     for bad, what in (
         (adam.state_dict(), "param_groups[0]['tsam_base_optimizer']: got 'AdamW', expected 'SGD'"),
-        (wide.state_dict(), "param_groups[0]['tsam_shapes']: got"),
+        (wide.state_dict(), "param_groups[0]['tsam_shapes']: got (4,) for parameter 3, expected (3,) as here"),
         (split.state_dict(), "got 4 parameter groups, expected 1 as here"),
         (changed(state, noise_scheme="philox2x32"), "param_groups[0]['tsam_noise_scheme']: got 'philox2x32'"),
         (changed(state, version=99), "param_groups[0]['tsam_version']: got 99, expected 2 as here"),
@@ -145,7 +145,7 @@ def test_groups_that_disagree_are_refused(problem) -> None:
     """Each number stands in every group; one that differs is a state that nobody saved."""
     w1, b1, *rest = problem().parameters
     optimizer = TSAM([{"params": [w1, b1]}, {"params": rest}], lr=0.1, seed=4)
-    for name, value in (("step", 7), ("seed", 5), ("step", None)):
+    for name, value in (("step", 7), ("seed", 5), ("step", 0.5)):
         state = optimizer.state_dict()
         state["param_groups"][1][f"tsam_{name}"] = value
         with pytest.raises(ValueError, match=rf"param_groups\[1\]\['tsam_{name}'\]: got {value}, expected"):
@@ -154,6 +154,79 @@ def test_groups_that_disagree_are_refused(problem) -> None:
     del state["param_groups"][1]["tsam_version"]
     with pytest.raises(ValueError, match=r"param_groups\[1\]\['tsam_version'\]: got None"):
         optimizer.load_state_dict(state)
+
+
+def test_states_that_nobody_saved_are_refused(problem) -> None:
+    task = problem()
+    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=1, rho=0.3)
+    task.train(optimizer, 1)
+    state = optimizer.state_dict()
+    for bad, error, message in (
+        ({}, ValueError, "got dict, expected a dict with state and param_groups"),
+        (None, ValueError, "got None"),
+        (edited(state, rho=-3.0), ValueError, "param_groups[0].rho: got -3.0, expected a finite number"),
+        (edited(state, adaptive="no"), TypeError, "param_groups[0].adaptive: got 'no'"),
+        (edited(state, tsam_step=torch.tensor(3)), TypeError, "param_groups[0]['tsam_step']: got a tensor of shape ()"),
+        (
+            {**state, "state": {**state["state"], "0": {"tsam_position": torch.zeros(7, 5)}}},
+            ValueError,
+            "got tsam_position of parameter '0', expected a parameter of some group",
+        ),
+    ):
+        with pytest.raises(error, match=re.escape(f"TSAM: load_state_dict: {message}")):
+            optimizer.load_state_dict(bad)
+        assert optimizer.param_groups[0]["rho"] == 0.3
+        assert optimizer.state_dict()["param_groups"] == state["param_groups"]
+
+
+def edited(state: dict[str, Any], **entries: Any) -> dict[str, Any]:
+    state = copy.deepcopy(state)
+    for group in state["param_groups"]:
+        group.update(entries)
+    return state
+
+
+def test_state_of_a_base_that_belongs_to_no_parameter_passes_through(problem) -> None:
+    class Counting(torch.optim.SGD):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
+            self.state["count"] = 3
+
+    task, other = problem(), problem()
+    optimizer = TSAM(task.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc")
+    task.train(optimizer, 1)
+    state = optimizer.state_dict()
+    assert state["state"]["count"] == 3
+    state["state"]["count"] = 7
+    loaded = TSAM(other.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc")
+    loaded.load_state_dict(state)
+    assert loaded.state["count"] == 7
+
+
+def test_entries_that_a_base_has_loaded_by_itself_are_not_saved_again(problem) -> None:
+    """A plain base that was given our state keeps what it does not know; a later TSAM neither saves nor loads that."""
+    task = problem()
+    hmc = TSAM(task.parameters, torch.optim.Adam, lr=0.1, sampler="hmc", seed=5)
+    task.train(hmc, 2)
+    plain = torch.optim.Adam(task.parameters, lr=0.1)
+    plain.load_state_dict(hmc.state_dict())
+    assert "tsam_position" in plain.state[task.parameters[0]]
+    optimizer = TSAM(plain, seed=9)
+    state = optimizer.state_dict()
+    assert not any("tsam_position" in entry for entry in state["state"].values())
+    assert "tsam_prior" not in state["param_groups"][0]
+    assert (state["param_groups"][0]["tsam_step"], state["param_groups"][0]["tsam_seed"]) == (0, 9)
+
+
+def test_a_base_s_state_leaves_each_group_its_settings(problem) -> None:
+    w1, b1, *rest = problem().parameters
+    optimizer = TSAM([{"params": [w1, b1], "rho": 0.3}, {"params": rest, "adaptive": True}], lr=0.1)
+    plain = torch.optim.SGD([{"params": [w1, b1]}, {"params": rest}], lr=0.7)
+    optimizer.load_state_dict(plain.state_dict())
+    assert [(g["lr"], g["rho"], g["adaptive"]) for g in optimizer.param_groups] == [
+        (0.7, 0.3, False),
+        (0.7, 0.05, True),
+    ]
 
 
 def test_a_plain_state_dict_of_the_base_loads(problem) -> None:
@@ -288,3 +361,16 @@ def test_tilt_schedules(problem, form: str) -> None:
         torch.testing.assert_close(weights, oracle.weights, rtol=1e-5, atol=1e-5)
     if form == "number":
         assert optimizer.diagnostics.weights.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_a_schedule_is_asked_in_sampled_steps_alone(problem) -> None:
+    task = problem()
+    asked: list[int] = []
+
+    def schedule(step: int) -> float:
+        asked.append(step)
+        return 1.0
+
+    optimizer = TSAM(task.parameters, lr=0.1, tilt=schedule, every=2)
+    task.train(optimizer, 5)
+    assert asked == [0, 2, 4]

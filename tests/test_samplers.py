@@ -111,7 +111,7 @@ def test_a_sampler_s_option_given_to_tsam_says_where_it_belongs(name: str, given
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_sampler_s_option_in_a_group_says_where_it_belongs(name: str) -> None:
-    match = rf"^TSAM: param_groups\[\d\]\.{name}: got 1.0, expected it with the sampler: sampler=\w+\({name}=\.\.\.\)"
+    match = rf"^TSAM: param_groups\[\d\]\.{name}: got 1.0, expected no such key: .*sampler=\w+\({name}=\.\.\.\)"
     first, second = parameters()
     with pytest.raises(ValueError, match=match):
         TSAM([{"params": [first], name: 1.0}], lr=0.1)
@@ -193,6 +193,63 @@ def test_noise_takes_one_length(problem) -> None:
         TSAM(parameters(), lr=0.1, sampler=sampler, rho=0.3, radius=0.2)
 
 
+def test_options_that_mean_nothing_beside_others_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^HMC: delta_scale: got 5.0, expected 1.0, as delta is not 'auto'"):
+        HMC(delta=1.0, delta_scale=5.0)
+    HMC(delta="auto", delta_scale=5.0)
+    with pytest.raises(ValueError, match=r"^TSAM: num_samples: got 1, expected 2 or more, .*Ascent\(antithetic=True\)"):
+        TSAM(parameters(), lr=0.1, sampler=Ascent(antithetic=True), num_samples=1)
+    with pytest.raises(ValueError, match=r"^TSAM: rho: got 0.05 beside radius=0.2"):  # the default's value, but meant
+        TSAM(parameters(), lr=0.1, sampler="noise", rho=0.05, radius=0.2)
+    TSAM(parameters(), lr=0.1, sampler="noise", radius=0.2)
+    for name in ("tsam_rho", "tsam_version"):
+        match = rf"^TSAM: param_groups\[0\]\.{name}: got 0.3, expected no such key \(ours are rho, radius, adaptive\)"
+        with pytest.raises(ValueError, match=match):
+            TSAM([{"params": parameters(), name: 0.3}], lr=0.1)
+
+
+class Swallowing(torch.optim.SGD):
+    """A base that hands any option on, and one that is its own."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        delta = options.pop("delta", 0.1)
+        options.pop("prior", None)
+        super().__init__(params, **options)
+        self.defaults["delta"] = delta
+
+
+def test_a_base_that_takes_any_option_says_itself_what_is_its_own() -> None:
+    optimizer = TSAM(parameters(), Swallowing, lr=0.1, delta=0.7)
+    assert optimizer.defaults["delta"] == 0.7
+    for name in ("noise", "prior"):  # refused by SGD; swallowed without a word
+        with pytest.raises(TypeError, match=rf"^TSAM: {name} belongs to the sampler"):
+            TSAM(parameters(), Swallowing, lr=0.1, **{name: 1.0})
+    with pytest.raises(TypeError, match="momentun"):
+        TSAM(parameters(), Swallowing, lr=0.1, delta=0.7, momentun=0.9)
+
+    class Unreadable(torch.optim.SGD):
+        __signature__ = 5
+
+    TSAM(parameters(), Unreadable, lr=0.1)
+    with pytest.raises(TypeError, match=r"^TSAM: noise belongs to the sampler"):
+        TSAM(parameters(), Unreadable, lr=0.1, noise="sphere")
+
+
+def test_what_is_refused_on_a_gpu_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of the user's that does not count on the device is refused before it gets keys of ours."""
+
+    def refuses(base: Any, *, own: bool) -> None:
+        raise ValueError("capturable")
+
+    base = torch.optim.Adam(parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr("tsam_ext.optim.make_capturable", refuses)
+        with pytest.raises(ValueError, match="capturable"):
+            TSAM(base, capturable=True, same_masks=False)
+    assert "rho" not in base.defaults
+    TSAM(base)
+
+
 def test_hmc_takes_no_radius_in_a_group_either() -> None:
     first, second = parameters()
     with pytest.raises(ValueError, match=r"^TSAM: param_groups\[1\]\.radius: got 0.2, .*as the sampler is HMC"):
@@ -216,7 +273,7 @@ def test_settings_are_shown_and_read_only(problem) -> None:
     task.train(optimizer, 1)
     with Unread():
         text, seen = repr(optimizer), repr(optimizer.diagnostics)
-    for part in ("TSAM (", "HMC(delta=<torch.float32 tensor on cpu>", "tilt=<torch.float32", "SGD (", "momentum: 0.9"):
+    for part in ("TSAM (", "HMC(delta=<torch.float32 tensor on cpu>", "tilt=<torch.float32", ": SGD", "momentum=0.9"):
         assert part in text
     assert "acceptance_rate" in seen
     assert optimizer.settings.tilt is tilt
@@ -229,6 +286,9 @@ def test_settings_are_shown_and_read_only(problem) -> None:
         return float(step)
 
     assert "tilt=schedule" in repr(TSAM(parameters(), lr=0.1, tilt=schedule))
+    adam = TSAM(parameters(), torch.optim.Adam, lr=torch.tensor(0.1))
+    with Unread():
+        assert "lr=<torch.float32" in repr(adam)
 
 
 SAID = {

@@ -31,15 +31,15 @@ def base_of(params: Any, base: object, kwargs: dict[str, Any], sampler: Sampler)
         params, base = None, params
     if isinstance(base, type) and issubclass(base, Optimizer):
         _refuse_kind(base)
-        _refuse_sampler_options(base, kwargs, sampler)
         if params is None:
             raise refuse(TSAM, "params", "None", "parameters, as base_optimizer is a class", TypeError)
-        return cast(Callable[..., Optimizer], base)(params, **kwargs)
+        return _built(cast(Callable[..., Optimizer], base), params, kwargs, sampler)
     if not isinstance(base, Optimizer):
         raise refuse(TSAM, "base_optimizer", shown(base), OPTIMIZER, TypeError)
     _refuse_kind(type(base))
-    _refuse_sampler_options(type(base), kwargs, sampler)
     for name, value in kwargs.items():
+        if owner := owner_of(name, sampler):
+            raise _misplaced(name, owner)
         raise refuse(TSAM, name, shown(value), "no base options beside an instance", TypeError)
     if params is not None:
         given = [p for item in list(params) for p in _flat(item)]
@@ -68,11 +68,31 @@ def _refuse_kind(kind: type[Optimizer]) -> None:
         raise refuse(TSAM, "base_optimizer", kind.__name__, expected)
 
 
-def _refuse_sampler_options(kind: type[Optimizer], kwargs: dict[str, Any], sampler: Sampler) -> None:
-    taken = inspect.signature(kind).parameters
-    for name in kwargs:
-        if name not in taken and (owner := owner_of(name, sampler)):
-            raise TypeError(f"TSAM: {name} belongs to the sampler: sampler={owner}({name}=...)")
+def _built(kind: Callable[..., Optimizer], params: Any, kwargs: dict[str, Any], sampler: Sampler) -> Optimizer:
+    """The base from its class; a sampler's option among its own is refused unless the class has one of that name."""
+    owned = {name: owner for name in kwargs if (owner := owner_of(name, sampler))}
+    try:
+        base = kind(params, **kwargs)
+    except TypeError as error:
+        for name, owner in owned.items():
+            if name in str(error):
+                raise _misplaced(name, owner) from error
+        raise
+    for name, owner in owned.items():
+        if name not in base.defaults and name not in _named_options(kind):  # swallowed by **kwargs
+            raise _misplaced(name, owner)
+    return base
+
+
+def _named_options(kind: Callable[..., Optimizer]) -> set[str]:
+    try:
+        return set(inspect.signature(kind).parameters)
+    except (TypeError, ValueError):  # compiled classes have no signature
+        return set()
+
+
+def _misplaced(option: str, owner: str) -> Exception:
+    return TypeError(f"TSAM: {option} belongs to the sampler: sampler={owner}({option}=...)")
 
 
 def check_groups(groups: list[dict[str, Any]], names: dict[str, str]) -> None:
@@ -153,7 +173,7 @@ class WrappingOptimizer(Optimizer):
         self.set_group_keys()
 
     def _check_new_group(self, group: dict[str, Any], where: str) -> None:
-        check_group_options(group, where, self._sampler, self._base_options)
+        check_group_options(group, where, self.group_names, self._sampler, self._base_options)
         own = {key: group[name] for key, name in self.group_names.items() if name in group}
         self._sampler.check_lengths(where, own, self._given)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .engine.checks import TSAM, check_choice, refuse, shown
 from .engine.state import CHAIN_SLOTS, ChainSlot
-from .memory import Memory, Saved
 from .phase_space import PRIORS
+from .sampler_state import SamplerState, Saved
 from .table import Table
 
 # What one step leaves for the next beside positions, by its name in a checkpoint.
@@ -33,7 +33,7 @@ def _wide(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-class Chain(Memory):
+class Chain(SamplerState):
     """The chain on one ``prior``. With ``adapts`` the step size moves, up to ``highest_step_size``."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Chain(Memory):
         return held
 
     def _held(self, parameter: Tensor) -> list[Tensor] | None:
-        """The buffers of a parameter, None where there are none that fit it."""
+        """The buffers of a parameter, or None where it has none in its present form."""
         held = self.positions.get(parameter)
         if held is None:
             return None
@@ -73,7 +73,7 @@ class Chain(Memory):
         return held if alike and first.dtype == _wide(parameter) and first.device == parameter.device else None
 
     def momentum(self, parameter: Tensor) -> Tensor:
-        """Memory for a parameter's momentum, like a position; holds whatever the last trajectory left."""
+        """SamplerState for a parameter's momentum, like a position; holds whatever the last trajectory left."""
         if parameter not in self.momenta:
             self.momenta[parameter] = torch.empty_like(self.positions[parameter][0])
         return self.momenta[parameter]
@@ -112,7 +112,7 @@ class Chain(Memory):
             check_choice(TSAM, f"{where}: {PRIOR}", numbers[PRIOR], PRIORS)
             for name in KEPT:
                 value = numbers.get(name)
-                if not isinstance(value, float) or not math.isfinite(value):
+                if not isinstance(value, (int, float)) or not math.isfinite(value):
                     raise refuse(TSAM, f"{where}: {name}", shown(value), "a finite number")
         for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
             if position is None:

@@ -1,20 +1,25 @@
 """What a checkpoint holds beside the base optimizer's state, and when it may be loaded.
 
-Layout: the base's state dict; in every entry of param_groups the numbers, with names that begin with tsam_ (version,
-noise scheme, base class, shapes, step, seed, a sampler's own); in state, beside each parameter's, a sampler's tensors.
+Layout: the base's state dict; in every entry of param_groups numbers and strings, with names that begin with tsam_
+(version, noise scheme, base class, shapes, step, seed, a sampler's own); in state, beside each parameter's, a sampler's
+tensors.
 Invariant: everything is checked before anything is changed; plain values only, so ``weights_only=True`` loads it; the
 base optimizer never sees an entry of ours.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .engine.checks import TSAM, check_int, refuse, shown
-from .memory import Memory, Saved
+from .sampler_state import SamplerState, Saved
+from .settings import check_group_values
 
 PREFIX = "tsam_"
 STATE_VERSION = 2
@@ -40,15 +45,25 @@ def _parameters(base: Optimizer) -> list[Tensor]:
     return [p for group in base.param_groups for p in group["params"]]
 
 
-def pack(base: Optimizer, memory: Memory, *, step: int, seed: int) -> dict[str, Any]:
+def _split(entries: dict[str, Any], keep: Container[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is the base's, and what is ours without its prefix; ``keep``: names with our prefix that are the base's."""
+    ours = {k for k in entries if isinstance(k, str) and k.startswith(PREFIX) and k not in keep}
+    theirs = {k: v for k, v in entries.items() if k not in ours}
+    return theirs, {k.removeprefix(PREFIX): v for k, v in entries.items() if k in ours}
+
+
+def pack(
+    base: Optimizer, sampler_state: SamplerState, group_names: dict[str, str], *, step: int, seed: int
+) -> dict[str, Any]:
     """The base's state dict with our entries beside its own."""
-    kept, packed = memory.save(_parameters(base)), base.state_dict()
+    kept, packed = sampler_state.save(_parameters(base)), base.state_dict()
     numbers = {"step": step, "seed": seed, **kept.numbers}
     groups = []
     for group, here in zip(packed["param_groups"], base.param_groups, strict=True):
+        theirs, _ = _split(group, group_names.values())  # a base that has loaded such a state by itself keeps it
         ours = {**_identity(base, here), **numbers}
-        groups.append({**group, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
-    state = dict(packed["state"])
+        groups.append({**theirs, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
+    state = {k: _split(entry)[0] if isinstance(entry, dict) else entry for k, entry in packed["state"].items()}
     indices = [index for group in packed["param_groups"] for index in group["params"]]
     for name, tensors in kept.tensors.items():
         for index, tensor in zip(indices, tensors, strict=True):
@@ -58,46 +73,64 @@ def pack(base: Optimizer, memory: Memory, *, step: int, seed: int) -> dict[str, 
 
 
 def unpack(
-    base: Optimizer, memory: Memory, group_names: dict[str, str], saved: dict[str, Any]
+    base: Optimizer, sampler_state: SamplerState, group_names: dict[str, str], saved: Any
 ) -> tuple[dict[str, Any], tuple[int, int, Saved] | None]:
     """The base's own part, and (step, seed, a sampler's part) if TSAM saved it; ValueError if it does not fit."""
-    if "tsam" in saved:
+    if isinstance(saved, dict) and "tsam" in saved:
         got = "a checkpoint of version 1, which an older tsam_ext has written"
         raise refuse(TSAM, WHERE, got, f"one of version {STATE_VERSION}: it cannot be converted")
-    theirs = set(group_names.values())  # of these, tsam_rho and its like are group keys
-    groups, found = [], []
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        raise refuse(TSAM, WHERE, shown(saved), "a dict with state and param_groups, as state_dict() gives it")
+    groups: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for g, group in enumerate(saved["param_groups"]):
-        ours = {k.removeprefix(PREFIX): v for k, v in group.items() if k.startswith(PREFIX) and k not in theirs}
+        theirs, ours = _split(group, group_names.values())
         for key, value in ours.items():
             if not isinstance(value, (int, float, str)):
                 raise refuse(TSAM, _place(g, key), shown(value), "a number or a string", TypeError)
-        groups.append({k: v for k, v in group.items() if not k.startswith(PREFIX) or k in theirs})
+        if g < len(base.param_groups):  # a base's own state does not know our keys: they stay as they are
+            here = base.param_groups[g]
+            theirs = {**{name: here[name] for name in group_names.values()}, **theirs}
+        check_group_values(theirs, f"{WHERE}: param_groups[{g}].", group_names)
+        groups.append(theirs)
         found.append(ours)
-    state, tensors = {}, dict[str, dict[Any, Tensor]]()
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    state: dict[Any, Any] = {}
+    tensors: dict[str, dict[Any, Tensor]] = {}
     for index, entry in saved["state"].items():
-        rest = {name: value for name, value in entry.items() if not name.startswith(PREFIX)}
-        for name, value in entry.items():
-            if name.startswith(PREFIX):
-                tensors.setdefault(name.removeprefix(PREFIX), {})[index] = value
-        if rest or not entry:
-            state[index] = rest
+        theirs, ours = _split(entry) if isinstance(entry, dict) else (entry, {})
+        for name, value in ours.items():
+            if index not in indices:
+                raise refuse(TSAM, WHERE, f"{PREFIX}{name} of parameter {index!r}", "a parameter of some group")
+            tensors.setdefault(name, {})[index] = value
+        if theirs or not ours:
+            state[index] = theirs
     own = {**saved, "state": state, "param_groups": groups}
     if not any(found):
         return own, None
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    _check_identity(base, found)
+    numbers = found[0]
+    step = check_int(TSAM, f"{WHERE}: step", numbers.get("step"), 0, (1 << 63) - 1)
+    seed = check_int(TSAM, f"{WHERE}: seed", numbers.get("seed"), 0, (1 << 64) - 1)
+    kept = Saved(numbers, {name: [by_index.get(i) for i in indices] for name, by_index in tensors.items()})
+    sampler_state.check(kept, _parameters(base))
+    return own, (step, seed, kept)
+
+
+def _check_identity(base: Optimizer, found: list[dict[str, Any]]) -> None:
+    """Refuses another version, noise scheme, class or shapes, and groups that do not say the same."""
     if len(found) != len(base.param_groups):
         raise refuse(TSAM, WHERE, f"{len(found)} parameter groups", f"{len(base.param_groups)} as here")
     for g, (ours, group) in enumerate(zip(found, base.param_groups, strict=True)):
         for key, value in _identity(base, group).items():
             if ours.get(key) != value:
+                got, expected = str(ours.get(key)), str(value)
+                if key == "shapes":  # of hundreds the first that differs
+                    pairs = itertools.zip_longest(*(re.findall(r"\(.*?\)", text) for text in (got, expected)))
+                    i, (got, expected) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+                    raise refuse(TSAM, _place(g, key), f"{got} for parameter {i}", f"{expected} as here")
                 raise refuse(TSAM, _place(g, key), repr(ours.get(key)), f"{value!r} as here")
-    numbers = found[0]
-    for g, ours in enumerate(found):
-        for key in numbers.keys() - {"shapes"}:
-            if repr(ours.get(key)) != repr(numbers[key]):  # NaN is as NaN
-                raise refuse(TSAM, _place(g, key), shown(ours.get(key)), f"{numbers[key]!r} as in param_groups[0]")
-    step = check_int(TSAM, f"{WHERE}: step", numbers.get("step"), 0, (1 << 63) - 1)
-    seed = check_int(TSAM, f"{WHERE}: seed", numbers.get("seed"), 0, (1 << 64) - 1)
-    kept = Saved(numbers, {name: [by_index.get(i) for i in indices] for name, by_index in tensors.items()})
-    memory.check(kept, _parameters(base))
-    return own, (step, seed, kept)
+        for key in found[0].keys() - {"shapes"}:
+            if repr(ours.get(key)) != repr(found[0][key]):  # NaN is as NaN
+                expected = f"{found[0][key]!r} as in param_groups[0]"
+                raise refuse(TSAM, _place(g, key), shown(ours.get(key)), expected)

@@ -52,7 +52,7 @@ class Diagnostics:
 
     @property
     def _num_rows(self) -> int:
-        return self._report.num_samples * self._report.rows_per_sample
+        return self._report.num_samples * self._report.states_per_sample
 
     def _column(self, index: int) -> Tensor:
         rows = self._report.state[HEADER : HEADER + ROW * self._num_rows].view(self._num_rows, ROW)
@@ -154,9 +154,9 @@ class Diagnostics:
     @property
     def energy_errors(self) -> Tensor:
         """Sampler ``hmc``: ΔH of the trajectory before each sample, float64, shape ``[s]``; NaN with other samplers."""
-        if self._report.rows_per_sample == 1:
+        if self._report.states_per_sample == 1:
             return self._column(3)
-        return self._column(3)[self._report.rows_per_sample - 2 :: self._report.rows_per_sample].clone()
+        return self._column(3)[self._report.states_per_sample - 2 :: self._report.states_per_sample].clone()
 
     @property
     def num_divergent(self) -> Tensor:

@@ -7,8 +7,6 @@ Invariant: a p.grad that existed is filled, not replaced; only memory that nobod
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -72,9 +70,15 @@ class Mean:
                     found = torch.empty_like(gradient, dtype=wide)
                 self.sums[i] = found.zero_() if zero else found
 
-    def adopts(self, gradients: dict[int, Tensor], indices: Iterable[int]) -> bool:
-        """Whether a mean that has not begun can begin in the memory of these gradients, at all of the indices."""
-        return not self.sums and all(i in gradients and self._adoptable(i, gradients[i]) for i in indices)
+    def begins_in(self, gradients: dict[int, Tensor], indices: list[int], *, keep: bool) -> bool:
+        """Whether a mean that has not begun can begin in the memory of these gradients, at all of the indices.
+
+        ``keep``: it does; otherwise their memory only stands for it in an op that counts nothing.
+        """
+        begins = not self.sums and all(i in gradients and self._adoptable(i, gradients[i]) for i in indices)
+        if begins and keep:
+            self.sums = {i: gradients[i] for i in indices}
+        return begins
 
     def _adoptable(self, index: int, gradient: Tensor) -> bool:
         wide = gradient.dtype in (torch.float32, torch.float64)

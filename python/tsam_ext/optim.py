@@ -24,7 +24,7 @@ from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
 from .module_state import TrainingNormWatch
 from .progress import Progress
-from .samplers import Sampler, SamplerName
+from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Settings, Tilt, check_group_values
 from .table import Table
 
@@ -51,7 +51,8 @@ class TSAM(WrappingOptimizer):
         num_samples: s, perturbations per step. Default 3.
         sampler: ``"ascent"`` (default), ``"noise"`` or ``"hmc"``, or an object with options: :class:`Ascent`,
             :class:`Noise`, :class:`HMC`, whose pages say what they do and cost.
-        adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves.
+        adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves. Default
+            False.
         radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
         batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
             cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
@@ -105,7 +106,10 @@ class TSAM(WrappingOptimizer):
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
         check_group_values(own, "", OWN_NAMES)
-        given = {key: own[key] for key, default in (("rho", RHO), ("radius", None)) if own[key] != default}
+        # By identity: a 0.05 of the user's is another object than the default, and so is known to be meant.
+        given = {"rho": own["rho"]} if rho is not RHO else {}
+        if radius is not None:
+            given["radius"] = own["radius"]
         self._settings = Settings(
             tilt=tilt,
             num_samples=num_samples,
@@ -123,13 +127,13 @@ class TSAM(WrappingOptimizer):
             seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs, chosen)
         built = isinstance(base_optimizer, type) and not isinstance(params, Optimizer)
-        super().__init__(base, chosen, own=own, given=given, foreign=not built)
         if capturable:
             make_capturable(base, own=built)
+        super().__init__(base, chosen, own=own, given=given, foreign=not built)
         self.model = model
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
-        self._progress = Progress(chosen.memory(device), key, device, capturable=capturable)
+        self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
 
     @property
     def settings(self) -> Settings:
@@ -147,17 +151,21 @@ class TSAM(WrappingOptimizer):
         return self._progress.diagnostics
 
     def __repr__(self) -> str:
-        base = "\n".join(f"    {line}" for line in repr(self.base_optimizer).splitlines())
-        return f"TSAM (\n    {self._settings.shown()}\n{base}\n)"
+        lines = [f"    {self._settings.shown()}", f"    base optimizer: {type(self.base_optimizer).__name__}"]
+        for g, group in enumerate(self.param_groups):
+            options = (f"{key}={shown_setting(group[key])}" for key in sorted(group) if key != "params")
+            lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
+        return "\n".join(["TSAM (", *lines, ")"])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
         The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once per
-        gradient: once or twice per sample, as the sampler's page says, and once on plain steps of ``every``. ``p.grad``
-        is cleared before each run.
+        gradient: as often as the sampler's page says, and once on plain steps of ``every``. ``p.grad`` is cleared
+        before each run.
 
         Raises:
+            TypeError, ValueError: for a loss that is none, naming what came. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
                 closures fails instead of training without perturbations.
         """
@@ -181,7 +189,8 @@ class TSAM(WrappingOptimizer):
     def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
-        Clipping or unscaling goes between this and :meth:`apply`. Returns the first pass's loss, detached.
+        Clipping or unscaling goes between this and :meth:`apply`. Returns the first pass's loss, detached. Raises as
+        :meth:`step` does.
         """
         for sample in self.samples():
             with sample, torch.enable_grad():
@@ -203,12 +212,18 @@ class TSAM(WrappingOptimizer):
             opt.apply()
 
         Several backward calls per item accumulate. Leaving the loop early, by break or exception, restores everything.
+
+        Raises:
+            RuntimeError: for an item that was not entered with ``with``, or in which no loss was recorded; inside
+                :meth:`perturbed`.
+            TypeError, ValueError: for a loss that is none, naming what came.
         """
         self._refuse_inside_perturbed("a step")
         progress, settings = self._progress, self._settings
         progress.abort()
         plain = settings.is_plain(progress.step)
-        estimate = progress.estimate = self._new_estimate(plain=plain, tilt=settings.tilt_at(progress.step))
+        tilt = 0.0 if plain else settings.tilt_at(progress.step)
+        estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
         watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
         try:
             yield from estimate.passes()
@@ -232,13 +247,13 @@ class TSAM(WrappingOptimizer):
             seed=progress.signed_seed,
             count=progress.step,
             num_samples=1 if plain else settings.num_samples,
-            tilt=0.0 if plain else tilt,
+            tilt=tilt,
             split=settings.split and not plain,
             skip_nonfinite_loss=settings.skip_nonfinite_loss,
             same_masks=settings.same_masks,
             model=self.model,
         )
-        return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.memory)
+        return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
@@ -248,6 +263,7 @@ class TSAM(WrappingOptimizer):
         samples uses as many samples as rows. Outside a step the batch comes back whole.
 
         Raises:
+            TypeError: for no argument.
             ValueError: for arguments of different lengths, or of another length than in the step's earlier passes.
         """
         if not batch:
@@ -257,7 +273,7 @@ class TSAM(WrappingOptimizer):
             if len(rest) != rows:
                 raise refuse(OPTIMIZER, f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
         running = self._progress.running
-        begin, end = (0, rows) if running is None else running.rows(rows)
+        begin, end = (0, rows) if running is None else running.take_part(rows)
         parts = batch if (begin, end) == (0, rows) else tuple(item[begin:end] for item in batch)
         return parts[0] if len(parts) == 1 else parts
 
@@ -273,8 +289,8 @@ class TSAM(WrappingOptimizer):
         if self._progress.running is not None:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
         estimate = self._new_estimate()
-        self._progress.inside_perturbed = True
         try:
+            self._progress.inside_perturbed = True
             estimate.visit(sample)
             yield
         finally:
@@ -289,11 +305,11 @@ class TSAM(WrappingOptimizer):
         """
         if self._progress.inside_perturbed or self._progress.running is not None:
             raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
-        return self._progress.memory.perturbations(Table.of(self.param_groups, self.group_names))
+        return self._progress.sampler_state.perturbations(Table.of(self.param_groups, self.group_names))
 
     def _refuse_inside_perturbed(self, what: str) -> None:
         if self._progress.inside_perturbed:
-            raise RuntimeError(f"TSAM: {what} inside perturbed(): what is there now is not where the step starts.")
+            raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
 
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
@@ -339,24 +355,28 @@ class TSAM(WrappingOptimizer):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with numbers named ``tsam_...`` in each group and no scratch.
+        """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
 
-        A sampler that keeps something per parameter has it beside that parameter's state.
+        A sampler that keeps something per parameter has it beside that parameter's state. For a base optimizer alone
+        take ``opt.base_optimizer.state_dict()``: in a plain one our entries would stay. The nested form of
+        torch.distributed.checkpoint keeps all of it; its flat form loads only what a live group has, and so loses them.
         """
         progress = self._progress
-        return checkpoint.pack(self.base_optimizer, progress.memory, step=int(progress.step), seed=progress.seed)
+        numbers = {"step": int(progress.step), "seed": progress.seed}
+        return checkpoint.pack(self.base_optimizer, progress.sampler_state, self.group_names, **numbers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 
-        A state dict of the base optimizer alone loads too: step and seed stay as they are. The settings are those of
-        this object.
+        A state dict of the base optimizer alone loads too: step, seed and each group's rho, radius and adaptive stay as
+        they are. The other settings are those of this object in any case.
 
         Raises:
-            ValueError: before anything changes, if the version, base class, shapes or noise scheme differ.
+            TypeError, ValueError: before anything changes, if the version, base class, shapes or noise scheme differ,
+                or a value is none that could have been saved.
         """
         progress = self._progress
-        rest, own = checkpoint.unpack(self.base_optimizer, progress.memory, self.group_names, state_dict)
+        rest, own = checkpoint.unpack(self.base_optimizer, progress.sampler_state, self.group_names, state_dict)
         rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
         self.base_optimizer.load_state_dict(rest)
         self.set_group_keys()
@@ -364,7 +384,7 @@ class TSAM(WrappingOptimizer):
         if own is not None:
             step, progress.seed, kept = own
             progress.set_step(step)
-            progress.memory.load(kept, [p for group in self.param_groups for p in group["params"]])
+            progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from .diagnostics import Diagnostics
 from .estimates import Estimate
-from .memory import Memory
 from .origin import Scratch
+from .sampler_state import SamplerState
 
 
 class Progress:
-    """``step`` counts completed steps, on the device where ``capturable``; ``memory`` is the sampler's."""
+    """``step`` counts completed steps, on the device where ``capturable``; ``sampler_state`` is the sampler's own."""
 
-    def __init__(self, memory: Memory, seed: int, device: torch.device, *, capturable: bool) -> None:
+    def __init__(self, sampler_state: SamplerState, seed: int, device: torch.device, *, capturable: bool) -> None:
         self.step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0
-        self.seed, self.memory = seed, memory
+        self.seed, self.sampler_state = seed, sampler_state
         self.forget()
 
     def forget(self) -> None:
@@ -62,7 +62,7 @@ class Progress:
         self.step = self.step.fill_(step) if isinstance(self.step, Tensor) else step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "seed": self.seed, "memory": self.memory}
+        return {"step": self.step, "seed": self.seed, "sampler_state": self.sampler_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -30,8 +30,8 @@ from .engine.checks import (
     shown,
 )
 from .estimates import Estimate, HamiltonianEstimate, PerturbationEstimate, Step
-from .memory import Memory
 from .phase_space import PRIORS
+from .sampler_state import SamplerState
 
 NoiseKind = Literal["gaussian", "sphere", "ball", "rademacher"]
 CHAINS = ("persistent", "fresh")
@@ -52,14 +52,14 @@ class Sampler(ABC):
     two_steps: ClassVar[bool] = False  # whether one sample without noise is SAM's ascent and descent
 
     @abstractmethod
-    def estimate(self, step: Step, memory: Memory) -> Estimate:
+    def estimate(self, step: Step, state: SamplerState) -> Estimate:
         """The passes of one step."""
 
-    def memory(self, device: torch.device) -> Memory:
-        """What lasts from step to step: nothing."""
-        return Memory()
+    def init(self, device: torch.device) -> SamplerState:
+        """What lasts from step to step, before the first: nothing."""
+        return SamplerState()
 
-    def check_settings(self, *, batch: str, same_masks: bool, capturable: bool) -> None:
+    def check_settings(self, *, num_samples: int, batch: str, same_masks: bool, capturable: bool) -> None:
         """ValueError, naming both, for a setting of TSAM's that means nothing for this sampler."""
         return
 
@@ -96,7 +96,13 @@ class _Drawing(Sampler):
         check_choice(type(self).__name__, "noise", self.noise, NOISES)
         check_flag(type(self).__name__, "antithetic", self.antithetic)
 
-    def estimate(self, step: Step, memory: Memory) -> Estimate:
+    def check_settings(self, *, num_samples: int, batch: str, same_masks: bool, capturable: bool) -> None:
+        """A single sample has none before it to be the negative of."""
+        if self.antithetic and num_samples == 1:
+            expected = f"2 or more, as the sampler is {type(self).__name__}(antithetic=True)"
+            raise refuse(TSAM, "num_samples", 1, expected)
+
+    def estimate(self, step: Step, state: SamplerState) -> Estimate:
         """One or two passes per sample."""
         kind = NOISES.index(self.noise)
         return PerturbationEstimate(step, noise=kind, antithetic=self.antithetic, ascends=self.ascends)
@@ -211,6 +217,8 @@ class HMC(Sampler):
         checked["delta_scale"] = check_number(
             "HMC", "delta_scale", self.delta_scale, "a finite number", or_tensor=False
         )
+        if self.delta_scale != 1.0 and not (isinstance(self.delta, str) and self.delta == "auto"):
+            raise refuse("HMC", "delta_scale", shown(self.delta_scale), "1.0, as delta is not 'auto'")
         checked["num_leapfrog_steps"] = check_int("HMC", "num_leapfrog_steps", self.num_leapfrog_steps, 1, 1 << 16)
         if self.step_size is not None:
             expected = "None or a finite number above 0"
@@ -223,12 +231,12 @@ class HMC(Sampler):
         for name, value in checked.items():  # Python's own numbers in place of NumPy's
             object.__setattr__(self, name, value)
 
-    def estimate(self, step: Step, memory: Memory) -> Estimate:
-        """The passes that move the chain in ``memory``."""
+    def estimate(self, step: Step, state: SamplerState) -> Estimate:
+        """The passes that move the chain."""
         automatic = isinstance(self.delta, str)
         return HamiltonianEstimate(
             step,
-            cast(Chain, memory),
+            cast(Chain, state),
             num_leapfrog_steps=self.num_leapfrog_steps,
             burn_in=self.burn_in,
             fresh=self.chain == "fresh",
@@ -238,14 +246,14 @@ class HMC(Sampler):
             recycle=self.recycle,
         )
 
-    def memory(self, device: torch.device) -> Chain:
+    def init(self, device: torch.device) -> Chain:
         """The chain. Adaptation stops at a quarter turn per trajectory, or at the user's step size if larger."""
         quarter = math.pi / (2 * self.num_leapfrog_steps)
         first = quarter if self.step_size is None else self.step_size
         highest = max(first, quarter)
         return Chain(device, prior=self.prior, step_size=first, highest_step_size=highest, adapts=self.adapt_step_size)
 
-    def check_settings(self, *, batch: str, same_masks: bool, capturable: bool) -> None:
+    def check_settings(self, *, num_samples: int, batch: str, same_masks: bool, capturable: bool) -> None:
         """The accept test compares losses of one function: the same rows and the same masks at every position."""
         if batch != "whole":
             raise self.refuses("batch", batch, "'whole'")

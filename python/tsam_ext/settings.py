@@ -29,6 +29,7 @@ from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 Tilt = float | Tensor | Callable[[int], float | Tensor]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
+FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "seed", "model")
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -65,7 +66,9 @@ class Settings:
                 raise refuse(TSAM, "same_masks", True, "False, as capturable is True")
             if not isinstance(self.tilt, (float, Tensor)):
                 raise refuse(TSAM, "tilt", "a function", "a number or a 0-dim tensor, as capturable is True")
-        self.sampler.check_settings(batch=self.batch, same_masks=self.same_masks, capturable=self.capturable)
+        self.sampler.check_settings(
+            num_samples=self.num_samples, batch=self.batch, same_masks=self.same_masks, capturable=self.capturable
+        )
 
     @property
     def two_steps(self) -> bool:
@@ -125,12 +128,18 @@ def check_group_values(group: dict[str, Any], where: str, names: Mapping[str, st
         check_flag(TSAM, where + names["adaptive"], group[names["adaptive"]])
 
 
-def check_group_options(group: Mapping[str, Any], where: str, sampler: Sampler, base_options: Container[str]) -> None:
+def check_group_options(
+    group: Mapping[str, Any], where: str, names: Mapping[str, str], sampler: Sampler, base_options: Container[str]
+) -> None:
     """Refuses settings of TSAM's or of a sampler's in a group, but for those that are the base optimizer's own."""
     for key in group:
         if key in base_options:
             continue
-        if key in Settings.__dataclass_fields__ and key != "capturable":
+        if key in FOR_ALL:
             raise refuse(TSAM, f"{where}{key}", shown(group[key]), "one value for all groups, given to TSAM itself")
         if owner := owner_of(key, sampler):
-            raise refuse(TSAM, f"{where}{key}", shown(group[key]), f"it with the sampler: sampler={owner}({key}=...)")
+            expected = f"no such key: it belongs to the sampler, sampler={owner}({key}=...)"
+            raise refuse(TSAM, f"{where}{key}", shown(group[key]), expected)
+        if key.startswith("tsam_") and key not in names.values():
+            expected = f"no such key (ours are {', '.join(names.values())})"
+            raise refuse(TSAM, f"{where}{key}", shown(group[key]), expected)

@@ -7,6 +7,7 @@ cleared. A leaf moves the parameters (passes it yields) and takes gradients; it 
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import TSAM, refuse
+from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.mean import Mean
@@ -56,7 +57,7 @@ class Report:
     state: Tensor
     num_samples: int
     names: tuple[str, ...]
-    rows_per_sample: int = 1
+    states_per_sample: int = 1
     tilt_weighs: bool = False
     chain: Tensor | None = None
     dimension_over_rho: float = float("nan")
@@ -66,6 +67,12 @@ class Sample:
     """One gradient of a step: a context manager around the forward and backward passes that compute it.
 
     The item of :meth:`TSAM.samples`. Leaving it hands the gradients over, or, by an exception, restores everything.
+
+    Attributes:
+        index: which sample of the step, from 0.
+        probe: whether this gradient is only on the way: an ascent follows, or a chain moves on.
+        loss: what :meth:`record` was given, detached, as a tensor; None before.
+        done: whether the pass is over.
     """
 
     def __init__(self, estimate: Estimate, index: int, probe: bool) -> None:
@@ -79,9 +86,15 @@ class Sample:
         """Records the loss (one element, any floating-point dtype) of this pass, once, inside ``with``.
 
         Nothing is read from a device.
+
+        Raises:
+            TypeError, ValueError: if it is none, or lies on a device that holds no parameter.
         """
         spread = self._estimate.spread
         if not isinstance(loss, Tensor):
+            if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+                expected = "a floating-point tensor of one element or a number (a closure has to return the loss)"
+                raise refuse(TSAM, "loss", shown(loss), expected, TypeError)
             loss = torch.tensor(float(loss), dtype=torch.float64, device=spread.home)
         if loss.numel() != 1 or not loss.dtype.is_floating_point:
             got = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
@@ -121,15 +134,14 @@ class Sample:
 class Estimate(ABC):
     """One step over ``step.table``; see the module's docstring."""
 
-    plain = False  # whether this is the gradient at θ₀ and nothing else
     tilt_weighs = True
     diagnostics: tuple[str, ...] = ("losses", "weights", "ess", "tilted_loss", "num_nonfinite")
 
-    def __init__(self, step: Step, rows_per_sample: int = 1) -> None:
+    def __init__(self, step: Step, states_per_sample: int = 1) -> None:
         self.table, self.step = step.table, step
-        self.num_samples, self.rows_per_sample = step.num_samples, rows_per_sample
+        self.num_samples, self.states_per_sample = step.num_samples, states_per_sample
         self.spread = Spread(step.table.parameters)
-        self.state = new_state(self.num_samples * rows_per_sample, self.spread.home)
+        self.state = new_state(self.num_samples * states_per_sample, self.spread.home)
         self.spread.follow(self.state)
         self.capturing = any(map(_cuda.capturing, self.spread.devices))
         if isinstance(step.count, Tensor):  # counted on the device, where a captured step finds it at each replay
@@ -169,8 +181,8 @@ class Estimate(ABC):
         """Whether the step runs the model more than once."""
         return True
 
-    def rows(self, rows: int) -> tuple[int, int]:
-        """First and last row (exclusive) of a batch of ``rows`` that the current pass is to see: all of them."""
+    def take_part(self, rows: int) -> tuple[int, int]:
+        """Notes that the current pass asks for its rows of a batch; first and last row (exclusive): all of them."""
         return 0, rows
 
     def passes(self) -> Iterator[Sample]:
@@ -184,9 +196,9 @@ class Estimate(ABC):
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._masks = RandomMasks(() if self.capturing else self.spread.devices)
-        self._statistics = NormStatistics(self.step.model)
         self.mean.begin()
+        self._statistics = NormStatistics(self.step.model)
+        self._masks = RandomMasks(() if self.capturing else self.spread.devices)
         self.tilt = self.scalar(self.step.tilt)
         self.spread.run(_ops.tilt_begin_, (), self.state, self.tilt)
 
@@ -273,7 +285,7 @@ class Estimate(ABC):
             state=self.state,
             num_samples=self.num_samples,
             names=self.diagnostics,
-            rows_per_sample=self.rows_per_sample,
-            tilt_weighs=self.tilt_weighs and not self.plain,
+            states_per_sample=self.states_per_sample,
+            tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
         )

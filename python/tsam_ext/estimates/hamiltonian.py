@@ -172,16 +172,14 @@ class HamiltonianEstimate(Estimate):
             self._recycle(phase, START, sample, n, self._carried)
             self._recycle(phase, END, sample, n - 1, self._fresh)
         counted = sample >= 0 and not self._recycles
-        # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
-        adopts = sample <= 0 and self.mean.adopts(self._fresh, indices)
-        if adopts and counted:
-            self.mean.sums = {i: self._fresh[i] for i in indices}
-        if not adopts:
-            self.mean.cover({i: self._carried[i] for i in indices}, zero=sample > 0)
         fresh = [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices]
-        accumulator = fresh if adopts else taken(self.mean.sums, indices)
         carried = taken(self._carried, indices)
-        phase.carry(indices, accumulator, carried, [] if adopts else fresh, count=counted)
+        # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
+        if sample <= 0 and self.mean.begins_in(self._fresh, indices, keep=counted):
+            phase.carry(indices, fresh, carried, [], count=counted)
+        else:
+            self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > 0)
+            phase.carry(indices, taken(self.mean.sums, indices), carried, fresh, count=counted)
 
     @torch.no_grad()
     def _recycle(self, phase: PhaseSpace, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
@@ -189,7 +187,7 @@ class HamiltonianEstimate(Estimate):
         phase.recycle(
             self._loss,
             share=self._last_kick / (self._substeps[1][0] if part == INNER else self._last_kick),
-            row=self.rows_per_sample * sample + row,
+            row=self.states_per_sample * sample + row,
             part=part,
             metropolis=self._metropolis,
             skip_nonfinite=self.step.skip_nonfinite_loss,

@@ -52,7 +52,7 @@ class Parts:
 class PlainEstimate(Estimate):
     """The gradient at θ₀, whatever the sampler: what the steps between those of ``every`` take."""
 
-    plain = True
+    tilt_weighs = False
 
     @property
     def repeats(self) -> bool:
@@ -112,8 +112,8 @@ class PerturbationEstimate(Estimate):
         elif self._drawn != index:
             self._perturb(index)
 
-    def rows(self, rows: int) -> tuple[int, int]:
-        """First and last row (exclusive) of a batch of ``rows`` that the current pass is to see."""
+    def take_part(self, rows: int) -> tuple[int, int]:
+        """Notes that the current pass asks for its rows of a batch; first and last row (exclusive) of them."""
         if self.parts is None or self.current is None:
             return 0, rows
         bounds = self.parts.take(rows, self.current.index)

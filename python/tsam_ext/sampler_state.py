@@ -22,8 +22,8 @@ class Saved:
     tensors: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
 
-class Memory:
-    """The memory of a sampler that keeps nothing; one that does derives from it."""
+class SamplerState:
+    """The state of a sampler that keeps nothing; one that keeps something derives from it."""
 
     def save(self, parameters: Sequence[Tensor]) -> Saved:
         """What a checkpoint holds. May wait for the device."""
