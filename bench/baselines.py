@@ -23,7 +23,7 @@ class Estimator(Protocol):
     """What is timed: one gradient estimate."""
 
     def estimate_gradient(self, closure: Closure) -> Any:
-        """Runs the closure once a gradient and fills p.grad."""
+        """Runs the closure once per gradient and fills p.grad."""
 
 
 class LoopTSAM:

@@ -2,7 +2,7 @@
 // arrays that no cache holds.
 //
 // Layout: float32 arrays of n elements, each thread owns one contiguous part, touches it first and streams over it.
-// Stores go past the caches where the instruction set has such stores, so that copy moves 2 words an element, triad 3,
+// Stores go past the caches where the instruction set has such stores, so that copy moves 2 words per element, triad 3,
 // add 3 and nothing is read only to be overwritten; read moves 1. What walks memory fastest when nothing is written
 // differs: read goes through 1, 2, 4 and 8 places of a part at once, and the shortest time of these is the run's.
 // Invariant: every array is checked after its last run, and every sum.
@@ -193,7 +193,7 @@ int floor_measure(size_t n, int threads, int repeats, double* seconds) {
       }
       double squares = 0.0;
       for (size_t i = begin; i < end; ++i) {
-        // Only add reads what it wrote, once a run; the sums stay exact for some ten thousand runs.
+        // Only add reads what it wrote, once per run; the sums stay exact for some ten thousand runs.
         float want = expected(kernel, 1.0f, b.data[i], c.data[i]);
         if (kernel == kAdd) want = 1.0f + static_cast<float>(repeats) * b.data[i];
         if (a.data[i] != want) right = false;

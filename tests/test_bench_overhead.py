@@ -102,7 +102,7 @@ def test_words_are_those_of_the_mathematics() -> None:
 
 
 def test_what_an_estimate_does_is_counted() -> None:
-    """The loops read a norm a tensor and a loss a sample on the host and keep s gradients; ours reads nothing."""
+    """The loops read a norm per tensor and a loss per sample on the host and keep s gradients; ours reads nothing."""
     scratch, n = torch.ones(1), len(NETS["mlp"].shapes())
     ours, loop, foreach = overhead.measure("mlp", ASCENT, ["ours", "loop", "foreach"], 1, scratch)
     assert (ours.syncs, loop.syncs, foreach.syncs) == (0, 3 * (n + 1), 0)

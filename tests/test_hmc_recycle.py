@@ -26,7 +26,7 @@ HMC: dict[str, Any] = {"sampler": "hmc", "lr": 0.1, "rho": 0.5, "seed": 3, "recy
 def test_gradient_and_weights_are_those_of_the_states_that_the_closure_saw(
     problem, prior: str, n: int, s: int, burn_in: int
 ) -> None:
-    """1 + N (burn_in + s) calls; a row a state, in their order, and one of the start; N in all for each trajectory."""
+    """1 + N (burn_in + s) calls; a row per state, in order, and one of the start; N in all for each trajectory."""
     task, seen = problem(), []
 
     def closure() -> Tensor:

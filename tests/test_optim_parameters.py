@@ -268,7 +268,7 @@ def test_gradient_tensors_are_filled_not_replaced(problem, set_to_none: bool) ->
         assert ours.holds(theirs.copies())
 
 
-@pytest.mark.parametrize("bucket", ["one a parameter", "one for all"])
+@pytest.mark.parametrize("bucket", ["one per parameter", "one for all"])
 @pytest.mark.parametrize("sampler", ["ascent", "noise"])
 def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str, bucket: str) -> None:
     """As a reducer does: each pass leaves its gradients in views of the same buckets."""
@@ -277,7 +277,7 @@ def test_gradient_tensors_that_the_closure_uses_again(problem, sampler: str, buc
         task = problem()
         sizes = [p.numel() for p in task.parameters]
         chunks = list(torch.zeros(sum(sizes), dtype=torch.float64).split(sizes))
-        if bucket == "one a parameter":
+        if bucket == "one per parameter":
             chunks = [chunk.clone() for chunk in chunks]
         owned = [chunk.view_as(p) for chunk, p in zip(chunks, task.parameters, strict=True)]
         optimizer = tsam(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=3.0, seed=2)

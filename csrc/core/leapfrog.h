@@ -4,7 +4,7 @@
 //   kick:     p' = p + a g                    g = grad log density
 //   leapfrog: p' = p + (h / 2) g,  x' = x + (h / m) p'
 //
-// Invariant: one multiply-add each; x' comes from the unrounded p'. h, 1/m and a are one number or one an element.
+// Invariant: one multiply-add each; x' comes from the unrounded p'. h, 1/m and a are one number or one per element.
 #pragma once
 
 #include "dtype.h"

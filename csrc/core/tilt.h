@@ -3,7 +3,7 @@
 //   e = t (L - L_first) + log n;  m' = max(m, e);  a = S e^(m - m');  b = e^(e - m');  S' = a + b
 //   A <- (a / S') A + (b / S') g, the first counted sample assigns;  t = +-inf: greater replaces, equal averages
 //
-// Layout: one float64 tensor a step, kHeader slots and then kRow values a sample; kernels read and write it, the
+// Layout: one float64 tensor per step, kHeader slots and then kRow values per sample; kernels read and write it, the
 // host never does. Invariant: A is at all times the normalised weighted mean of the samples counted so far.
 #pragma once
 

@@ -12,7 +12,7 @@
 namespace tsam {
 namespace cpu {
 
-// A factor of a formula: a value an element in the op's dtype, or (each null) one for all.
+// A factor of a formula: a value per element in the op's dtype, or (each null) one for all.
 struct Factor {
   double all;
   const void* each;
@@ -87,7 +87,7 @@ struct Kernels {
   void (*round_sum)(DType dtype, void* out, const double* sum, int64_t n);
 
   // momentum_out = momentum + step / 2 grad, position_out = position + step inverse_mass momentum_out.
-  // Words: read 3, write 2, and 1 for each factor that has a value an element.
+  // Words: read 3, write 2, and 1 for each factor that has a value per element.
   void (*leapfrog)(DType dtype, const void* position, const void* momentum, const void* grad, Factor step,
                    Factor inverse_mass, void* position_out, void* momentum_out, int64_t n);
 
@@ -100,7 +100,7 @@ struct Kernels {
   void (*hmc_place)(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
                     double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches);
 
-  // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value an element.
+  // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value per element.
   void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);
 };
 

@@ -3,7 +3,7 @@
 //   block b: the chunk b of the table's plan (core/chunks.h), kDeviceChunk elements, kThreads threads of W lanes
 //
 // Layout: a TensorTable goes by value as a __grid_constant__ parameter, so a launch needs no copy to the device and can
-// be captured in a graph. One block a chunk: with chunks this short the hardware spreads lists of any mix of sizes
+// be captured in a graph. One block per chunk: with chunks this short the hardware spreads lists of any mix of sizes
 // evenly over any number of SMs, and a sum's order does not depend on their number.
 // Invariant: functors see W lanes, those beyond the chunk zero; whole blocks of lanes move in 16-byte accesses where
 // all of a tensor's pointers allow it, one element at a time elsewhere.

@@ -93,7 +93,7 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
   });
 }
 
-// A factor of a formula: one number, of any type, or (each not null) one an element.
+// A factor of a formula: one number, of any type, or (each not null) one per element.
 template <typename T>
 struct Factor {
   Scalar all;
@@ -121,7 +121,7 @@ struct LeapfrogRun {
   int64_t n;
 };
 
-// Words: read 3, write 2, and 1 for each factor that has a value an element.
+// Words: read 3, write 2, and 1 for each factor that has a value per element.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(TSAM_PARAMETER(LeapfrogRun<T>) run) {
   using C = compute_t<T>;
@@ -152,7 +152,7 @@ struct KickRun {
   int64_t n;
 };
 
-// Words: read 2, write 1, and 1 if a has a value an element.
+// Words: read 2, write 1, and 1 if a has a value per element.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(TSAM_PARAMETER(KickRun<T>) run) {
   using C = compute_t<T>;

@@ -82,7 +82,7 @@ Tensor tilted_reduce(Tensor losses, Tensor values, double tilt) {
   return out;
 }
 
-// One number for all elements (0-dim, any of the four dtypes) or one an element. Both may be null where there is none.
+// One number for all elements (0-dim, any of the four dtypes) or one per element. Both may be null where there is none.
 struct CheckedFactor {
   Scalar all;
   const char* each;

@@ -4,7 +4,7 @@
     trace.draws[0].mean(0)
 
 Layout: theta = T x with T = √inverse_mass a tensor, unit normal momenta, theta_0 = 0 and a flat prior; one call of the
-log density a gradient. Invariant: the host reads nothing of a transition, and the caller's tensors are not written.
+log density per gradient. Invariant: the host reads nothing of a transition, and the caller's tensors are not written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Trace:
     """What :func:`sample` found: the draws of one chain and how each came about.
 
     Attributes:
-        draws: a tensor an entry of ``position``: ``[num_samples, *shape]``, of its dtype and on its device.
+        draws: a tensor per entry of ``position``: ``[num_samples, *shape]``, of its dtype and on its device.
         log_density: ``[num_samples]``, float64: the log density at each draw.
         acceptance_rate: ``[num_samples]``, float64: min(1, e^(-energy error)) of the proposal behind each draw.
         diverging: ``[num_samples]``, bool: the energy error was above 1000 in magnitude or not finite; so is a proposal
@@ -123,15 +123,15 @@ def sample(
         num_samples: how many draws to keep, at least 1. Default 1000.
         burn_in: transitions before the first draw, not below 0. Default 500.
         thin: keep every thin-th draw, at least 1. Default 1. Only memory is saved by it.
-        num_leapfrog_steps: steps of the integrator a transition, at least 1. Default 10.
+        num_leapfrog_steps: steps of the integrator per transition, at least 1. Default 10.
         step_size: the integrator's step, in units of √inverse_mass: above 0. Default 0.1.
-        inverse_mass: M⁻¹, above 0: about the variance of the elements; one number for all, or one a tensor. Default 1.
+        inverse_mass: M⁻¹, above 0: about the variance of the elements; one for all, or one per tensor. Default 1.
         adapt_step_size: during burn-in move the step size towards an acceptance rate of 0.8: log step size by
-            0.05 (acceptance - 0.8) a transition, hence by a factor of 150 at most upwards in 500. Default True.
+            0.05 (acceptance - 0.8) per transition, so upwards by a factor of 150 at most in 500. Default True.
         metropolis: accept or reject by the energy error. Without, every finite proposal is taken, and the draws are
             biased by the step size. Default True.
         integrator: coefficients (kick, drift, ..., kick), the same backwards, the kicks adding up to 1 and the drifts
-            too: ``LEAPFROG`` (default), ``MCLACHLAN`` (two gradients a step) or your own.
+            too: ``LEAPFROG`` (default), ``MCLACHLAN`` (two gradients per step) or your own.
         seed: 64-bit seed of momenta and decisions; ``None`` draws one from torch's default generator. A seed gives the
             same bits on every processor and thread count as far as ``log_density`` does.
         progress: show a bar (needs tqdm). Default False.

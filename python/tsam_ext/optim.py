@@ -165,7 +165,7 @@ class TSAM(WrappingOptimizer):
         before each run.
 
         Raises:
-            TypeError, ValueError: for a loss that is none, naming what came. The closure's exceptions pass through.
+            TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
                 closures fails instead of training without perturbations.
         """
@@ -216,7 +216,7 @@ class TSAM(WrappingOptimizer):
         Raises:
             RuntimeError: for an item that was not entered with ``with``, or in which no loss was recorded; inside
                 :meth:`perturbed`.
-            TypeError, ValueError: for a loss that is none, naming what came.
+            TypeError, ValueError: if what comes is no loss, naming it.
         """
         self._refuse_inside_perturbed("a step")
         progress, settings = self._progress, self._settings
@@ -373,7 +373,7 @@ class TSAM(WrappingOptimizer):
 
         Raises:
             TypeError, ValueError: before anything changes, if the version, base class, shapes or noise scheme differ,
-                or a value is none that could have been saved.
+                or a value could not have been saved.
         """
         progress = self._progress
         rest, own = checkpoint.unpack(self.base_optimizer, progress.sampler_state, self.group_names, state_dict)

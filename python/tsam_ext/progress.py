@@ -46,7 +46,7 @@ class Progress:
         return self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
 
     def abort(self) -> None:
-        """Undoes what is left of an estimate that nobody finished, or that nobody used."""
+        """Undoes what is left of an estimate that was not finished, or not used."""
         self.pending = False
         if self.estimate is not None:
             self.estimate.abort()

@@ -142,7 +142,7 @@ static void signs() {
   check(ok, "sign e is bit e mod 32 of word (e mod 128) / 32 of block e / 128");
 }
 
-// Streaming against softmax in long double, one element of gradient a sample.
+// Streaming against softmax in long double, one element of gradient per sample.
 static void streaming() {
   const double tilts[] = {-INFINITY, -20, 0, 1e-8, 1, 20, 1e4, INFINITY};
   const double scales[] = {1e-8, 1e-3, 1, 1e4, 1e8};

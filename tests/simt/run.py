@@ -72,6 +72,11 @@ def main(arguments: list[str]) -> int:
             return 0
         environment = {**os.environ, "PYTHONPATH": str(package), "TSAM_EMULATED": "1"}
         environment["TSAM_CPU_PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+        found = subprocess.check_output(
+            [sys.executable, "-c", "import tsam_ext; print(tsam_ext.__file__)"], text=True, env=environment, cwd=scratch
+        )
+        if not Path(found.strip()).is_relative_to(package):  # it would be the CPU's own ops that are tested
+            sys.exit(f"Python imports tsam_ext from {found.strip()} (an editable install?), not from {package}")
         named = any(argument.partition("::")[0].endswith((".py", "tests")) for argument in arguments)
         tests = [] if named else [str(ROOT / "tests" / name) for name in OPS]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, *tests]

@@ -2,8 +2,8 @@
 // undefined.
 //
 // Layout: a worker stack runs threads one after another until one has to wait; the wait keeps the stack, and another
-// one takes over. So a kernel without barriers costs a call a thread, and no switch. Invariant: compiled without
-// sanitizers. TSan sees a fiber a thread, ordered by launches, barriers and __syncwarp alone.
+// one takes over. So a kernel without barriers costs a call per thread, and no switch. Invariant: compiled without
+// sanitizers. TSan sees a fiber per thread, ordered by launches, barriers and __syncwarp alone.
 #include "simt.h"
 
 #include <algorithm>

@@ -216,7 +216,7 @@ def check_writable(op: str, argument: str, tensors: Sequence[Tensor]) -> None:
 def check_each(
     op: str, argument: str, value: object, length: int, reference: str, check: Callable[[str, str, object], T]
 ) -> list[T]:
-    """One checked value an entry of another list: from a list of as many, or from one value for all."""
+    """One checked value per entry of another list: from a list of as many, or from one value for all."""
     if not isinstance(value, (list, tuple)):
         return [check(op, argument, value)] * length
     checked = [check(op, f"{argument}[{i}]", entry) for i, entry in enumerate(value)]

@@ -88,7 +88,7 @@ class Sample:
         Nothing is read from a device.
 
         Raises:
-            TypeError, ValueError: if it is none, or lies on a device that holds no parameter.
+            TypeError, ValueError: if it is no loss, or lies on a device that holds no parameter.
         """
         spread = self._estimate.spread
         if not isinstance(loss, Tensor):

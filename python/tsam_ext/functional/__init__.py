@@ -2,7 +2,7 @@
 
 Differentiable, out of place: tilted_loss, tilted_weights, tilted_reduce, leapfrog, kick (first and second order), and
 perturb; all in forward and reverse mode, under vmap and torch.compile(fullgraph=True). Inside a compiled function
-torch.func works as far as Dynamo lets it: grad does, vmap runs a row at a time, vmap of grad and forward mode are
+torch.func works as far as Dynamo lets it: grad does, vmap runs one row after another, vmap of grad and forward mode are
 refused.
 In place over lists of tensors, without derivatives (names end in _): what TSAM is made of.
 """

@@ -47,7 +47,7 @@ def leapfrog(
         position: any shape, float32, float64, bfloat16 or float16.
         momentum: like ``position``.
         grad_log_density: like ``position``: the gradient of the log density at ``position``.
-        step_size: h, a finite number, or a tensor that broadcasts to the shape of ``position`` (a step a chain, say).
+        step_size: h, a finite number, or a tensor that broadcasts to the shape of ``position`` (a step per chain, say).
         inverse_mass: the diagonal of M⁻¹, a positive number or a tensor that broadcasts. Default 1.
 
     Returns:
@@ -170,7 +170,7 @@ def _number(value: float, like: Tensor) -> Tensor:
 
 
 def _factor(op: str, argument: str, value: object, like: Tensor, reference: str, positive: bool = False) -> Tensor:
-    """A factor as the ops take it: 0-dim of any dtype, or one value an element."""
+    """A factor as the ops take it: 0-dim of any dtype, or one value per element."""
     if not isinstance(value, Tensor):
         number = check_number(op, argument, value, "a finite positive number" if positive else "a finite number")
         if positive and number <= 0.0:
@@ -200,7 +200,7 @@ def _aligned(first: Tensor, *rest: Tensor) -> list[Tensor]:
 def _in_front(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...], full: int) -> list[Tensor]:
     """The arguments of a vmapped elementwise op as one call's: the mapped axis in front, all of one layout.
 
-    The first ``full`` have one value an element; the others are factors, and numbers for all rows stay numbers.
+    The first ``full`` have one value per element; the others are factors, and numbers for all rows stay numbers.
     """
     first, dim = tensors[0], in_dims[0]
     shape = (info.batch_size, *(first.movedim(dim, 0).shape[1:] if dim is not None else first.shape))

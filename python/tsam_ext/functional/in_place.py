@@ -67,11 +67,11 @@ def perturb_(
         position: tensors of float32, float64, bfloat16 or float16; written.
         saved: like ``position``. With ``save`` it gets a copy of ``position`` first; without, it is the origin.
         state: gets the scale of the noise.
-        radius: length of the perturbation, not below 0; one for all, or one a tensor.
+        radius: length of the perturbation, not below 0; one for all, or one per tensor.
         seed, step, sample: which noise; 64, 32 and 28 bits. step and sample default to 0. With ``step=None`` the step
             is the whole number in ``state[Slot.STEP]``, which each replay of a CUDA graph may find counted on.
         kind: what ν is, as :func:`perturb` has it. Default ``"gaussian"``.
-        adaptive: D = |origin| elementwise instead of 1; one for all, or one a tensor. Default False.
+        adaptive: D = |origin| elementwise instead of 1; one for all, or one per tensor. Default False.
         base: element index of each tensor's first element; ``None``: one tensor after the other, each rounded up to a
             multiple of 4.
         dimension: d; ``None``: the number of elements in ``position``.
@@ -125,7 +125,7 @@ def grad_norm_(
         grads: the gradient g; read.
         origin: like ``grads``; read where ``adaptive`` (D = |origin|), else only its layout is looked at.
         state: gets the norm, float64; see :func:`ascend_`.
-        adaptive: D = |origin| elementwise instead of 1; one for all, or one a tensor. Default False.
+        adaptive: D = |origin| elementwise instead of 1; one for all, or one per tensor. Default False.
         row: the sample that the norm belongs to. Default 0.
 
     Raises:
@@ -159,8 +159,8 @@ def ascend_(
         saved: like ``position``: θ₀, for D. With ``save`` it gets a copy of ``position`` first.
         grads: like ``position``: g; read.
         state: holds the norm.
-        rho: length of the step, not below 0; one for all, or one a tensor.
-        adaptive: D = |θ₀| elementwise instead of 1; one for all, or one a tensor. Default False.
+        rho: length of the step, not below 0; one for all, or one per tensor.
+        adaptive: D = |θ₀| elementwise instead of 1; one for all, or one per tensor. Default False.
         save: whether ``position`` is θ₀ still and is to be copied. Default False.
 
     Raises:

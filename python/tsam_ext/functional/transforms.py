@@ -22,7 +22,7 @@ def apply(function: Any, reverse_only: Any, *args: Any) -> Any:
 
 
 def loop_of_vmap(function: Any, reverse_only: Any, info: Any, in_dims: tuple[int | None, ...], args: Any) -> Any:
-    """A vmap as one call a row, stacked; with it the dimensions of the results."""
+    """A vmap as one call per row, stacked; with it the dimensions of the results."""
     columns = [
         # Of no rows the sum is a row of zeros: it gives an empty result its shape.
         [arg] * max(info.batch_size, 1) if dim is None else list(arg.unbind(dim)) or [arg.sum(dim)]
