@@ -38,9 +38,9 @@ struct Counter {
   CountedStream stream(Purpose purpose) const { return {make_stream(seed, step, purpose, draw), held}; }
 };
 
-// A list over several devices takes a call per device and stage. A stage ends where a sum over the whole list is needed:
-// it leaves this device's sums in `totals`, and the next stage finds there what all devices have. Otherwise one call
-// does all.
+// A list over several devices takes a call per device and stage. A stage ends where a sum over the whole list is
+// needed: it leaves this device's sums in `totals`, and the next stage finds there what all devices have. Otherwise one
+// call does all.
 constexpr int64_t kAllStages = -1;
 
 struct Stage {
