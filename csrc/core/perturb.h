@@ -4,7 +4,7 @@
 //   ascend:  theta = theta   + (rho_k / |D g|) D (D g)   no ascent where |D g| = 0
 //
 // D = 1, or |theta_0| elementwise (adaptive, from the saved copy, never from the perturbed value).
-// Invariant: one multiply-add an element, in the compute type; scalars come in float64 and are rounded once.
+// Invariant: one multiply-add per element, in the compute type; scalars come in float64 and are rounded once.
 #pragma once
 
 #include "dtype.h"

@@ -65,7 +65,7 @@ struct NormalBlocks {
 };
 
 // Words are made for kQuads blocks of signs, 4,096 elements, ahead: their rounds then fill vectors as those of normals
-// do, and cost a thirty-second of them an element.
+// do, and cost a thirty-second of them per element.
 class SignBlocks {
  public:
   TSAM_HD explicit SignBlocks(const Stream& stream) : keyed_(stream) {}
