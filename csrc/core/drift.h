@@ -21,7 +21,8 @@ struct Drift {
 TSAM_CORE_BEGIN
 
 // Taylor series about the nearest quarter turn, which is taken off as a sum of two numbers: error below 3e-16, and the
-// same bits on host and device. The library's own need local memory on a device, for angles far beyond any trajectory's.
+// same bits on host and device. The library's own need local memory on a device, for angles far beyond any
+// trajectory's.
 TSAM_HD void sine_cosine(double angle, double& sine, double& cosine) {
   const double quarters = rint(angle * 0.6366197723675814),
                x = fma(-quarters, 6.123233995736766e-17, fma(-quarters, 1.5707963267948966, angle));

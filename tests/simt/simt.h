@@ -67,8 +67,8 @@ struct Place {
 enum class WarpOp : uint8_t { kSync, kShuffle, kBallot };
 
 void sync_threads(Place place);
-// Meets the lanes of `mask` at `place`; the value of `lane` comes back (kBallot: one bit per lane). A lane that is not in
-// the mask gives all bits set: a NaN, or -1.
+// Meets the lanes of `mask` at `place`; the value of `lane` comes back (kBallot: one bit per lane). A lane that is not
+// in the mask gives all bits set: a NaN, or -1.
 uint64_t sync_warp(WarpOp op, uint32_t mask, uint64_t value, unsigned lane, Place place);
 // The block's memory of one declaration, full of NaN when it is first asked for. `site` names the declaration.
 void* shared(const void* site, size_t bytes);
