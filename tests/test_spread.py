@@ -212,7 +212,7 @@ def test_a_loss_may_lie_on_any_of_the_devices_and_on_no_other(problem: Any, monk
     items = optimizer.samples()
     item = next(items)
     with (
-        pytest.raises(ValueError, match=r"loss: got .a tensor on meta., expected one on cpu and cpu and cpu, as"),
+        pytest.raises(ValueError, match=r"loss: got a tensor on meta, expected one on cpu and cpu and cpu, as"),
         item,
     ):
         item.record(torch.zeros((), device="meta"))
@@ -222,7 +222,9 @@ def test_a_captured_step_needs_one_device(problem: Any, monkeypatch: Any) -> Non
     task = problem()
     optimizer = tsam(task.parameters, lr=0.1, capturable=True, same_masks=False)
     pretend(monkeypatch, three_places(task.parameters))
-    with pytest.raises(ValueError, match="capturable: got True, expected False, as the parameters lie on cpu and cpu"):
+    with pytest.raises(
+        ValueError, match="capturable: got True with parameters on cpu and cpu and cpu, expected False, or"
+    ):
         task.train(optimizer, 1)
 
 
