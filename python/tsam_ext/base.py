@@ -170,7 +170,7 @@ class WrappingOptimizer(Optimizer):
         super().__init__(base.param_groups, {})
         self._base = base
         self._own_defaults = {self.group_names[key]: value for key, value in own.items()}
-        self.set_group_keys()
+        self._set_group_keys()
 
     def _check_new_group(self, group: dict[str, Any], where: str) -> None:
         check_group_options(group, where, self.group_names, self._sampler, self._base_options)
@@ -216,7 +216,7 @@ class WrappingOptimizer(Optimizer):
         if self._base is not None:
             self._base.defaults = defaults
 
-    def set_group_keys(self) -> None:
+    def _set_group_keys(self) -> None:
         """Our keys in the base's defaults, and in the groups that do not have them."""
         for name, value in self._own_defaults.items():
             self.base_optimizer.defaults[name] = value

@@ -379,7 +379,6 @@ class TSAM(WrappingOptimizer):
         rest, own = checkpoint.unpack(self.base_optimizer, progress.sampler_state, self.group_names, state_dict)
         rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
         self.base_optimizer.load_state_dict(rest)
-        self.set_group_keys()
         progress.abort()
         if own is not None:
             step, progress.seed, kept = own
