@@ -13,10 +13,9 @@ import random
 import sys
 
 import torch
-from flat_options import tsam
 from torch import Tensor, nn
 
-from tsam_ext import _C
+from tsam_ext import _C, HMC, TSAM
 from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -190,10 +189,9 @@ def train(sampler: str) -> Lists:
         net = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
         net.to(DEVICE)
         x, y = torch.randn(48, 20, dtype=dtype).to(DEVICE), torch.randint(0, 3, (48,)).to(DEVICE)
-        options = {"num_leapfrog_steps": 3} if sampler == "hmc" else {}
-        opt = tsam(
+        opt = TSAM(
             net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1, tilt=2.0, num_samples=4,
-            sampler=sampler, seed=7, **options,
+            sampler=HMC(num_leapfrog_steps=3) if sampler == "hmc" else sampler, seed=7,
         )  # fmt: skip
 
         def closure(net: nn.Module = net, x: Tensor = x, y: Tensor = y) -> Tensor:
