@@ -166,6 +166,11 @@ def test_states_that_nobody_saved_are_refused(problem) -> None:
         (None, ValueError, "got None"),
         (edited(state, rho=-3.0), ValueError, "param_groups[0].rho: got -3.0, expected a finite number"),
         (edited(state, adaptive="no"), TypeError, "param_groups[0].adaptive: got 'no'"),
+        (
+            edited(state, tsam_shapes="(7, 5),(7,),(3, 7),(3,)"),
+            ValueError,
+            "param_groups[0]['tsam_shapes']: got (7, 5),",
+        ),
         (edited(state, tsam_step=torch.tensor(3)), TypeError, "param_groups[0]['tsam_step']: got a tensor of shape ()"),
         (
             {**state, "state": {**state["state"], "0": {"tsam_position": torch.zeros(7, 5)}}},

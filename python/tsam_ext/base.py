@@ -95,15 +95,11 @@ def _misplaced(option: str, owner: str) -> Exception:
     return TypeError(f"TSAM: {option} belongs to the sampler: sampler={owner}({option}=...)")
 
 
-def check_groups(groups: list[dict[str, Any]], names: dict[str, str]) -> None:
-    """Checks our keys in each group and that the kernels can take every parameter."""
+def named_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its place in the groups."""
     for g, group in enumerate(groups):
-        check_group_values(group, f"param_groups[{g}].", names)
-    check_parameters(
-        (f"param_groups[{g}]['params'][{i}]", p)
-        for g, group in enumerate(groups)
-        for i, p in enumerate(group["params"])
-    )
+        for i, parameter in enumerate(group["params"]):
+            yield f"param_groups[{g}]['params'][{i}]", parameter
 
 
 def check_parameters(named: Iterator[tuple[str, Tensor]]) -> None:
@@ -165,7 +161,7 @@ class WrappingOptimizer(Optimizer):
         sampler.check_lengths("", given, {})
         for g, group in enumerate(base.param_groups):
             self._check_new_group(group, f"param_groups[{g}].")
-        check_groups(base.param_groups, self.group_names)
+        check_parameters(named_parameters(base.param_groups))
         self._base: Optimizer | None = None
         super().__init__(base.param_groups, {})
         self._base = base
@@ -173,6 +169,7 @@ class WrappingOptimizer(Optimizer):
         self._set_group_keys()
 
     def _check_new_group(self, group: dict[str, Any], where: str) -> None:
+        check_group_values(group, where, self.group_names)
         check_group_options(group, where, self.group_names, self._sampler, self._base_options)
         own = {key: group[name] for key, name in self.group_names.items() if name in group}
         self._sampler.check_lengths(where, own, self._given)
@@ -229,10 +226,9 @@ class WrappingOptimizer(Optimizer):
             return
         index = len(self._base.param_groups)
         self._check_new_group(param_group, f"param_groups[{index}].")
-        check_group_values(param_group, f"param_groups[{index}].", self.group_names)
         self._base.add_param_group(param_group)
         try:
-            check_groups(self._base.param_groups, self.group_names)
+            check_parameters(named_parameters(self._base.param_groups))
         except (TypeError, ValueError):
             del self._base.param_groups[index]
             raise

@@ -95,12 +95,13 @@ def unpack(
         groups.append(theirs)
         found.append(ours)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
+    known = set(indices)
     state: dict[Any, Any] = {}
     tensors: dict[str, dict[Any, Tensor]] = {}
     for index, entry in saved["state"].items():
         theirs, ours = _split(entry) if isinstance(entry, dict) else (entry, {})
         for name, value in ours.items():
-            if index not in indices:
+            if index not in known:
                 raise refuse(TSAM, WHERE, f"{PREFIX}{name} of parameter {index!r}", "a parameter of some group")
             tensors.setdefault(name, {})[index] = value
         if theirs or not ours:
@@ -127,7 +128,8 @@ def _check_identity(base: Optimizer, found: list[dict[str, Any]]) -> None:
                 got, expected = str(ours.get(key)), str(value)
                 if key == "shapes":  # of hundreds the first that differs
                     pairs = itertools.zip_longest(*(re.findall(r"\(.*?\)", text) for text in (got, expected)))
-                    i, (got, expected) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+                    differs = ((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+                    i, (got, expected) = next(differs, (0, (got, expected)))
                     raise refuse(TSAM, _place(g, key), f"{got} for parameter {i}", f"{expected} as here")
                 raise refuse(TSAM, _place(g, key), repr(ours.get(key)), f"{value!r} as here")
         for key in found[0].keys() - {"shapes"}:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import Diagnostics
+from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
 from .origin import Scratch
 from .sampler_state import SamplerState
@@ -43,7 +44,7 @@ class Progress:
     @property
     def signed_seed(self) -> int:
         """The seed as the ops take it."""
-        return self.seed - (1 << 64) if self.seed >= 1 << 63 else self.seed
+        return check_seed(TSAM, self.seed)
 
     def abort(self) -> None:
         """Undoes what is left of an estimate that was not finished, or not used."""

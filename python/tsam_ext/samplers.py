@@ -71,10 +71,6 @@ class Sampler(ABC):
         """ValueError for a tilt that this sampler cannot take."""
         return
 
-    def gradients(self, num_samples: int) -> int:
-        """Runs of the closure per step."""
-        return num_samples
-
     def refuses(self, argument: str, got: object, expected: str) -> Exception:
         """The exception for a setting that means nothing for this sampler."""
         return refuse(TSAM, argument, shown(got), f"{expected}, as the sampler is {type(self).__name__}")
@@ -130,10 +126,6 @@ class Ascent(_Drawing):
 
     two_steps = True
     ascends = True
-
-    def gradients(self, num_samples: int) -> int:
-        """Two per sample."""
-        return 2 * num_samples
 
 
 class Noise(_Drawing):
@@ -217,7 +209,7 @@ class HMC(Sampler):
         checked["delta_scale"] = check_number(
             "HMC", "delta_scale", self.delta_scale, "a finite number", or_tensor=False
         )
-        if self.delta_scale != 1.0 and not (isinstance(self.delta, str) and self.delta == "auto"):
+        if self.delta_scale != 1.0 and not isinstance(self.delta, str):
             raise refuse("HMC", "delta_scale", shown(self.delta_scale), "1.0, as delta is not 'auto'")
         checked["num_leapfrog_steps"] = check_int("HMC", "num_leapfrog_steps", self.num_leapfrog_steps, 1, 1 << 16)
         if self.step_size is not None:
@@ -233,7 +225,6 @@ class HMC(Sampler):
 
     def estimate(self, step: Step, state: SamplerState) -> Estimate:
         """The passes that move the chain."""
-        automatic = isinstance(self.delta, str)
         return HamiltonianEstimate(
             step,
             cast(Chain, state),
@@ -241,7 +232,7 @@ class HMC(Sampler):
             burn_in=self.burn_in,
             fresh=self.chain == "fresh",
             delta=self.delta_scale if isinstance(self.delta, str) else self.delta,
-            automatic=automatic,
+            automatic=isinstance(self.delta, str),
             metropolis=self.metropolis,
             recycle=self.recycle,
         )
@@ -269,10 +260,6 @@ class HMC(Sampler):
         """delta is the tilt unless it is set, and must be finite."""
         if self.delta is None and math.isinf(tilt):
             raise refuse(TSAM, argument, shown(tilt), "a finite tilt, as the sampler is HMC with delta=None")
-
-    def gradients(self, num_samples: int) -> int:
-        """The start, and N per trajectory."""
-        return 1 + self.num_leapfrog_steps * (num_samples + self.burn_in)
 
 
 SamplerName = Literal["ascent", "noise", "hmc"]
