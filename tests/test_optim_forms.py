@@ -199,10 +199,19 @@ def test_misuse_of_the_loop_raises_and_restores(problem) -> None:
         with pytest.raises((RuntimeError, ValueError), match=error):
             misuse()
         assert task.holds(copies)
-    for returned, what in ((None, "None"), ("2.0", "'2.0'"), ((1.0, 2.0), "tuple"), (True, "True")):
+
+    async def waits() -> float:
+        return 1.0
+
+    def forgets() -> None:
+        task.loss().backward()
+
+    returns = ("2.0", "'2.0'"), ((1.0, 2.0), "tuple"), (True, "True"), ({"loss": 1.0}, "dict")
+    closures = [(lambda value=value: value, what) for value, what in returns]
+    for closure, what in [*closures, (waits, "coroutine"), (forgets, "None")]:
         match = rf"^TSAM: loss: got {what}, expected a floating-point tensor of one element or a number \(a closure has"
         with pytest.raises(TypeError, match=match):
-            optimizer.step(lambda returned=returned: returned)
+            optimizer.step(closure)
         assert task.holds(copies)
     old = next(iter(optimizer.samples()))
     task.train(optimizer, 1)

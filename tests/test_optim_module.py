@@ -126,6 +126,7 @@ def test_without_the_model_statistics_move_and_one_warning_says_so() -> None:
         warnings.simplefilter("error")
         optimizer.step(closure)
         quiet = tsam(net.parameters(), lr=0.1)
+        quiet.zero_grad()
         net.eval()
         quiet.step(closure)
 

@@ -18,7 +18,7 @@ from .engine.checks import TSAM, check_choice, refuse, shown
 from .engine.state import CHAIN_SLOTS, ChainSlot
 from .phase_space import PRIORS
 from .sampler_state import SamplerState, Saved
-from .table import Table
+from .table import Table, as_real
 
 # What one step leaves for the next beside positions, by its name in a checkpoint.
 KEPT = {
@@ -29,8 +29,8 @@ KEPT = {
 POSITION, PRIOR = "position", "prior"
 
 
-def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Chain(SamplerState):
@@ -58,7 +58,8 @@ class Chain(SamplerState):
         held = self._held(parameter)
         if held is None:
             self.started = False
-            held = [torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False) for _ in range(3)]
+            tensor = as_real(parameter)
+            held = [torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False) for _ in range(3)]
             self.positions[parameter] = held
             self.momenta.pop(parameter, None)
         return held
@@ -68,12 +69,12 @@ class Chain(SamplerState):
         held = self.positions.get(parameter)
         if held is None:
             return None
-        first = held[0]
-        alike = first.shape == parameter.shape and first.stride() == parameter.stride()
-        return held if alike and first.dtype == _wide(parameter) and first.device == parameter.device else None
+        first, tensor = held[0], as_real(parameter)
+        alike = first.shape == tensor.shape and first.stride() == tensor.stride()
+        return held if alike and first.dtype == _wide(tensor) and first.device == tensor.device else None
 
     def momentum(self, parameter: Tensor) -> Tensor:
-        """SamplerState for a parameter's momentum, like a position; holds whatever the last trajectory left."""
+        """Memory for a parameter's momentum, like a position; holds whatever the last trajectory left."""
         if parameter not in self.momenta:
             self.momenta[parameter] = torch.empty_like(self.positions[parameter][0])
         return self.momenta[parameter]
@@ -114,7 +115,8 @@ class Chain(SamplerState):
                 value = numbers.get(name)
                 if not isinstance(value, (int, float)) or not math.isfinite(value):
                     raise refuse(TSAM, f"{where}: {name}", shown(value), "a finite number")
-        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
+        tensors = map(as_real, parameters)
+        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), tensors, strict=False)):
             if position is None:
                 continue
             got: str | None = shown(position)
@@ -163,7 +165,8 @@ class Chain(SamplerState):
         for i in table.moves:
             if table.parameters[i] not in self.positions:
                 raise RuntimeError(f"TSAM: chain_position(): {table.name(i)} was not perturbed in the last step.")
-            parameter = table.parameters[i].detach()
+            tensor = table.tensors[i].detach()
             moved = table.rho[i] / unit * self.position(table.parameters[i])
-            found.append((moved * parameter.abs() if table.adaptive[i] else moved).to(parameter.dtype))
+            moved = (moved * tensor.abs() if table.adaptive[i] else moved).to(tensor.dtype)
+            found.append(torch.view_as_complex(moved) if table.dtypes[i].is_complex else moved)
         return found

@@ -1,41 +1,76 @@
-"""The weighted mean of the samples' gradients, and whose memory it lives in.
+"""The weighted mean of the passes' gradients, whose memory it lives in, and what p.grad was before the step.
 
 Three answers, here alone: *adopted*, the first gradient's own memory; *found*, what p.grad was before the step; *new*.
 Words moved per float32 element and sample: 3; the first assigns (2), adopted it is not touched.
-Invariant: a p.grad that existed is filled, not replaced; only memory that nobody else can write is adopted.
+Invariant: a p.grad that existed is filled, not replaced; only memory that nobody else holds is adopted; to a parameter
+of another optimizer the mean is added, as a backward pass would, and after an exception its p.grad is what it was.
 """
 
 from __future__ import annotations
+
+import sys
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from . import _ops
-from .engine.checks import is_dense
 from .engine.spread import Spread
-from .table import Table, taken
+from .table import Table, as_real, taken
+
+GRAD = attrgetter("grad")
+_storage_users = torch._C._storage_Use_Count
 
 
-def is_own(gradient: Tensor) -> bool:
-    """Whether a gradient's memory is its alone.
+def _holders(gradients: dict[int, Tensor]) -> list[int]:
+    """How many references to each of the gradients there are, in Python and in p.grad."""
+    return list(map(sys.getrefcount, gradients.values()))
 
-    A view, or a gradient inside a larger storage (a reducer's bucket), is overwritten by the next backward pass.
+
+def _alone() -> tuple[int, int]:
+    """What a gradient that nobody else holds counts: references, and tensors that share its memory."""
+    parameter = torch.zeros(1, requires_grad=True)
+    parameter.grad = torch.zeros(1)
+    gradients = dict(enumerate(map(GRAD, [parameter])))
+    return _holders(gradients)[0], _storage_users(gradients[0].untyped_storage()._cdata)
+
+
+HOLDERS, USERS = _alone()
+
+
+def owned(gradients: dict[int, Tensor]) -> set[int]:
+    """Which of the gradients are nobody's but p.grad's and this dict's, memory included.
+
+    A view, a gradient inside a larger storage (a reducer's bucket), or one that a closure or a hook keeps would be
+    overwritten, by the next backward pass or by us.
     """
-    whole = gradient.untyped_storage().nbytes() == gradient.nbytes
-    return whole and not gradient._is_view() and (gradient.is_contiguous() or is_dense(gradient))
+    found = set()
+    for i, holders in zip(gradients, _holders(gradients), strict=True):
+        storage = gradients[i].untyped_storage()
+        if holders <= HOLDERS and _storage_users(storage._cdata) <= USERS and storage.nbytes() == gradients[i].nbytes:
+            found.add(i)
+    return found
 
 
 class Mean:
-    """The mean of one step: ``sums`` has an entry for each parameter that has had a gradient."""
+    """The mean of one step: ``sums`` has an entry for each parameter that has had a gradient, real where it is complex.
+
+    ``found``: p.grad of each parameter before the step.
+    """
 
     def __init__(self, table: Table, spread: Spread, state: Tensor) -> None:
         self.sums: dict[int, Tensor] = {}
+        self.found: list[Tensor | None] = []
         self._table, self._spread, self._state = table, spread, state
-        self._found: list[Tensor | None] = []  # p.grad of each parameter before the step
+        self._sparse: set[int] = set()  # whose gradients came sparse, and so go back
 
     def begin(self) -> None:
         """Remembers what p.grad is before the step."""
-        self._found = [parameter.grad for parameter in self._table.parameters]
+        self.found = list(map(GRAD, self._table.parameters))
+
+    def goes_back_sparse(self, index: int) -> None:
+        """Notes that this parameter's optimizer expects a sparse gradient."""
+        self._sparse.add(index)
 
     def add(self, gradients: dict[int, Tensor], *, adopt: bool, zero: bool) -> None:
         """Brings the mean up to the sample that has just been counted.
@@ -48,11 +83,12 @@ class Mean:
                 sums = taken(self.sums, gradients)
                 self._spread.run(_ops.accumulate_, gradients, sums, list(gradients.values()), self._state)
             return
-        adopted = {i: g for i, g in gradients.items() if adopt and i not in self.sums and self._adoptable(i, g)}
+        adoptable = self._adoptable(gradients) if adopt else set()
+        adopted = {i: gradient for i, gradient in gradients.items() if i in adoptable and i not in self.sums}
         late = {i: gradient for i, gradient in gradients.items() if i not in adopted}
         self.cover(late, zero=zero)
         blended = sorted(self.sums)
-        added = [late[i] if i in late else torch.zeros_like(self._table.parameters[i]) for i in blended]
+        added = [late[i] if i in late else torch.zeros_like(self._table.tensors[i]) for i in blended]
         self.sums |= adopted
         if adopted:
             self._spread.run(_ops.accumulate_, adopted, list(adopted.values()), [], self._state)
@@ -64,46 +100,75 @@ class Mean:
         for i, gradient in gradients.items():
             if i not in self.sums:
                 wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-                found = self._found[i]
-                apart = found is not None and found.data_ptr() != gradient.data_ptr()
-                if found is None or not apart or found.dtype != wide or found.stride() != gradient.stride():
-                    found = torch.empty_like(gradient, dtype=wide)
-                self.sums[i] = found.zero_() if zero else found
+                room = self._room(i)
+                apart = room is not None and room.data_ptr() != gradient.data_ptr()
+                if room is None or not apart or room.dtype != wide or room.stride() != gradient.stride():
+                    room = torch.empty_like(gradient, dtype=wide)
+                self.sums[i] = room.zero_() if zero else room
+
+    def _room(self, index: int) -> Tensor | None:
+        """The memory that p.grad had before the step, if the mean may be written there."""
+        found = self.found[index]
+        return None if found is None or index >= self._table.own else as_real(found)
 
     def begins_in(self, gradients: dict[int, Tensor], indices: list[int], *, keep: bool) -> bool:
         """Whether a mean that has not begun can begin in the memory of these gradients, at all of the indices.
 
         ``keep``: it does; otherwise their memory only stands for it in an op that counts nothing.
         """
-        begins = not self.sums and all(i in gradients and self._adoptable(i, gradients[i]) for i in indices)
+        begins = not self.sums and self._adoptable(gradients).issuperset(indices)
         if begins and keep:
             self.sums = {i: gradients[i] for i in indices}
         return begins
 
-    def _adoptable(self, index: int, gradient: Tensor) -> bool:
-        wide = gradient.dtype in (torch.float32, torch.float64)
-        return self._found[index] is None and wide and is_own(gradient)
+    def _adoptable(self, gradients: dict[int, Tensor]) -> set[int]:
+        """Whose memory may become the mean's: that of a gradient in full precision, where there was no p.grad."""
+        found, own = self.found, self._table.own
+        free = {i for i in owned(gradients) if found[i] is None or i >= own}
+        return {i for i in free if gradients[i].dtype in (torch.float32, torch.float64)}
 
     def hand_over(self) -> None:
         """The mean becomes p.grad: in the memory that p.grad had before, where there was any."""
         for i, parameter in enumerate(self._table.parameters):
-            total, found = self.sums.get(i), self._found[i]
-            if found is not None:
+            total, found = self.sums.get(i), self.found[i]
+            if i >= self._table.own:
+                parameter.grad = found
+                if total is not None:
+                    self._add_to_other(i, parameter, total)
+            elif found is not None:
+                room = as_real(found)
                 if total is None:
                     found.zero_()
-                elif total is not found:
-                    found.copy_(total)
+                elif total.data_ptr() != room.data_ptr():
+                    room.copy_(total)
                 parameter.grad = found
-            elif total is not None:
-                parameter.grad = total if total.dtype == parameter.dtype else total.to(parameter.dtype)
             else:
-                parameter.grad = None
+                parameter.grad = None if total is None else self._as_gradient(i, parameter, total)
+
+    def _as_gradient(self, index: int, parameter: Tensor, total: Tensor) -> Tensor:
+        """The mean in the form that torch wants p.grad to have."""
+        if self._table.dtypes[index].is_complex:
+            total = torch.view_as_complex(total)
+        wanted = parameter.grad_dtype if hasattr(parameter, "grad_dtype") else parameter.dtype
+        return total if wanted is None or total.dtype == wanted else total.to(wanted)
+
+    def _add_to_other(self, index: int, parameter: Tensor, total: Tensor) -> None:
+        gradient = self._as_gradient(index, parameter, total)
+        if index in self._sparse:
+            gradient = gradient.to_sparse(1)
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
 
     def give_back(self, *, zero: bool) -> None:
-        """After a failed step p.grad is what it was, and 0 where there was any."""
-        for parameter, found in zip(self._table.parameters, self._found, strict=True):
-            parameter.grad = found if found is None or not zero else found.zero_()
+        """After a failed step p.grad is what it was, and 0 where there was any but in parameters of another optimizer.
+
+        ``zero``: false where nothing has run, or nothing has been written.
+        """
+        for i, (parameter, found) in enumerate(zip(self._table.parameters, self.found, strict=True)):
+            parameter.grad = found if found is None or not zero or i >= self._table.own else found.zero_()
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters."""
-        self.sums, self._found = {}, []
+        self.sums, self.found = {}, []

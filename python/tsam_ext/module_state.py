@@ -1,94 +1,229 @@
 """What a forward pass leaves behind besides gradients, and how several passes leave it as one would.
 
-Random masks: generator states are saved before the first pass and set again before each later one.
-Normalisation layers: their running statistics are saved after the first pass and put back after each later one.
-Invariant: after a completed step both are as after one forward; after an exception, as before the step.
+Random numbers: the generators' states are saved before the first pass; if that draws, later passes draw the same.
+Buffers: those that a pass moves are saved after the first pass and put back after each later one.
+Values made from parameters and kept (autocast's casts, parametrize.cached()) are dropped before each pass.
+Invariant: after a completed step all is as after one forward; after an exception, as before the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from .engine.notices import warn
+from .history import VERSION, History
+
+STILL, COUNTED, SILENT = "still", "counted", "silent"  # how a buffer moves: with its version, or without
+
+
+def drop_derived() -> None:
+    """Drops what was made from the parameters where they were: they have moved, or are about to.
+
+    Autocast keeps the low-precision copy of each weight until its outermost block ends, parametrize.cached() each
+    parametrized tensor.
+    """
+    torch.clear_autocast_cache()
+    if parametrize._cache_enabled:
+        parametrize._cache.clear()
+
+
+def _bytes(state: Tensor) -> bytes:
+    """A generator's state, which lies on the host, without an op."""
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 class RandomMasks:
-    """The default generators (CPU, and CUDA where parameters live) at the start of a step.
+    """Random generators at the start of a step: the default ones (CPU, and CUDA where parameters live), and the user's.
 
-    Python's ``random`` and NumPy's generators are not touched.
+    They are rewound only if the first pass drew from them: another thread may draw meanwhile. Python's ``random`` and
+    NumPy's generators are not touched.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cuda = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
-        self._cpu_state = torch.default_generator.get_state()
-        self._cuda_states = [torch.cuda.get_rng_state(index) for index in self._cuda]
+    def __init__(self, devices: Iterable[torch.device], own: Sequence[torch.Generator]) -> None:
+        cuda = sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
+        every = [torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda), *own]
+        self._before = [(generator, generator.get_state()) for generator in every]
+        self._drawn: list[tuple[torch.Generator, Tensor]] | None = None
+
+    def _moved(self) -> list[tuple[torch.Generator, Tensor]]:
+        return [(g, before) for g, before in self._before if _bytes(g.get_state()) != _bytes(before)]
+
+    def end_first_pass(self) -> None:
+        """Notes which generators the first pass has drawn from."""
+        self._drawn = self._moved()
 
     def rewind(self) -> None:
-        """Puts the generators back to where they were."""
-        torch.default_generator.set_state(self._cpu_state)
-        for index, state in zip(self._cuda, self._cuda_states, strict=True):
-            torch.cuda.set_rng_state(state, index)
+        """Puts the generators that the first pass draws from back to where they were."""
+        for generator, state in self._moved() if self._drawn is None else self._drawn:
+            generator.set_state(state)
 
 
-class NormStatistics:
-    """Running statistics of the normalisation layers of ``model`` that move in training.
+@dataclass
+class _Buffer:
+    """One buffer of a module in training, and what is kept of it.
 
-    BatchNorm, SyncBatchNorm and InstanceNorm with ``track_running_stats``, with any momentum, inside compiled or
-    wrapped modules too: buffers are copied, no layer is changed.
+    ``first``: the object before the step; ``before``: a copy of its values, where it may move; ``after``: the object
+    that the first pass left and a copy of its values; ``silent``: its kernels move it without counting its version.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        layers = () if model is None else model.modules()
-        self._buffers = [
-            buffer
-            for layer in layers
-            if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats
-            for buffer in layer.buffers(recurse=False)
-        ]
-        self._before = [buffer.clone() for buffer in self._buffers]
-        self._after_first: list[torch.Tensor] | None = None
+    module: nn.Module
+    name: str
+    silent: bool
+    first: Tensor | None
+    version: int
+    before: Tensor | None = None
+    after: tuple[Tensor | None, Tensor | None] | None = None
+
+    @property
+    def now(self) -> Tensor | None:
+        """The buffer as it is."""
+        return self.module._buffers.get(self.name)
+
+    def note(self) -> None:
+        """From here on a change of object or version is a pass's."""
+        now = self.now
+        self.version = -1 if now is None else now._version
+
+    def touched(self, known: Tensor | None) -> bool:
+        """Whether the buffer is another object, or has been written, since :meth:`note`."""
+        now = self.now
+        return now is not known or (now is not None and (self.silent or now._version != self.version))
+
+    def keep(self) -> None:
+        """Remembers what the first pass has left."""
+        now = self.now
+        self.after = now, None if now is None else now.clone()
+        self.note()
+
+    def put(self, tensor: Tensor | None, values: Tensor | None) -> None:
+        """Makes this the buffer, with these values."""
+        self.module._buffers[self.name] = tensor
+        if tensor is not None and values is not None:
+            tensor.copy_(values)
+        self.note()
+
+
+class Buffers:
+    """Buffers of the modules of ``model`` that are in training.
+
+    Normalisation layers' always count as moving, as their kernels write running_mean and running_var without counting
+    versions. Every other one is copied and compared by value in the first step that sees it, which waits for its
+    device; later steps copy only what moves, and notice by object or version what begins to.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], history: History, *, capturing: bool) -> None:
+        self._capturing = capturing
+        self._buffers: list[tuple[_Buffer, dict[str, str]]] = []
+        self._is_first = True
+        for module in modules:
+            if not module._buffers or not module.training:
+                continue
+            known = history.buffers.get(module)
+            if known is None:
+                known = history.buffers[module] = {}
+            norm = isinstance(module, _NormBase) and module.track_running_stats
+            for name, tensor in module._buffers.items():
+                if tensor is not None and (is_lazy(tensor) or tensor.is_inference()):
+                    continue
+                if norm:
+                    known[name] = SILENT
+                kind = known.get(name)
+                buffer = _Buffer(module, name, kind == SILENT, tensor, -1 if tensor is None else tensor._version)
+                if tensor is not None and kind != STILL:
+                    buffer.before = tensor.clone()
+                self._buffers.append((buffer, known))
 
     def end_pass(self) -> None:
-        """After the first pass: remember. After each later one: put back what the first one left."""
-        if self._after_first is None:
-            self._after_first = [buffer.clone() for buffer in self._buffers]
-        else:
-            self._write(self._after_first)
+        """After the first pass: remember what it has left. After each later one: put that back."""
+        first, self._is_first = self._is_first, False
+        for buffer, known in self._buffers:
+            if first:
+                self._look(buffer, known)
+            elif buffer.after is not None:
+                if buffer.touched(buffer.after[0]):
+                    buffer.put(*buffer.after)
+            elif buffer.touched(buffer.first):  # a later pass alone has moved it
+                known[buffer.name] = COUNTED
+                buffer.put(buffer.first, buffer.before)
+
+    def _look(self, buffer: _Buffer, known: dict[str, str]) -> None:
+        if buffer.touched(buffer.first):
+            known.setdefault(buffer.name, COUNTED)
+            if known[buffer.name] == STILL:
+                known[buffer.name] = COUNTED
+            buffer.keep()
+        elif buffer.name not in known and not self._capturing:
+            now = buffer.now
+            moved = now is not None and buffer.before is not None and not torch.equal(now, buffer.before)
+            known[buffer.name] = SILENT if moved else STILL
+            if moved:
+                buffer.silent = True
+                buffer.keep()
 
     def rewind(self) -> None:
-        """Puts the statistics back to before the step."""
-        self._write(self._before)
+        """Puts the buffers back to before the step."""
+        for buffer, _ in self._buffers:
+            if buffer.before is not None or buffer.now is not buffer.first:
+                buffer.put(buffer.first, buffer.before)
 
-    def _write(self, values: list[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, values, strict=True):
-                buffer.copy_(value)
+    def saved(self) -> list[tuple[Tensor, Tensor]]:
+        """Each buffer that may have moved, with a copy of its values before the step."""
+        return [(b.first, b.before) for b, _ in self._buffers if b.first is not None and b.before is not None]
 
 
-class TrainingNormWatch:
-    """Warns once if a training BatchNorm runs while no ``model`` was given to the optimizer.
+class ModuleWatch:
+    """Looks at the modules that run in a first step without ``model``, and says what that means for them.
 
-    A forward hook for all modules, in place during the first step only.
+    A forward hook for all modules, in place during that step only. ``own``: the optimizer's parameters.
     """
 
-    def __init__(self) -> None:
-        self._seen = False
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self._own = set(map(id, own))
+        self._norms = False
+        self._buffers: list[_Buffer] = []
+        self._others: dict[int, tuple[nn.Parameter, Tensor | None, int]] = {}
+        self._seen: set[nn.Module] = set()
         self._handle: Any = nn.modules.module.register_module_forward_pre_hook(self._look)
 
     def _look(self, module: nn.Module, _inputs: Any) -> None:
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            self._seen = True
+        if module in self._seen:
+            return
+        self._seen.add(module)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in self._own:
+                gradient = parameter.grad
+                version = -1 if gradient is None else gradient._version
+                self._others.setdefault(id(parameter), (parameter, gradient, version))
+        if module.training and isinstance(module, _NormBase) and module.track_running_stats:
+            self._norms = True
+        elif module.training:
+            for name, tensor in module._buffers.items():
+                if tensor is None or not (is_lazy(tensor) or tensor.is_inference()):
+                    self._buffers.append(_Buffer(module, name, False, tensor, -1 if tensor is None else VERSION(tensor)))
 
     def close(self) -> None:
-        """Takes the hook away and warns if there is reason to."""
+        """Takes the hook away."""
         self._handle.remove()
-        if self._seen:
-            warn(
-                "a training normalisation layer with running statistics ran several times in one step, and its "
-                "statistics moved each time; pass model=... to TSAM to have them move once."
+
+    def tell(self, history: History) -> None:
+        """Warns of what there is reason to, after a step that was completed."""
+        if self._norms or any(buffer.touched(buffer.first) for buffer in self._buffers):
+            what = "a training normalisation layer with running statistics" if self._norms else "a module in training"
+            history.tell(
+                f"{what} ran several times in one step, and its "
+                f"{'statistics' if self._norms else 'buffers'} moved each time; pass model=... to TSAM to have them "
+                "move once."
+            )
+        if any(p.grad is not g or (g is not None and g._version != v) for p, g, v in self._others.values()):
+            history.tell(
+                "parameters that this optimizer does not hold got a gradient in each pass of a step, and the sum of "
+                "all of them; pass model=... to TSAM to have them get one mean gradient."
             )

@@ -7,7 +7,7 @@ what they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,10 +22,10 @@ from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
-from .module_state import TrainingNormWatch
+from .module_state import ModuleWatch, drop_derived
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
-from .settings import GROUP_KEYS, Settings, Tilt, check_group_values
+from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
 from .table import Table
 
 RHO = 0.05
@@ -45,7 +45,8 @@ class TSAM(WrappingOptimizer):
             several devices. A group may set ``rho``, ``radius`` and ``adaptive`` of its own; where the base has an
             option of that name, ours is ``tsam_rho`` and so on.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
-        rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. Default 0.05.
+        rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. A number, or a
+            function of the step, as ``radius`` may be. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
             losses. A float, a 0-dim tensor, or a function of the step. Default 1.
         num_samples: s, perturbations per step. Default 3.
@@ -59,7 +60,9 @@ class TSAM(WrappingOptimizer):
         every: sample each ``every``-th step, starting with the first; the others take the plain gradient. Default 1.
         skip_nonfinite_loss: leave samples with a non-finite loss out instead of returning NaN. Default False.
         same_masks: all passes of a step see the same random numbers (dropout), as one forward would. Default True.
-        model: module whose normalisation layers shall see each step as one forward. Default ``None``.
+        model: module whose buffers shall move as in one forward per step, and whose parameters that another optimizer
+            holds shall get one mean gradient, added to their p.grad. Default ``None``.
+        generators: the user's own random generators, which all passes of a step shall see alike. Default none.
         seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
             same noise bits on every machine.
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
@@ -89,17 +92,18 @@ class TSAM(WrappingOptimizer):
         params: Iterable[Any] | Optimizer | None,
         base_optimizer: type[Optimizer] | Optimizer = torch.optim.SGD,
         *,
-        rho: float = RHO,
+        rho: Length = RHO,
         tilt: Tilt = 1.0,
         num_samples: int = 3,
         sampler: Sampler | SamplerName = "ascent",
         adaptive: bool = False,
-        radius: float | None = None,
+        radius: Length | None = None,
         batch: Literal["whole", "split"] = "whole",
         every: int = 1,
         skip_nonfinite_loss: bool = False,
         same_masks: bool = True,
         model: nn.Module | None = None,
+        generators: Sequence[torch.Generator] = (),
         seed: int | None = None,
         capturable: bool = False,
         **base_kwargs: Any,
@@ -123,6 +127,9 @@ class TSAM(WrappingOptimizer):
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
             raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
+        for i, generator in enumerate(generators):
+            if not isinstance(generator, torch.Generator):
+                raise refuse(OPTIMIZER, f"generators[{i}]", shown(generator), "a torch.Generator", TypeError)
         if seed is not None:
             seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs, chosen)
@@ -130,7 +137,7 @@ class TSAM(WrappingOptimizer):
         if capturable:
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
-        self.model = model
+        self.model, self._generators = model, tuple(generators)
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
@@ -162,22 +169,28 @@ class TSAM(WrappingOptimizer):
 
         The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once per
         gradient: as often as the sampler's page says, and once on plain steps of ``every``. ``p.grad`` is cleared
-        before each run.
+        before each run. If the first run returns ``None`` and makes no gradient there was no batch: nothing changes, no
+        step is counted, and ``None`` comes back.
 
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
-                closures fails instead of training without perturbations.
+                closures fails instead of training without perturbations; for a closure that never calls backward(),
+                or that writes parameters.
         """
         loss = None
         if closure is not None:
             loss = self.estimate_gradient(closure)
+            if loss is None:
+                return None
         elif not self._progress.pending:
             raise RuntimeError(
                 "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
                 "or the samples() loop before it. Nothing was updated."
             )
         self.base_optimizer.step()
+        drop_derived()
+        self._progress.history.used()
         self._progress.pending = False
         self._progress.step += 1
         return loss
@@ -186,20 +199,28 @@ class TSAM(WrappingOptimizer):
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
 
-    def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor:
+    def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor | None:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
-        Clipping or unscaling goes between this and :meth:`apply`. Returns the first pass's loss, detached. Raises as
-        :meth:`step` does.
+        Clipping or unscaling goes between this and :meth:`apply`. Returns the first pass's loss, detached, or ``None``
+        where there was no batch. Raises as :meth:`step` does.
         """
-        for sample in self.samples():
+        passes = self.samples()
+        for sample in passes:
             with sample, torch.enable_grad():
-                sample.record(closure())
-        estimate = self._progress.estimate
-        assert estimate is not None and estimate.first_loss is not None
-        return estimate.first_loss
+                loss = closure()
+                if loss is None and sample.is_first and not sample.has_gradients:
+                    self._progress.skip()
+                    break
+                sample.record(loss)
+        else:
+            estimate = self._progress.estimate
+            assert estimate is not None and estimate.first_loss is not None
+            return estimate.first_loss
+        passes.close()
+        return None
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Generator[Sample]:
         """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
         ::
@@ -224,22 +245,27 @@ class TSAM(WrappingOptimizer):
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
         estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
-        watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
+        watch = None
+        if self.model is None and not progress.history.watched and estimate.repeats:
+            watch = ModuleWatch(estimate.table.parameters)
         try:
             yield from estimate.passes()
         finally:
             if watch is not None:
-                progress.watched = True
+                progress.history.watched = True
                 watch.close()
             estimate.current = None
+        if watch is not None:
+            watch.tell(progress.history)
         progress.pending = True
         report = estimate.report
         progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
 
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings
-        table = Table.of(self.param_groups, self.group_names)
-        if table.parameters:
+        modules = [] if self.model is None else list(self.model.modules())
+        table = Table.of(self.param_groups, self.group_names, progress.step, self._others(modules))
+        if table.own:
             progress.step_to(table.parameters[0].device)  # the model may have moved since
         step = Step(
             table=table,
@@ -251,9 +277,25 @@ class TSAM(WrappingOptimizer):
             split=settings.split and not plain,
             skip_nonfinite_loss=settings.skip_nonfinite_loss,
             same_masks=settings.same_masks,
-            model=self.model,
+            modules=modules,
+            generators=self._generators,
+            history=progress.history,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
+
+    def _others(self, modules: Iterable[nn.Module]) -> list[Tensor]:
+        """The parameters of these modules that another optimizer holds."""
+        seen = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        others: list[Tensor] = []
+        for module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    others.append(parameter)
+        return others
+
+    def _table(self) -> Table:
+        return Table.of(self.param_groups, self.group_names, self._progress.step)
 
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
@@ -305,7 +347,7 @@ class TSAM(WrappingOptimizer):
         """
         if self._progress.inside_perturbed or self._progress.running is not None:
             raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
-        return self._progress.sampler_state.perturbations(Table.of(self.param_groups, self.group_names))
+        return self._progress.sampler_state.perturbations(self._table())
 
     def _refuse_inside_perturbed(self, what: str) -> None:
         if self._progress.inside_perturbed:
@@ -348,7 +390,7 @@ class TSAM(WrappingOptimizer):
             self.zero_grad()
 
     def _check_two_steps(self, name: str) -> None:
-        if not self._settings.two_steps or Table.of(self.param_groups, self.group_names).draws:
+        if not self._settings.two_steps or self._table().draws:
             raise RuntimeError(
                 f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
@@ -386,5 +428,5 @@ class TSAM(WrappingOptimizer):
             progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "_generators", "model")}
         return super().__getstate__() | own

@@ -33,19 +33,19 @@ class Origin:
         """Announces that the next op saves these parameters, and finds memory for their copies."""
         self._announced.append(indices)
         for i in indices:
-            parameter = self._table.parameters[i]
-            form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+            parameter, tensor = self._table.parameters[i], self._table.tensors[i]
+            form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             found = self._scratch.get(parameter)
             if found is None or found[0] != form:
-                found = self._scratch[parameter] = form, torch.empty_like(parameter, requires_grad=False)
+                found = self._scratch[parameter] = form, torch.empty_like(tensor, requires_grad=False)
             self.copies[i] = found[1]
 
     def restore(self) -> None:
         """theta = theta_0, bit for bit, for every parameter that has moved; after ops that have all finished."""
         if self.copies:
-            parameters = taken(self._table.parameters, self.copies)
-            self._spread.run(_ops.restore_, self.copies, parameters, list(self.copies.values()))
-            increment_version(parameters)
+            tensors = taken(self._table.tensors, self.copies)
+            self._spread.run(_ops.restore_, self.copies, tensors, list(self.copies.values()))
+            increment_version(tensors)
 
     def undo(self) -> None:
         """As :meth:`restore`, after an exception: trusts only the copies that an op has finished (syncs once)."""

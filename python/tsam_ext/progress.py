@@ -15,6 +15,7 @@ from torch import Tensor
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
+from .history import History
 from .origin import Scratch
 from .sampler_state import SamplerState
 
@@ -33,7 +34,7 @@ class Progress:
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.pending = False  # whether p.grad holds an estimate that no step has used
         self.inside_perturbed = False
-        self.watched = False  # whether a step has looked for training normalisation layers
+        self.history = History()
         self.diagnostics = Diagnostics()
 
     @property
@@ -51,6 +52,12 @@ class Progress:
         self.pending = False
         if self.estimate is not None:
             self.estimate.abort()
+        self.estimate = None
+
+    def skip(self) -> None:
+        """Leaves the running estimate as if it had not begun, p.grad with it: there was no batch."""
+        if self.estimate is not None:
+            self.estimate.skip()
         self.estimate = None
 
     def step_to(self, device: torch.device) -> None:

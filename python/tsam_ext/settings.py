@@ -27,6 +27,7 @@ from .engine.checks import (
 from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 
 Tilt = float | Tensor | Callable[[int], float | Tensor]
+Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "seed", "model")
@@ -121,8 +122,9 @@ def check_group_values(group: dict[str, Any], where: str, names: Mapping[str, st
     """
     for key in ("rho", "radius"):
         name = names[key]
-        if name in group and (key == "rho" or group[name] is not None):
-            expected = "a finite number not below 0" if key == "rho" else "None or a finite number not below 0"
+        if name in group and not callable(group[name]) and (key == "rho" or group[name] is not None):
+            expected = "a finite number not below 0, or a function of the step"
+            expected = expected if key == "rho" else f"None, {expected}"
             group[name] = check_length(TSAM, f"{where}{name}", group[name], expected)
     if names["adaptive"] in group:
         check_flag(TSAM, where + names["adaptive"], group[names["adaptive"]])

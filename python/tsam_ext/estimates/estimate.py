@@ -1,6 +1,6 @@
 """The passes of one step, whichever way it samples: how it begins, what ends a pass, and how everything is put back.
 
-begin; then for each gradient [the user's forward and backward passes], take; complete or abort.
+begin; then for each gradient [the user's forward and backward passes], take; complete, abort or skip.
 Invariant: after complete the parameters are θ₀ and p.grad is the mean; after abort all is as before the step, p.grad
 cleared. A leaf moves the parameters (passes it yields) and takes gradients; it never restores by itself.
 """
@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import TSAM, refuse, shown
+from tsam_ext.engine.checks import DTYPES, TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
-from tsam_ext.mean import Mean
-from tsam_ext.module_state import NormStatistics, RandomMasks
+from tsam_ext.history import NO_BATCH, NO_GRADIENT, VERSION, History
+from tsam_ext.mean import GRAD, Mean
+from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
-from tsam_ext.table import Table
+from tsam_ext.table import Table, as_real, taken
+
+BACKWARD = "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
+STRIDE = Tensor.stride
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Step:
     """What an estimate is given.
 
     ``seed``: signed 64-bit. ``count``: steps before this one; a tensor where steps are counted on the device.
-    ``scratch``: memory for copies that lasts between steps.
+    ``scratch``: memory for copies that lasts between steps. ``modules``: of the model, whose buffers are looked after.
     """
 
     table: Table
@@ -43,7 +48,9 @@ class Step:
     split: bool = False
     skip_nonfinite_loss: bool = False
     same_masks: bool = True
-    model: nn.Module | None = None
+    modules: Sequence[nn.Module] = ()
+    generators: Sequence[torch.Generator] = ()
+    history: History = field(default_factory=History)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Sample:
         self.probe = probe
         self.loss: Tensor | None = None
         self.done = False
+        self.differentiable = False  # whether what was recorded is still part of a graph
 
     def record(self, loss: Tensor | float) -> None:
         """Records the loss (one element, any floating-point dtype) of this pass, once, inside ``with``.
@@ -93,6 +101,8 @@ class Sample:
         spread = self._estimate.spread
         if not isinstance(loss, Tensor):
             if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+                if inspect.iscoroutine(loss):
+                    loss.close()  # or Python complains that nobody has awaited it
                 expected = "a floating-point tensor of one element or a number (a closure has to return the loss)"
                 raise refuse(TSAM, "loss", shown(loss), expected, TypeError)
             loss = torch.tensor(float(loss), dtype=torch.float64, device=spread.home)
@@ -101,7 +111,17 @@ class Sample:
             raise refuse(TSAM, "loss", got, "a floating-point tensor of one element")
         if loss.device not in spread.devices:
             raise refuse(TSAM, "loss", f"a tensor on {loss.device}", f"one on {spread}, as the parameters are")
-        self.loss = loss.detach()
+        self.loss, self.differentiable = loss.detach(), loss.requires_grad
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the step's first pass."""
+        return self._estimate.first_loss is None
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the pass has left a gradient anywhere so far."""
+        return any(parameter.grad is not None for parameter in self._estimate.table.parameters)
 
     def __enter__(self) -> Sample:
         if self.done or self._estimate.closed:
@@ -116,6 +136,8 @@ class Sample:
     ) -> None:
         if kind is not None:
             self._estimate.abort()
+            return
+        if self._estimate.skipped:
             return
         try:
             if self.loss is None:
@@ -156,13 +178,16 @@ class Estimate(ABC):
             self.noise_step = step.count % (1 << 32)
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
-        self.closed = False
+        self.closed = self.skipped = False
         self.tilt = self.state[Slot.TILT]
         self.origin = Origin(step.table, self.spread, self.state, step.scratch, self.capturing)
         self.mean = Mean(step.table, self.spread, self.state)
+        self.mixed = False  # whether a gradient has another dtype than its parameter
         self._masks: RandomMasks | None = None
-        self._statistics: NormStatistics | None = None
-        self._forms = [(p, p.stride(), p.dtype) for p in step.table.parameters]
+        self._buffers: Buffers | None = None
+        self._passes = 0
+        self._strides = list(map(STRIDE, step.table.parameters))
+        self._versions: list[int] | None = None  # of what moves, before the pass
 
     @abstractmethod
     def moves(self) -> Iterator[Sample]:
@@ -196,17 +221,21 @@ class Estimate(ABC):
 
     @torch.no_grad()
     def _begin(self) -> None:
+        step, capturing = self.step, self.capturing
         self.mean.begin()
-        self._statistics = NormStatistics(self.step.model)
-        self._masks = RandomMasks(() if self.capturing else self.spread.devices)
-        self.tilt = self.scalar(self.step.tilt)
+        if not capturing:
+            step.history.check_found(self.mean.found[: self.table.own])
+        self._buffers = Buffers(step.modules, step.history, capturing=capturing)
+        self._masks = RandomMasks(() if capturing else self.spread.devices, () if capturing else step.generators)
+        self.tilt = self.scalar(step.tilt)
         self.spread.run(_ops.tilt_begin_, (), self.state, self.tilt)
 
     def scalar(self, value: float | Tensor) -> Tensor:
-        """A number as the kernels take it."""
+        """What a loss is multiplied by, as the kernels take it: negative where the base optimizer maximizes."""
+        maximize = self.table.maximize
         if isinstance(value, Tensor):
-            return value.detach()
-        return torch.full((), value, dtype=torch.float64, device=self.state.device)
+            return value.detach().neg() if maximize else value.detach()
+        return torch.full((), -value if maximize else value, dtype=torch.float64, device=self.state.device)
 
     def one_pass(self, index: int, *, probe: bool) -> Iterator[Sample]:
         """Yields one item, with no gradients and the random numbers of the step's first pass."""
@@ -215,6 +244,11 @@ class Estimate(ABC):
             self._masks.rewind()
         for parameter in self.table.parameters:
             parameter.grad = None
+        drop_derived()
+        self._passes += 1
+        # A forward that writes parameters does so early; two passes of a step are looked at, as it takes some time.
+        moved = taken(self.table.tensors, self.table.moves) if self._passes <= 2 and self.repeats else []
+        self._versions = list(map(VERSION, moved))
         yield self.current
         if not self.current.done:
             raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
@@ -222,38 +256,101 @@ class Estimate(ABC):
     @torch.no_grad()
     def end_pass(self, sample: Sample, loss: Tensor) -> None:
         """After the user's backward pass: its loss, the buffers that it moved, its gradients."""
+        if self._buffers is not None and self._masks is not None:
+            if self.first_loss is None:
+                self._masks.end_first_pass()
+            self._buffers.end_pass()
+        self._check_unwritten()
+        gradients = self.gradients()
+        if next(iter(gradients), self.table.own) < self.table.own:
+            self.step.history.gradient_seen = True
+        elif self.table.own:
+            self._without_gradients(sample)
         if self.first_loss is None:
             self.first_loss = loss.clone()
-        if self._statistics is not None:
-            self._statistics.end_pass()
-        self.take(sample, loss, self.gradients())
+        self.take(sample, loss, gradients)
+
+    def _check_unwritten(self) -> None:
+        """Refuses a pass that has written a parameter which is about to be put back."""
+        if self._versions:
+            moves = self.table.moves
+            now = list(map(VERSION, taken(self.table.tensors, moves)))
+            if now != self._versions:
+                i = next(i for i, old, new in zip(moves, self._versions, now, strict=True) if old != new)
+                raise RuntimeError(
+                    f"TSAM: {self.table.name(i)} was written by the closure or the forward pass (Embedding(max_norm=...), "
+                    "clamp_, ...) while it was perturbed, and would be put back. Nothing was updated. Write it after "
+                    "the step instead, under torch.no_grad()."
+                )
+
+    def _without_gradients(self, sample: Sample) -> None:
+        if not self.step.history.gradient_seen:
+            raise RuntimeError(f"TSAM: no parameter has got a gradient: {BACKWARD}. Nothing was updated.")
+        if not sample.differentiable:
+            raise RuntimeError(f"TSAM: a pass left no gradient, and its loss has none: {BACKWARD}. Nothing was updated.")
+        self.step.history.tell(NO_GRADIENT)
 
     @torch.no_grad()
     def gradients(self) -> dict[int, Tensor]:
-        """The gradients that this pass has left, each in its parameter's layout."""
-        gradients = {}
-        for i, (parameter, stride, dtype) in enumerate(self._forms):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if gradient.layout is not torch.strided:
-                raise refuse(TSAM, f"{self.table.name(i)}.grad", f"a {gradient.layout} tensor", "a dense gradient")
-            if gradient.stride() != stride or gradient.dtype != dtype:
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            gradients[i] = gradient
-        return gradients
+        """The gradients that this pass has left, each in its parameter's layout; of complex ones the real pairs."""
+        table = self.table
+        found = {i: gradient for i, gradient in enumerate(map(GRAD, table.parameters)) if gradient is not None}
+        try:
+            usual = list(map(STRIDE, found.values())) == taken(self._strides, found)
+        except RuntimeError:  # sparse ones have no strides
+            usual = False
+        if usual and self._passes <= 1:  # which dtype torch allows in p.grad does not change within a step
+            dtypes = taken(table.dtypes, found)
+            self.mixed = table.tensors is not table.parameters or [g.dtype for g in found.values()] != dtypes
+        if usual and not self.mixed:
+            return found
+        self.mixed = True
+        return {i: self._in_form(i, gradient) for i, gradient in found.items()}
+
+    def _in_form(self, index: int, gradient: Tensor) -> Tensor:
+        parameter, own = self.table.parameters[index], index < self.table.own
+        if gradient.layout is not torch.strided:
+            if own:
+                raise refuse(TSAM, f"{self.table.name(index)}.grad", f"a {gradient.layout} tensor", "a dense gradient")
+            self.mean.goes_back_sparse(index)
+            gradient = gradient.to_dense()
+        if gradient.stride() != parameter.stride() or gradient.is_conj() or gradient.is_neg():
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+        if not gradient.is_complex() and gradient.dtype not in DTYPES:
+            gradient = gradient.float()
+        return as_real(gradient)
+
+    def as_moved(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The gradients of what this optimizer holds in the dtypes of their parameters, as ops that move those want."""
+        if not self.mixed:
+            return gradients
+        tensors, own = self.table.tensors, self.table.own
+        return {i: g.to(tensors[i].dtype) if i < own else g for i, g in gradients.items()}
 
     @torch.no_grad()
     def complete(self) -> None:
         """θ₀ back, and the mean into p.grad."""
         self.origin.restore()
+        drop_derived()
         self.mean.hand_over()
+        self.step.history.leave(g for g in map(GRAD, self.table.parameters[: self.table.own]) if g is not None)
         self.closed = True
         self.forget()
 
     @torch.no_grad()
     def abort(self) -> None:
-        """Puts parameters, gradients, generators and statistics back to before the step. Idempotent."""
+        """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
+        self._end(zero=True)
+
+    def skip(self) -> None:
+        """As :meth:`abort`, and p.grad keeps its values: the batch was no batch."""
+        self.skipped = True
+        if not self.step.history.gradient_seen:
+            self.step.history.tell(NO_BATCH)
+        self._end(zero=False)
+
+    @torch.no_grad()
+    def _end(self, *, zero: bool) -> None:
         if self.closed:
             return
         self.closed = True
@@ -261,17 +358,19 @@ class Estimate(ABC):
             if not self.capturing:  # under capture nothing has run, and what ends takes no more launches
                 self.undo()
         finally:
-            if self._masks is not None and self._statistics is not None:
-                self.mean.give_back(zero=not self.capturing)
+            drop_derived()
+            if self._masks is not None and self._buffers is not None:
+                self.mean.give_back(zero=zero and not self.capturing)
                 self._masks.rewind()
                 if not self.capturing:
-                    self._statistics.rewind()
+                    self._buffers.rewind()
                 self.forget()
 
     @torch.no_grad()
     def undo(self) -> None:
         """θ₀ back, after an exception too."""
         self.origin.undo()
+        drop_derived()
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters but the scratch."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from tsam_ext.chain import Chain
 from tsam_ext.engine.state import CHAIN_SLOTS, STEP_HELD, ChainSlot, Slot
 from tsam_ext.integrators import LEAPFROG, substeps
-from tsam_ext.mean import is_own
+from tsam_ext.mean import owned
 from tsam_ext.phase_space import PhaseSpace
 from tsam_ext.table import taken
 
@@ -83,7 +83,7 @@ class HamiltonianEstimate(Estimate):
 
     def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
         """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
-        self._loss, self._fresh = loss, gradients
+        self._loss, self._fresh = loss, self.as_moved(gradients)
 
     def visit(self, sample: int) -> None:
         """Where the chain stands; a draw from the prior if it stands nowhere."""
@@ -99,8 +99,7 @@ class HamiltonianEstimate(Estimate):
         if self.capturing and not (fresh or chain.started):
             raise RuntimeError("TSAM: hmc in a CUDA graph needs a step before the capture, to go on from.")
         chain.scalars = chain.scalars.to(self.spread.home)  # the model may have moved since
-        moved = taken(table.parameters, table.moves)
-        buffers = [chain.buffers(parameter) for parameter in moved]
+        buffers = [chain.buffers(parameter) for parameter in taken(table.parameters, table.moves)]
         draw = fresh or not chain.started
         self._before = (chain.scalars.clone(), not draw)
         if self.noise_step == STEP_HELD:
@@ -110,7 +109,7 @@ class HamiltonianEstimate(Estimate):
         self._phase = phase = PhaseSpace(
             spread=self.spread,
             indices=table.moves,
-            position=moved,
+            position=taken(table.tensors, table.moves),
             saved=taken(self.origin.copies, table.moves),
             x=([held[0] for held in buffers], [held[1] for held in buffers], [held[2] for held in buffers]),
             momentum=[],
@@ -130,8 +129,9 @@ class HamiltonianEstimate(Estimate):
     @torch.no_grad()
     def _take_start(self, phase: PhaseSpace) -> None:
         """The chain's state at the start of the step: its gradient is carried from here on."""
+        own = owned(self._fresh)
         for i, gradient in self._fresh.items():
-            self._carried[i] = gradient if is_own(gradient) else gradient.clone()
+            self._carried[i] = gradient if i in own else gradient.clone()
         delta = self.tilt if self._delta is None else self.scalar(self._delta)
         gradients = self._of_moved(self._carried)
         phase.begin(gradients, self._loss, tilt=self.tilt, delta=delta, automatic=self._automatic)
@@ -140,7 +140,8 @@ class HamiltonianEstimate(Estimate):
     def _leapfrog(self, phase: PhaseSpace, trajectory: int, n: int) -> None:
         """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
         if not phase.momentum:
-            phase.momentum = [self.chain.momentum(parameter) for parameter in phase.position]
+            parameters = taken(self.table.parameters, self.table.moves)
+            phase.momentum = [self.chain.momentum(parameter) for parameter in parameters]
         kick, drift = self._substeps[n]
         phase.leapfrog(
             self._of_moved(self._carried if n == 0 else self._fresh),
@@ -172,10 +173,11 @@ class HamiltonianEstimate(Estimate):
             self._recycle(phase, START, sample, n, self._carried)
             self._recycle(phase, END, sample, n - 1, self._fresh)
         counted = sample >= 0 and not self._recycles
+        # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
+        begins = sample <= 0 and self.mean.begins_in(self._fresh, indices, keep=counted)
         fresh = [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices]
         carried = taken(self._carried, indices)
-        # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
-        if sample <= 0 and self.mean.begins_in(self._fresh, indices, keep=counted):
+        if begins:
             phase.carry(indices, fresh, carried, [], count=counted)
         else:
             self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > 0)
@@ -238,5 +240,5 @@ class HamiltonianEstimate(Estimate):
 
     def _zero(self, index: int) -> Tensor:
         if index not in self._zeros:
-            self._zeros[index] = torch.zeros_like(self.table.parameters[index], requires_grad=False)
+            self._zeros[index] = torch.zeros_like(self.table.tensors[index], requires_grad=False)
         return self._zeros[index]

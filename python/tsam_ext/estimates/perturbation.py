@@ -84,7 +84,7 @@ class PerturbationEstimate(Estimate):
         self._antithetic, self._ascends, self._kind = antithetic, ascends, noise
         self._drawn = -1  # the sample that the parameters have been moved to already
         table = step.table
-        self._moved, self._base = taken(table.parameters, table.moves), taken(table.base, table.moves)
+        self._moved, self._base = taken(table.tensors, table.moves), taken(table.base, table.moves)
         self._adaptive, self._radius = taken(table.adaptive, table.moves), taken(table.radius, table.moves)
 
     @property
@@ -163,7 +163,7 @@ class PerturbationEstimate(Estimate):
     def _merges(self, gradients: dict[int, Tensor]) -> bool:
         """Whether the mean of these gradients and the next draw are one pass: over the same tensors, and both due."""
         same = self.mean.sums.keys() == gradients.keys() and list(gradients) == self.table.moves
-        return same and self.table.draws
+        return same and self.table.draws and not self.mixed
 
     def _add_and_perturb(self, gradients: dict[int, Tensor], index: int) -> None:
         """Brings the mean up to this sample and moves the parameters to sample ``index``."""
@@ -182,30 +182,34 @@ class PerturbationEstimate(Estimate):
         self._drawn = index
 
     def _ascend(self, gradients: dict[int, Tensor], row: int) -> None:
-        """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved."""
-        table, copies = self.table, self.origin.copies
+        """theta += rho D (D g) / |D g| over all perturbed parameters with a gradient; saves those not yet saved.
+
+        Where the base optimizer maximizes, the worse side is downhill.
+        """
+        table, copies, gradients = self.table, self.origin.copies, self.as_moved(gradients)
         moves = list(filter(gradients.__contains__, table.moves))
         if not moves:
             return
         saved = list(filter(copies.__contains__, moves))
         fresh = [i for i in moves if i not in copies] if len(saved) < len(moves) else []
         # A parameter not yet saved has not moved: it is its own origin.
-        origins = [copies.get(i, table.parameters[i]) for i in moves]
+        origins = [copies.get(i, table.tensors[i]) for i in moves]
         adaptive = taken(table.adaptive, moves)
         self.spread.run(_ops.grad_norm_, moves, taken(gradients, moves), origins, self.state, adaptive, row)
         for chosen, saves in ((saved, False), (fresh, True)):
             if chosen:
                 if saves:
                     self.origin.save(chosen)
+                rho = taken(table.rho, chosen)
                 self.spread.run(
                     _ops.ascend_,
                     chosen,
-                    taken(table.parameters, chosen),
+                    taken(table.tensors, chosen),
                     taken(copies, chosen),
                     taken(gradients, chosen),
                     self.state,
-                    taken(table.rho, chosen),
+                    [-length for length in rho] if table.maximize else rho,
                     taken(table.adaptive, chosen),
                     saves,
                 )
-        increment_version(taken(table.parameters, moves))
+        increment_version(taken(table.tensors, moves))
