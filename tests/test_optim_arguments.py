@@ -173,8 +173,7 @@ SHARED = torch.zeros(16)
 UNUSABLE: dict[str, tuple[Callable[[], list[Parameter]], str, str]] = {
     "sparse": (lambda: [Parameter(torch.eye(3).to_sparse())], "sparse", "dense"),
     "sparse csr": (lambda: [Parameter(torch.eye(3).to_sparse_csr())], "sparse", "dense"),
-    "complex": (lambda: [Parameter(torch.ones(3, dtype=torch.complex64))], "complex64", "float32"),
-    "meta": (lambda: [Parameter(torch.ones(3, device="meta"))], "meta", "cpu"),
+    "complex": (lambda: [Parameter(torch.ones(3, dtype=torch.complex32))], "complex32", "float32"),
     "gaps": (lambda: [Parameter(torch.zeros(4, 6)[:, ::2])], "strides", "dense"),
     "expanded": (lambda: [Parameter(torch.zeros(1).expand(5))], "strides", "dense"),
     "overlapping": (

@@ -333,24 +333,29 @@ def test_part_takes_what_a_batch_is_made_of(problem) -> None:
     assert torch.equal(optimizer.part(x), x)  # outside a step: everything
     seen = []
 
+    def loss(*_: object) -> Tensor:
+        value = task.loss()
+        value.backward()
+        return value
+
     def closure() -> Tensor:
         part, labels = optimizer.part(x, names)
         seen.append((part.tolist(), labels))
-        return task.loss()
+        return loss()
 
     optimizer.estimate_gradient(closure)
     assert seen[1] == ([4.0, 5.0, 6.0, 7.0], ["row 4", "row 5", "row 6", "row 7"])
     copies = task.copies()
     with pytest.raises(ValueError, match=r"part.*11 rows.*12"):
-        optimizer.step(lambda: optimizer.part(x, x[1:]) and task.loss())
+        optimizer.step(lambda: optimizer.part(x, x[1:]) and loss())
     with pytest.raises(TypeError, match="part"):
         optimizer.part()
     with pytest.raises(RuntimeError, match="part"):
-        optimizer.step(task.loss)  # a split batch that nobody split
+        optimizer.step(loss)  # a split batch that nobody split
     passes = iter([True, False])
     with pytest.raises(RuntimeError, match=r"opt\.part.*in each pass"):  # or in its first pass only
-        optimizer.step(lambda: (next(passes) and optimizer.part(x), task.loss())[1])
+        optimizer.step(lambda: loss(next(passes) and optimizer.part(x)))
     lengths = iter([12, 10])
     with pytest.raises(ValueError, match=r"10 rows.*12"):
-        optimizer.step(lambda: (optimizer.part(x[: next(lengths)]), task.loss())[1])
+        optimizer.step(lambda: loss(optimizer.part(x[: next(lengths)])))
     assert task.holds(copies)

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from ._cuda import why_not
 from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
 from .samplers import Sampler, owner_of
 from .settings import GROUP_KEYS, check_group_options, check_group_values
+from .table import COMPLEX, maximizes
 
 OPTIMIZER = "a torch.optim.Optimizer class or instance"
 
@@ -103,20 +105,26 @@ def named_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor
 
 
 def check_parameters(named: Iterator[tuple[str, Tensor]]) -> None:
-    """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair."""
+    """Refuses parameters that no kernel can perturb in place; names the first, or the first overlapping pair.
+
+    Frozen ones may be anything, and fake ones or those on meta come to lie somewhere later: ops look again.
+    """
     spans: list[tuple[int, int, str]] = []
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         if parameter.layout is not torch.strided:
             raise refuse(TSAM, name, f"a {parameter.layout} tensor", "a dense tensor")
-        if parameter.dtype not in DTYPES:
-            expected = "a float32, float64, bfloat16 or float16 tensor"
+        if parameter.dtype not in DTYPES and parameter.dtype not in COMPLEX:
+            expected = "a float32, float64, bfloat16, float16, complex64 or complex128 tensor"
             raise refuse(TSAM, name, f"a {parameter.dtype} tensor", expected)
-        if (cause := why_not(parameter.device)) is not None:
+        material = parameter.device.type != "meta" and not isinstance(parameter, FakeTensor)
+        if material and (cause := why_not(parameter.device)) is not None:
             raise refuse(TSAM, name, f"a tensor on {parameter.device}", f"one that kernels run on ({cause})")
-        if not is_dense(parameter):
+        if not is_dense(parameter) or parameter.is_conj():
             got = f"strides {parameter.stride()} for shape {tuple(parameter.shape)}"
             raise refuse(TSAM, name, got, "a dense tensor")
-        if parameter.numel():
+        if parameter.numel() and material:
             begin = parameter.data_ptr()
             spans.append((begin, begin + parameter.numel() * parameter.element_size(), name))
     spans.sort()
@@ -162,6 +170,7 @@ class WrappingOptimizer(Optimizer):
         for g, group in enumerate(base.param_groups):
             self._check_new_group(group, f"param_groups[{g}].")
         check_parameters(named_parameters(base.param_groups))
+        maximizes(base.param_groups)
         self._base: Optimizer | None = None
         super().__init__(base.param_groups, {})
         self._base = base
@@ -229,6 +238,7 @@ class WrappingOptimizer(Optimizer):
         self._base.add_param_group(param_group)
         try:
             check_parameters(named_parameters(self._base.param_groups))
+            maximizes(self._base.param_groups)
         except (TypeError, ValueError):
             del self._base.param_groups[index]
             raise

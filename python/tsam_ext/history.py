@@ -39,7 +39,7 @@ class History:
         self.buffers: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
         self._left: list[weakref.ref[Tensor]] = []  # the gradients that the last estimate has left in p.grad
-        self._versions: list[int] | None = None  # theirs, once the base optimizer has used them
+        self._versions: list[int] = []  # theirs, once the base optimizer has used them
         self._has_looked = False
 
     def tell(self, message: str) -> None:
@@ -50,7 +50,7 @@ class History:
 
     def leave(self, gradients: Iterable[Tensor]) -> None:
         """Notes the gradients that an estimate has left in p.grad."""
-        self._left, self._versions = list(map(weakref.ref, gradients)), None
+        self._left, self._versions = list(map(weakref.ref, gradients)), []
 
     def used(self) -> None:
         """The base optimizer has stepped: whoever writes to these gradients from now on accumulates."""
@@ -62,12 +62,9 @@ class History:
         """Warns of gradients that are neither ours nor cleared; their values are looked at once, if ever."""
         if self._has_looked or not any(gradient is not None for gradient in found):
             return
-        left = dict(zip(map(id, (ref() for ref in self._left)), self._versions or [None] * len(self._left), strict=True))
-        foreign = [
-            gradient
-            for gradient in found
-            if gradient is not None and not (id(gradient) in left and left[id(gradient)] in (None, gradient._version))
-        ]
+        ours: dict[int, int | None] = {id(ref()): None for ref in self._left}
+        ours |= zip((id(ref()) for ref in self._left), self._versions, strict=False)
+        foreign = [g for g in found if g is not None and ours.get(id(g), -1) not in (None, g._version)]
         if foreign:
             self._has_looked = True
             if any(bool(torch.count_nonzero(gradient.detach())) for gradient in foreign if not gradient.is_sparse):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .history import VERSION, History
 
@@ -33,6 +34,12 @@ def drop_derived() -> None:
     torch.clear_autocast_cache()
     if parametrize._cache_enabled:
         parametrize._cache.clear()
+
+
+def drawn_seed() -> int:
+    """A number below 2^63 from torch's default generator, also where tensors are fake."""
+    with _disable_current_modes():
+        return int(torch.randint(0, (1 << 63) - 1, (), device="cpu"))
 
 
 def _bytes(state: Tensor) -> bytes:
@@ -121,7 +128,7 @@ class Buffers:
 
     def __init__(self, modules: Iterable[nn.Module], history: History, *, capturing: bool) -> None:
         self._capturing = capturing
-        self._buffers: list[tuple[_Buffer, dict[str, str]]] = []
+        self._entries: list[tuple[_Buffer, dict[str, str]]] = []
         self._is_first = True
         for module in modules:
             if not module._buffers or not module.training:
@@ -139,12 +146,12 @@ class Buffers:
                 buffer = _Buffer(module, name, kind == SILENT, tensor, -1 if tensor is None else tensor._version)
                 if tensor is not None and kind != STILL:
                     buffer.before = tensor.clone()
-                self._buffers.append((buffer, known))
+                self._entries.append((buffer, known))
 
     def end_pass(self) -> None:
         """After the first pass: remember what it has left. After each later one: put that back."""
         first, self._is_first = self._is_first, False
-        for buffer, known in self._buffers:
+        for buffer, known in self._entries:
             if first:
                 self._look(buffer, known)
             elif buffer.after is not None:
@@ -170,28 +177,38 @@ class Buffers:
 
     def rewind(self) -> None:
         """Puts the buffers back to before the step."""
-        for buffer, _ in self._buffers:
+        for buffer, _ in self._entries:
             if buffer.before is not None or buffer.now is not buffer.first:
                 buffer.put(buffer.first, buffer.before)
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
         """Each buffer that may have moved, with a copy of its values before the step."""
-        return [(b.first, b.before) for b, _ in self._buffers if b.first is not None and b.before is not None]
+        return [(b.first, b.before) for b, _ in self._entries if b.first is not None and b.before is not None]
 
 
 class ModuleWatch:
     """Looks at the modules that run in a first step without ``model``, and says what that means for them.
 
-    A forward hook for all modules, in place during that step only. ``own``: the optimizer's parameters.
+    A forward hook for all modules, in place inside a ``with`` block around that step. ``own``: the optimizer's
+    parameters. After an exception nothing is said.
     """
 
-    def __init__(self, own: Iterable[Tensor]) -> None:
-        self._own = set(map(id, own))
+    def __init__(self, own: Iterable[Tensor], history: History) -> None:
+        self._own, self._history = set(map(id, own)), history
         self._norms = False
-        self._buffers: list[_Buffer] = []
+        self._entries: list[_Buffer] = []
         self._others: dict[int, tuple[nn.Parameter, Tensor | None, int]] = {}
         self._seen: set[nn.Module] = set()
-        self._handle: Any = nn.modules.module.register_module_forward_pre_hook(self._look)
+        self._handle: Any = None
+
+    def __enter__(self) -> None:
+        self._handle = nn.modules.module.register_module_forward_pre_hook(self._look)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._handle.remove()
+        self._history.watched = True
+        if kind is None:
+            self._tell()
 
     def _look(self, module: nn.Module, _inputs: Any) -> None:
         if module in self._seen:
@@ -207,23 +224,18 @@ class ModuleWatch:
         elif module.training:
             for name, tensor in module._buffers.items():
                 if tensor is None or not (is_lazy(tensor) or tensor.is_inference()):
-                    self._buffers.append(_Buffer(module, name, False, tensor, -1 if tensor is None else VERSION(tensor)))
+                    self._entries.append(_Buffer(module, name, False, tensor, -1 if tensor is None else VERSION(tensor)))
 
-    def close(self) -> None:
-        """Takes the hook away."""
-        self._handle.remove()
-
-    def tell(self, history: History) -> None:
-        """Warns of what there is reason to, after a step that was completed."""
-        if self._norms or any(buffer.touched(buffer.first) for buffer in self._buffers):
+    def _tell(self) -> None:
+        if self._norms or any(buffer.touched(buffer.first) for buffer in self._entries):
             what = "a training normalisation layer with running statistics" if self._norms else "a module in training"
-            history.tell(
+            self._history.tell(
                 f"{what} ran several times in one step, and its "
                 f"{'statistics' if self._norms else 'buffers'} moved each time; pass model=... to TSAM to have them "
                 "move once."
             )
         if any(p.grad is not g or (g is not None and g._version != v) for p, g, v in self._others.values()):
-            history.tell(
+            self._history.tell(
                 "parameters that this optimizer does not hold got a gradient in each pass of a step, and the sum of "
                 "all of them; pass model=... to TSAM to have them get one mean gradient."
             )

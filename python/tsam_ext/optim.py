@@ -8,7 +8,7 @@ what they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,11 +22,11 @@ from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
-from .module_state import ModuleWatch, drop_derived
+from .module_state import ModuleWatch, drawn_seed, drop_derived
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
-from .table import Table
+from .table import Table, others_of
 
 RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
@@ -122,14 +122,12 @@ class TSAM(WrappingOptimizer):
             every=every,
             skip_nonfinite_loss=skip_nonfinite_loss,
             same_masks=same_masks,
+            generators=tuple(generators),
             capturable=capturable,
         )
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
             raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
-        for i, generator in enumerate(generators):
-            if not isinstance(generator, torch.Generator):
-                raise refuse(OPTIMIZER, f"generators[{i}]", shown(generator), "a torch.Generator", TypeError)
         if seed is not None:
             seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs, chosen)
@@ -137,9 +135,10 @@ class TSAM(WrappingOptimizer):
         if capturable:
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
-        self.model, self._generators = model, tuple(generators)
+        self.model = model
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
+        device = torch.device("cpu") if device.type == "meta" else device
+        key = drawn_seed() if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
 
     @property
@@ -245,18 +244,9 @@ class TSAM(WrappingOptimizer):
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
         estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
-        watch = None
-        if self.model is None and not progress.history.watched and estimate.repeats:
-            watch = ModuleWatch(estimate.table.parameters)
-        try:
+        looks = self.model is None and estimate.repeats and not progress.history.watched
+        with ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext():
             yield from estimate.passes()
-        finally:
-            if watch is not None:
-                progress.history.watched = True
-                watch.close()
-            estimate.current = None
-        if watch is not None:
-            watch.tell(progress.history)
         progress.pending = True
         report = estimate.report
         progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
@@ -264,7 +254,7 @@ class TSAM(WrappingOptimizer):
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings
         modules = [] if self.model is None else list(self.model.modules())
-        table = Table.of(self.param_groups, self.group_names, progress.step, self._others(modules))
+        table = Table.of(self.param_groups, self.group_names, progress.step, others_of(modules, self.param_groups))
         if table.own:
             progress.step_to(table.parameters[0].device)  # the model may have moved since
         step = Step(
@@ -278,21 +268,10 @@ class TSAM(WrappingOptimizer):
             skip_nonfinite_loss=settings.skip_nonfinite_loss,
             same_masks=settings.same_masks,
             modules=modules,
-            generators=self._generators,
+            generators=settings.generators,
             history=progress.history,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
-
-    def _others(self, modules: Iterable[nn.Module]) -> list[Tensor]:
-        """The parameters of these modules that another optimizer holds."""
-        seen = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        others: list[Tensor] = []
-        for module in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    others.append(parameter)
-        return others
 
     def _table(self) -> Table:
         return Table.of(self.param_groups, self.group_names, self._progress.step)
@@ -357,14 +336,14 @@ class TSAM(WrappingOptimizer):
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
         Raises:
-            RuntimeError: with other settings (use :meth:`samples`).
+            RuntimeError: with other settings (use :meth:`samples`), or without a gradient.
         """
         self._check_two_steps("first_step")
         self._refuse_inside_perturbed("first_step()")
         self._progress.abort()
         estimate = self._progress.estimate = self._new_estimate()
         try:
-            estimate.visit(0)
+            estimate.visit(0, needs_gradient=True)
         except BaseException:
             estimate.undo()
             self._progress.estimate = None
@@ -428,5 +407,5 @@ class TSAM(WrappingOptimizer):
             progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "_generators", "model")}
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}
         return super().__getstate__() | own

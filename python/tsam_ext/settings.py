@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .engine.checks import (
@@ -30,7 +31,7 @@ Tilt = float | Tensor | Callable[[int], float | Tensor]
 Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
-FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "seed", "model")
+FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators", "seed", "model")
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -45,6 +46,7 @@ class Settings:
     every: int
     skip_nonfinite_loss: bool
     same_masks: bool
+    generators: tuple[torch.Generator, ...]
     capturable: bool
 
     def __post_init__(self) -> None:
@@ -56,6 +58,9 @@ class Settings:
             set_own(self, "tilt", _checked_tilt("tilt", self.tilt, self.sampler))
         for name in ("skip_nonfinite_loss", "same_masks", "capturable"):
             check_flag(TSAM, name, getattr(self, name))
+        for i, generator in enumerate(self.generators):
+            if not isinstance(generator, torch.Generator):
+                raise refuse(TSAM, f"generators[{i}]", shown(generator), "a torch.Generator", TypeError)
         set_own(self, "num_samples", check_int(TSAM, "num_samples", self.num_samples, 1, MAX_SAMPLES))
         check_choice(TSAM, "batch", self.batch, BATCHES)
         set_own(self, "every", check_int(TSAM, "every", self.every, 1, 1 << 31))

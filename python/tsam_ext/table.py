@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .engine.checks import TSAM, check_length, refuse
 
@@ -128,3 +128,15 @@ def maximizes(groups: list[dict[str, Any]]) -> bool:
         expected = "the same in all groups, as the tilt and the ascent are over all of them together"
         raise refuse(TSAM, "param_groups: maximize", "True in some groups alone", expected)
     return found == {True}
+
+
+def others_of(modules: Iterable[nn.Module], groups: list[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of these modules that another optimizer holds."""
+    seen = {id(parameter) for group in groups for parameter in group["params"]}
+    others: list[Tensor] = []
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                others.append(parameter)
+    return others

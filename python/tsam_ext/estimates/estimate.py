@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import DTYPES, TSAM, refuse, shown
+from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
+from tsam_ext.gradients import Gradients
 from tsam_ext.history import NO_BATCH, NO_GRADIENT, VERSION, History
 from tsam_ext.mean import GRAD, Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
-from tsam_ext.table import Table, as_real, taken
+from tsam_ext.table import Table, taken
 
 BACKWARD = "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
-STRIDE = Tensor.stride
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ class Estimate(ABC):
         self.table, self.step = step.table, step
         self.num_samples, self.states_per_sample = step.num_samples, states_per_sample
         self.spread = Spread(step.table.parameters)
+        if any(device.type == "meta" for device in self.spread.devices):
+            raise refuse(TSAM, "params", "tensors on meta", "tensors in memory (build TSAM after module.to_empty())")
         self.state = new_state(self.num_samples * states_per_sample, self.spread.home)
         self.spread.follow(self.state)
         self.capturing = any(map(_cuda.capturing, self.spread.devices))
@@ -182,11 +184,10 @@ class Estimate(ABC):
         self.tilt = self.state[Slot.TILT]
         self.origin = Origin(step.table, self.spread, self.state, step.scratch, self.capturing)
         self.mean = Mean(step.table, self.spread, self.state)
-        self.mixed = False  # whether a gradient has another dtype than its parameter
+        self.gradients = Gradients(step.table, self.mean)
         self._masks: RandomMasks | None = None
-        self._buffers: Buffers | None = None
+        self._kept_buffers: Buffers | None = None
         self._passes = 0
-        self._strides = list(map(STRIDE, step.table.parameters))
         self._versions: list[int] | None = None  # of what moves, before the pass
 
     @abstractmethod
@@ -198,8 +199,22 @@ class Estimate(ABC):
         """What the gradients of the pass that has just run are for."""
 
     @abstractmethod
-    def visit(self, sample: int) -> None:
-        """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back."""
+    def move_to(self, sample: int) -> None:
+        """Moves the parameters to θ₀+ε of ``sample``, outside a step."""
+
+    @torch.no_grad()
+    def visit(self, sample: int, *, needs_gradient: bool = False) -> None:
+        """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back.
+
+        ``needs_gradient``: RuntimeError where p.grad holds none and there is no reason for it.
+        """
+        own = self.table.parameters[: self.table.own]
+        if any(parameter.grad is not None for parameter in own):
+            self.step.history.gradient_seen = True
+        elif needs_gradient and own and not self.step.history.gradient_seen:
+            raise RuntimeError(f"TSAM: no parameter has got a gradient: {BACKWARD}. Nothing was updated.")
+        self.move_to(sample)
+        drop_derived()
 
     @property
     def repeats(self) -> bool:
@@ -217,6 +232,7 @@ class Estimate(ABC):
             yield from self.moves()
             self.complete()
         finally:
+            self.current = None
             self.abort()
 
     @torch.no_grad()
@@ -225,7 +241,7 @@ class Estimate(ABC):
         self.mean.begin()
         if not capturing:
             step.history.check_found(self.mean.found[: self.table.own])
-        self._buffers = Buffers(step.modules, step.history, capturing=capturing)
+        self._kept_buffers = Buffers(step.modules, step.history, capturing=capturing)
         self._masks = RandomMasks(() if capturing else self.spread.devices, () if capturing else step.generators)
         self.tilt = self.scalar(step.tilt)
         self.spread.run(_ops.tilt_begin_, (), self.state, self.tilt)
@@ -256,12 +272,12 @@ class Estimate(ABC):
     @torch.no_grad()
     def end_pass(self, sample: Sample, loss: Tensor) -> None:
         """After the user's backward pass: its loss, the buffers that it moved, its gradients."""
-        if self._buffers is not None and self._masks is not None:
+        if self._kept_buffers is not None and self._masks is not None:
             if self.first_loss is None:
                 self._masks.end_first_pass()
-            self._buffers.end_pass()
+            self._kept_buffers.end_pass()
         self._check_unwritten()
-        gradients = self.gradients()
+        gradients = self.gradients.gather()
         if next(iter(gradients), self.table.own) < self.table.own:
             self.step.history.gradient_seen = True
         elif self.table.own:
@@ -289,43 +305,6 @@ class Estimate(ABC):
         if not sample.differentiable:
             raise RuntimeError(f"TSAM: a pass left no gradient, and its loss has none: {BACKWARD}. Nothing was updated.")
         self.step.history.tell(NO_GRADIENT)
-
-    @torch.no_grad()
-    def gradients(self) -> dict[int, Tensor]:
-        """The gradients that this pass has left, each in its parameter's layout; of complex ones the real pairs."""
-        table = self.table
-        found = {i: gradient for i, gradient in enumerate(map(GRAD, table.parameters)) if gradient is not None}
-        try:
-            usual = list(map(STRIDE, found.values())) == taken(self._strides, found)
-        except RuntimeError:  # sparse ones have no strides
-            usual = False
-        if usual and self._passes <= 1:  # which dtype torch allows in p.grad does not change within a step
-            dtypes = taken(table.dtypes, found)
-            self.mixed = table.tensors is not table.parameters or [g.dtype for g in found.values()] != dtypes
-        if usual and not self.mixed:
-            return found
-        self.mixed = True
-        return {i: self._in_form(i, gradient) for i, gradient in found.items()}
-
-    def _in_form(self, index: int, gradient: Tensor) -> Tensor:
-        parameter, own = self.table.parameters[index], index < self.table.own
-        if gradient.layout is not torch.strided:
-            if own:
-                raise refuse(TSAM, f"{self.table.name(index)}.grad", f"a {gradient.layout} tensor", "a dense gradient")
-            self.mean.goes_back_sparse(index)
-            gradient = gradient.to_dense()
-        if gradient.stride() != parameter.stride() or gradient.is_conj() or gradient.is_neg():
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        if not gradient.is_complex() and gradient.dtype not in DTYPES:
-            gradient = gradient.float()
-        return as_real(gradient)
-
-    def as_moved(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The gradients of what this optimizer holds in the dtypes of their parameters, as ops that move those want."""
-        if not self.mixed:
-            return gradients
-        tensors, own = self.table.tensors, self.table.own
-        return {i: g.to(tensors[i].dtype) if i < own else g for i, g in gradients.items()}
 
     @torch.no_grad()
     def complete(self) -> None:
@@ -359,11 +338,11 @@ class Estimate(ABC):
                 self.undo()
         finally:
             drop_derived()
-            if self._masks is not None and self._buffers is not None:
+            if self._masks is not None and self._kept_buffers is not None:
                 self.mean.give_back(zero=zero and not self.capturing)
                 self._masks.rewind()
                 if not self.capturing:
-                    self._buffers.rewind()
+                    self._kept_buffers.rewind()
                 self.forget()
 
     @torch.no_grad()

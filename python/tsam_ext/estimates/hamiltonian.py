@@ -83,9 +83,9 @@ class HamiltonianEstimate(Estimate):
 
     def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
         """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
-        self._loss, self._fresh = loss, self.as_moved(gradients)
+        self._loss, self._fresh = loss, self.gradients.as_moved(gradients)
 
-    def visit(self, sample: int) -> None:
+    def move_to(self, sample: int) -> None:
         """Where the chain stands; a draw from the prior if it stands nowhere."""
         self._place(fresh=False)
 

@@ -69,7 +69,7 @@ class PlainEstimate(Estimate):
         self.spread.run(_ops.tilt_update_, (), self.state, loss, 0.0, 0, skip, True)
         self.mean.add(gradients, adopt=True, zero=False)
 
-    def visit(self, sample: int) -> None:
+    def move_to(self, sample: int) -> None:
         """Nowhere but θ₀."""
 
 
@@ -136,13 +136,12 @@ class PerturbationEstimate(Estimate):
         else:
             self.mean.add(gradients, adopt=index == 0, zero=index > 0)
 
-    @torch.no_grad()
-    def visit(self, sample: int) -> None:
+    def move_to(self, sample: int) -> None:
         """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""
         if self.table.draws:
             self._perturb(sample)
         if self._ascends:
-            self._ascend(self.gradients(), sample)
+            self._ascend(self.gradients.gather(), sample)
 
     def _noise(self, index: int) -> tuple[list[float], list[bool], list[int], int, int, int, int, int, bool]:
         """What an op has to know of the noise of sample ``index``, as perturb_ and accumulate_perturb_ take it."""
@@ -163,7 +162,7 @@ class PerturbationEstimate(Estimate):
     def _merges(self, gradients: dict[int, Tensor]) -> bool:
         """Whether the mean of these gradients and the next draw are one pass: over the same tensors, and both due."""
         same = self.mean.sums.keys() == gradients.keys() and list(gradients) == self.table.moves
-        return same and self.table.draws and not self.mixed
+        return same and self.table.draws and not self.gradients.mixed
 
     def _add_and_perturb(self, gradients: dict[int, Tensor], index: int) -> None:
         """Brings the mean up to this sample and moves the parameters to sample ``index``."""
@@ -186,7 +185,7 @@ class PerturbationEstimate(Estimate):
 
         Where the base optimizer maximizes, the worse side is downhill.
         """
-        table, copies, gradients = self.table, self.origin.copies, self.as_moved(gradients)
+        table, copies, gradients = self.table, self.origin.copies, self.gradients.as_moved(gradients)
         moves = list(filter(gradients.__contains__, table.moves))
         if not moves:
             return
