@@ -1,8 +1,8 @@
 """Loops that people write: each trains right, or says what is wrong, and leaves everything as it was.
 
-The laws: every pass of a step sees the parameters where it is taken, whatever caches them; a loop that makes no gradient
-fails; a gradient that somebody else has accumulated is not dropped without a word; what a forward writes is not undone
-silently.
+The laws: every pass of a step sees the parameters where it is taken, whatever caches them; a loop that makes no
+gradient fails; a gradient that somebody else has accumulated is not dropped without a word; what a forward writes is
+not undone silently.
 """
 
 from __future__ import annotations
@@ -138,10 +138,11 @@ def test_a_pass_without_gradients_counts_as_zeros_and_is_said_once(problem) -> N
     task.train(optimizer, 1)
     stranger = torch.zeros((), requires_grad=True)
     optimizer.zero_grad()
-    with pytest.warns(UserWarning, match="no gradient, which counts as zeros") as caught:
-        for _ in range(2):
-            optimizer.step(lambda: stranger * 1.0)
-    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="no gradient, which counts as zeros"):
+        optimizer.step(lambda: stranger * 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: stranger * 1.0)
     assert all(p.grad is None for p in task.parameters)
 
 
@@ -185,14 +186,28 @@ def in_microbatches(task: Any, optimizer: TSAM) -> None:
     optimizer.step(task.closure(optimizer))
 
 
+def after_a_step(task: Any, optimizer: TSAM) -> None:
+    task.train(optimizer, 1)
+    optimizer.zero_grad()
+    in_microbatches(task, optimizer)
+
+
+def on_top_of_ours(task: Any, optimizer: TSAM) -> None:
+    task.train(optimizer, 1)
+    in_microbatches(task, optimizer)
+
+
+def into_zeros(task: Any, optimizer: TSAM) -> None:
+    for parameter in task.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    in_microbatches(task, optimizer)
+
+
 ACCUMULATES: dict[str, Callable[[Any, TSAM], None]] = {
     "microbatch": in_microbatches,
-    "after a step": lambda task, optimizer: (task.train(optimizer, 1), optimizer.zero_grad(), in_microbatches(task, optimizer)),
-    "on top of ours": lambda task, optimizer: (task.train(optimizer, 1), in_microbatches(task, optimizer)),
-    "into zeros": lambda task, optimizer: (
-        [setattr(p, "grad", torch.zeros_like(p)) for p in task.parameters],
-        in_microbatches(task, optimizer),
-    ),
+    "after a step": after_a_step,
+    "on top of ours": on_top_of_ours,
+    "into zeros": into_zeros,
 }
 
 
@@ -200,11 +215,11 @@ ACCUMULATES: dict[str, Callable[[Any, TSAM], None]] = {
 def test_a_gradient_accumulated_before_the_step_is_said(problem, name: str) -> None:
     task = problem()
     optimizer = tsam(task.parameters, lr=0.1)
-    with pytest.warns(UserWarning, match=r"accumulated before the step.*inside the closure") as caught:
+    with pytest.warns(UserWarning, match=r"accumulated before the step.*inside the closure"):
         ACCUMULATES[name](task, optimizer)
-        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         in_microbatches(task, optimizer)
-    assert len(caught) == 1
 
 
 def clipped(task: Any, optimizer: TSAM) -> None:
@@ -316,17 +331,16 @@ def test_a_closure_with_buffers_of_its_own_for_gradients(problem) -> None:
     for name, options in SAMPLERS.items():
         ours, theirs = problem(), problem()
         optimizer, twin = (tsam(t.parameters, lr=0.1, seed=3, **options) for t in (ours, theirs))
-        flat = torch.zeros(sum(p.numel() for p in ours.parameters), dtype=torch.float64)
-        own = {
-            "buffers": [torch.zeros_like(p) for p in ours.parameters],
-            "flat": [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in ours.parameters]), ours.parameters, strict=True)],
-        }
-        for buffers in own.values():
+        sizes = [p.numel() for p in ours.parameters]
+        flat = torch.zeros(sum(sizes), dtype=torch.float64)
+        views = [part.view_as(p) for part, p in zip(flat.split(sizes), ours.parameters, strict=True)]
+        for buffers in ([torch.zeros_like(p) for p in ours.parameters], views):
 
             def closure(buffers: list[Tensor] = buffers, ours: Any = ours) -> Tensor:
                 loss = ours.loss()
-                for p, buffer, g in zip(ours.parameters, buffers, torch.autograd.grad(loss, ours.parameters), strict=True):
-                    p.grad = buffer.copy_(g)
+                gradients = torch.autograd.grad(loss, ours.parameters)
+                for p, buffer, gradient in zip(ours.parameters, buffers, gradients, strict=True):
+                    p.grad = buffer.copy_(gradient)
                 return loss
 
             optimizer.zero_grad()
@@ -380,46 +394,7 @@ def test_rho_as_a_function_of_the_step(problem, sampler: Any) -> None:
     with pytest.raises(IndexError):
         ours.train(optimizer, 1)
     optimizer.param_groups[0]["rho"] = lambda step: -1.0
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\.rho\(3\): got -1\.0, expected a finite number not below 0"):
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]\.rho\(3\): got -1\.0, expected a finite number not below 0"
+    ):
         ours.train(optimizer, 1)
-
-
-@pytest.mark.parametrize("sampler", ["ascent", "noise", "hmc"])
-def test_a_base_that_maximizes_is_one_that_minimizes_the_negative(problem, sampler: str) -> None:
-    """The ascent goes to the worse side, and the tilt favours it."""
-    cases: list[dict[str, Any]] = [{"tilt": 3.0}, {"tilt": float("inf")}, {"tilt": torch.tensor(3.0)}]
-    if sampler == "hmc":
-        cases = [{"tilt": 3.0, "delta": 5.0}, {"tilt": 3.0, "delta": "auto"}, {"tilt": torch.tensor(3.0)}]
-    for options in cases:
-        ours, theirs = problem(), problem()
-        optimizer, twin = (
-            tsam(t.parameters, lr=0.1, rho=0.5, seed=1, sampler=sampler, maximize=m, **options)
-            for t, m in ((ours, True), (theirs, False))
-        )
-        for _ in range(3):
-
-            def closure(ours: Any = ours) -> Tensor:
-                reward = -ours.loss()
-                reward.backward()
-                return reward
-
-            reward, loss = optimizer.step(closure), twin.step(theirs.closure(twin))
-            assert torch.equal(reward, -loss)
-            assert ours.holds(theirs.copies())
-        torch.testing.assert_close(optimizer.diagnostics.tilted_loss, -twin.diagnostics.tilted_loss)
-
-
-def test_groups_that_disagree_on_the_sign_are_refused(problem) -> None:
-    task = problem()
-    first, second = task.parameters[:2], task.parameters[2:]
-    match = r"param_groups: maximize: got True in some groups alone"
-    with pytest.raises(ValueError, match=match):
-        TSAM([{"params": first, "maximize": True}, {"params": second}], lr=0.1)
-    optimizer = TSAM([{"params": first}, {"params": second}], lr=0.1)
-    with pytest.raises(ValueError, match=match):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "maximize": True})
-    optimizer.param_groups[0]["maximize"] = True
-    copies = task.copies()
-    with pytest.raises(ValueError, match=match):
-        task.train(optimizer, 1)
-    assert task.holds(copies)

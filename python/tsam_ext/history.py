@@ -18,15 +18,21 @@ from .engine.notices import warn
 
 VERSION = attrgetter("_version")
 ACCUMULATED = (
-    "p.grad held a gradient that was accumulated before the step, and it does not count: each pass of a step has to see "
-    "all rows at the parameters where it is taken. Run all microbatches inside the closure, or inside the body of "
+    "p.grad held a gradient that was accumulated before the step, and it does not count: each pass of a step has to "
+    "see all rows at the parameters where it is taken. Run all microbatches inside the closure, or inside the body of "
     "samples(), with one backward() each; or clear p.grad before the step."
 )
 NO_BATCH = (
     "a closure returned None and made no gradient, which counts as no batch: nothing was updated. A closure that has a "
     "batch calls backward() and returns the loss."
 )
-NO_GRADIENT = "a pass left no gradient, which counts as zeros: none of the optimizer's parameters took part in its loss."
+NO_GRADIENT = (
+    "a pass left no gradient, which counts as zeros: none of the optimizer's parameters took part in its loss."
+)
+TWO_GRADIENTS = (
+    "first_step(): parameters that another optimizer holds have a gradient of the first pass, and the second pass adds "
+    "to it. Clear it in between, or use step(closure) or samples(), which give them one."
+)
 
 
 class History:

@@ -224,7 +224,9 @@ class ModuleWatch:
         elif module.training:
             for name, tensor in module._buffers.items():
                 if tensor is None or not (is_lazy(tensor) or tensor.is_inference()):
-                    self._entries.append(_Buffer(module, name, False, tensor, -1 if tensor is None else VERSION(tensor)))
+                    self._entries.append(
+                        _Buffer(module, name, False, tensor, -1 if tensor is None else VERSION(tensor))
+                    )
 
     def _tell(self) -> None:
         if self._norms or any(buffer.touched(buffer.first) for buffer in self._entries):

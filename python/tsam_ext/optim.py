@@ -343,7 +343,7 @@ class TSAM(WrappingOptimizer):
         self._progress.abort()
         estimate = self._progress.estimate = self._new_estimate()
         try:
-            estimate.visit(0, needs_gradient=True)
+            estimate.first_half()
         except BaseException:
             estimate.undo()
             self._progress.estimate = None
@@ -361,7 +361,7 @@ class TSAM(WrappingOptimizer):
         running = self._progress.running
         if running is None:
             raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
-        running.undo()
+        running.second_half()
         self._progress.estimate = None
         self._progress.pending = True
         self.apply()

@@ -31,7 +31,8 @@ Tilt = float | Tensor | Callable[[int], float | Tensor]
 Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
-FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators", "seed", "model")
+FOR_ALL = {"tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators"}
+FOR_ALL |= {"seed", "model"}
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 

@@ -7,9 +7,9 @@ cleared. A leaf moves the parameters (passes it yields) and takes gradients; it 
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from abc import ABC, abstractmethod
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,13 +22,15 @@ from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
-from tsam_ext.history import NO_BATCH, NO_GRADIENT, VERSION, History
+from tsam_ext.history import NO_BATCH, NO_GRADIENT, TWO_GRADIENTS, VERSION, History
 from tsam_ext.mean import GRAD, Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
 from tsam_ext.table import Table, taken
 
-BACKWARD = "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
+BACKWARD = (
+    "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
+)
 
 
 @dataclass(frozen=True)
@@ -203,18 +205,31 @@ class Estimate(ABC):
         """Moves the parameters to θ₀+ε of ``sample``, outside a step."""
 
     @torch.no_grad()
-    def visit(self, sample: int, *, needs_gradient: bool = False) -> None:
-        """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back.
-
-        ``needs_gradient``: RuntimeError where p.grad holds none and there is no reason for it.
-        """
-        own = self.table.parameters[: self.table.own]
-        if any(parameter.grad is not None for parameter in own):
-            self.step.history.gradient_seen = True
-        elif needs_gradient and own and not self.step.history.gradient_seen:
-            raise RuntimeError(f"TSAM: no parameter has got a gradient: {BACKWARD}. Nothing was updated.")
+    def visit(self, sample: int) -> None:
+        """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back."""
         self.move_to(sample)
         drop_derived()
+
+    @torch.no_grad()
+    def first_half(self) -> None:
+        """:meth:`visit` after a pass that the user has run: its gradient has to be there, its buffers are to stay."""
+        table, history = self.table, self.step.history
+        if any(parameter.grad is not None for parameter in table.parameters[: table.own]):
+            history.gradient_seen = True
+        elif table.own and not history.gradient_seen:
+            raise RuntimeError(f"TSAM: no parameter has got a gradient: {BACKWARD}. Nothing was updated.")
+        if any(parameter.grad is not None for parameter in table.parameters[table.own :]):
+            history.tell(TWO_GRADIENTS)
+        self._kept_buffers = Buffers(self.step.modules, history, capturing=self.capturing)
+        self.visit(0)
+
+    @torch.no_grad()
+    def second_half(self) -> None:
+        """θ₀ back, and the buffers as the first pass has left them."""
+        self.undo()
+        if self._kept_buffers is not None:
+            self._kept_buffers.end_pass()  # which learns what moves
+            self._kept_buffers.rewind()
 
     @property
     def repeats(self) -> bool:
@@ -294,16 +309,18 @@ class Estimate(ABC):
             if now != self._versions:
                 i = next(i for i, old, new in zip(moves, self._versions, now, strict=True) if old != new)
                 raise RuntimeError(
-                    f"TSAM: {self.table.name(i)} was written by the closure or the forward pass (Embedding(max_norm=...), "
-                    "clamp_, ...) while it was perturbed, and would be put back. Nothing was updated. Write it after "
-                    "the step instead, under torch.no_grad()."
+                    f"TSAM: {self.table.name(i)} was written by the closure or the forward pass "
+                    "(Embedding(max_norm=...), clamp_, ...) while it was perturbed, and would be put back. Nothing was "
+                    "updated. Write it after the step instead, under torch.no_grad()."
                 )
 
     def _without_gradients(self, sample: Sample) -> None:
         if not self.step.history.gradient_seen:
             raise RuntimeError(f"TSAM: no parameter has got a gradient: {BACKWARD}. Nothing was updated.")
         if not sample.differentiable:
-            raise RuntimeError(f"TSAM: a pass left no gradient, and its loss has none: {BACKWARD}. Nothing was updated.")
+            raise RuntimeError(
+                f"TSAM: a pass left no gradient, and its loss has none: {BACKWARD}. Nothing was updated."
+            )
         self.step.history.tell(NO_GRADIENT)
 
     @torch.no_grad()
