@@ -22,6 +22,7 @@ PAGE, SHEET = ROOT / "CONTRIBUTING.md", r"(?s)(?<=```text\n)optim: .*?(?=\n```)"
 ORDER = [
     "optim",
     "progress",
+    "health",
     "diagnostics",
     "checkpoint",
     "base",

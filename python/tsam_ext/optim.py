@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -223,7 +222,10 @@ class TSAM(WrappingOptimizer):
         progress.abort()
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
-        estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
+        estimate = self._new_estimate(plain=plain, tilt=tilt)
+        if not estimate.capturing:
+            progress.health.look()
+        progress.estimate = estimate
         watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
         try:
             yield from estimate.passes()
@@ -234,7 +236,9 @@ class TSAM(WrappingOptimizer):
             estimate.current = None
         progress.pending = True
         report = estimate.report
-        progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
+        progress.diagnostics.update(report)
+        if not (plain or estimate.capturing):
+            progress.health.note(report)
 
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings

@@ -2,7 +2,7 @@
 
 Lightning, Fabric and Accelerate wrap an optimizer by copying its ``__dict__``: wrapper and wrapped then share this
 object, so that whichever of them is called, both have taken the step.
-Invariant: a copy or a pickle holds what the next step needs, and no scratch, estimate or diagnostics.
+Invariant: a copy or a pickle holds what the next step needs, and no scratch, estimate, diagnostics or health.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
+from .health import Health
 from .origin import Scratch
 from .sampler_state import SamplerState
 
@@ -28,13 +29,13 @@ class Progress:
         self.forget()
 
     def forget(self) -> None:
-        """Drops what no copy has: scratch, the running estimate, the last step's diagnostics."""
+        """Drops what no copy has: scratch, the running estimate, what describes the last steps."""
         self.scratch: Scratch = {}
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.pending = False  # whether p.grad holds an estimate that no step has used
         self.inside_perturbed = False
         self.watched = False  # whether a step has looked for training normalisation layers
-        self.diagnostics = Diagnostics()
+        self.diagnostics, self.health = Diagnostics(), Health()
 
     @property
     def running(self) -> Estimate | None:

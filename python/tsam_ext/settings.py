@@ -80,11 +80,6 @@ class Settings:
         """Whether each sample sees a part of the batch."""
         return self.batch == "split"
 
-    @property
-    def chosen_tilt(self) -> bool:
-        """Whether the tilt is one that a user would want to see act: neither the default nor the mean."""
-        return not (isinstance(self.tilt, float) and self.tilt in (0.0, 1.0))
-
     def is_plain(self, step: int | Tensor) -> bool:
         """Whether ``every`` leaves this step to the plain gradient. With 1 a step on the device is not read."""
         return self.every > 1 and int(step) % self.every != 0

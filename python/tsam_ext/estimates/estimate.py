@@ -48,10 +48,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Report:
-    """What a completed step leaves for its diagnostics; ``names`` are those that say something of it.
+    """What a completed step leaves for diagnostics and health; ``names`` are the diagnostics that say something of it.
 
     ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
-    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
+    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho. ``first_loss``: of the
+    first pass. ``moved``: whether noise or a chain has moved the parameters. ``split``: whether samples saw parts.
     """
 
     state: Tensor
@@ -61,6 +62,9 @@ class Report:
     tilt_weighs: bool = False
     chain: Tensor | None = None
     dimension_over_rho: float = float("nan")
+    first_loss: Tensor | None = None
+    moved: bool = False
+    split: bool = False
 
 
 class Sample:
@@ -280,7 +284,7 @@ class Estimate(ABC):
 
     @property
     def report(self) -> Report:
-        """What the diagnostics of the completed step are computed from."""
+        """What diagnostics and health of the completed step are computed from."""
         return Report(
             state=self.state,
             num_samples=self.num_samples,
@@ -288,4 +292,7 @@ class Estimate(ABC):
             states_per_sample=self.states_per_sample,
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
+            first_loss=self.first_loss,
+            moved=self.table.draws,
+            split=self.step.split,
         )
