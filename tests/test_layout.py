@@ -35,6 +35,7 @@ ORDER = [
     "chain",
     "sampler_state",
     "origin",
+    "loss_scale",
     "mean",
     "table",
     "module_state",

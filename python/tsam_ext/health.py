@@ -23,7 +23,7 @@ from .estimates import Report
 
 __all__ = ["Health"]
 
-PARTS = ("state", "chain", "first_loss")  # the tensors of a report that are looked at, where it has them
+PARTS = ("state", "chain", "first_loss", "scale")  # the tensors of a report that are looked at, where it has them
 ROWS = 64  # samples of a step that are looked at
 LONGEST = HEADER + ROW * ROWS
 
@@ -122,6 +122,21 @@ def _nonfinite(seen: Seen) -> float | None:
     return seen.state[Slot.NONFINITE] / max(seen.num_rows, 1)
 
 
+def _scaled_loss(seen: Seen) -> float | None:
+    """How far the recorded losses are in step with the scaled gradients, where they are made as scaled ones are.
+
+    An ascent along the gradient lifts the loss by rho times its norm at first order: by 1/scale of that if the norm
+    is scaled and the loss is not. Without an ascent the size alone tells, from 1/64 of the scale on.
+    """
+    report, scale = seen.report, seen.values.get("scale", [0.0])[0]
+    if not report.product or not seen.first_loss or not 1024.0 <= scale < math.inf:
+        return None
+    norm = seen.norms[0]
+    if norm > 0.0:
+        return (seen.losses[0] - seen.first_loss[0]) / (report.rho * norm) if norm < math.inf else None
+    return 32.0 * abs(seen.first_loss[0]) / scale
+
+
 FINDINGS = (
     # Two float32 losses are equal by chance about once in 1e5: in a long run one such step is no finding.
     Finding(3, _equal_losses, _say_equal_losses, high=0.99),
@@ -152,6 +167,15 @@ FINDINGS = (
             "radius keeps losses finite."
         ),
         high=0.1,
+    ),
+    Finding(
+        3,
+        _scaled_loss,
+        lambda mean, seen: (
+            f"the recorded loss ({seen.first_loss[0]:g}) looks like scaler.scale(loss), at a scale of "
+            f"{seen.values['scale'][0]:g}: record (return) the loss itself. Of scaled losses one takes all the weight."
+        ),
+        high=0.5,
     ),
 )
 

@@ -21,6 +21,7 @@ from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
+from .loss_scale import Scaler, check_scaler, refuse_closure
 from .module_state import TrainingNormWatch
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
@@ -59,6 +60,9 @@ class TSAM(WrappingOptimizer):
         skip_nonfinite_loss: leave samples with a non-finite loss out instead of returning NaN. Default False.
         same_masks: all passes of a step see the same random numbers (dropout), as one forward would. Default True.
         model: module whose normalisation layers shall see each step as one forward. Default ``None``.
+        scaler: the ``torch.amp.GradScaler`` whose ``scale(loss)`` the closure differentiates, or its scale as a tensor.
+            ``hmc`` needs it, to move along true gradients; a pass that overflows rejects its trajectory. ``p.grad`` is
+            scaled, and NaN after an overflow, for ``scaler.unscale_``, ``step`` and ``update``. Default ``None``.
         seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
             same noise bits on every machine.
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
@@ -99,6 +103,7 @@ class TSAM(WrappingOptimizer):
         skip_nonfinite_loss: bool = False,
         same_masks: bool = True,
         model: nn.Module | None = None,
+        scaler: Scaler = None,
         seed: int | None = None,
         capturable: bool = False,
         **base_kwargs: Any,
@@ -129,7 +134,7 @@ class TSAM(WrappingOptimizer):
         if capturable:
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
-        self.model = model
+        self.model, self.scaler = model, check_scaler(scaler)
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
@@ -166,20 +171,23 @@ class TSAM(WrappingOptimizer):
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
-                closures fails instead of training without perturbations.
+                closures fails instead of training without perturbations; with one beside ``scaler``.
         """
         loss = None
         if closure is not None:
+            refuse_closure(self.scaler)
             loss = self.estimate_gradient(closure)
-        elif not self._progress.pending:
-            raise RuntimeError(
-                "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
-                "or the samples() loop before it. Nothing was updated."
-            )
+        else:
+            self._progress.check_pending(self.scaler)
         self.base_optimizer.step()
         self._progress.pending = False
         self._progress.step += 1
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
+        super().zero_grad(set_to_none)
+        self._progress.pending = False
 
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
@@ -223,9 +231,7 @@ class TSAM(WrappingOptimizer):
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
         estimate = self._new_estimate(plain=plain, tilt=tilt)
-        if not estimate.capturing:
-            progress.health.look()
-        progress.estimate = estimate
+        progress.begin(estimate)
         watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
         try:
             yield from estimate.passes()
@@ -234,11 +240,7 @@ class TSAM(WrappingOptimizer):
                 progress.watched = True
                 watch.close()
             estimate.current = None
-        progress.pending = True
-        report = estimate.report
-        progress.diagnostics.update(report)
-        if not (plain or estimate.capturing):
-            progress.health.note(report)
+        progress.finish(estimate, plain=plain)
 
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings
@@ -256,6 +258,7 @@ class TSAM(WrappingOptimizer):
             skip_nonfinite_loss=settings.skip_nonfinite_loss,
             same_masks=settings.same_masks,
             model=self.model,
+            scaler=self.scaler,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 
@@ -390,5 +393,5 @@ class TSAM(WrappingOptimizer):
             progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model", "scaler")}
         return super().__getstate__() | own

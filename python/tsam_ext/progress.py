@@ -16,6 +16,7 @@ from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
 from .health import Health
+from .loss_scale import Scaler, has_moved_on
 from .origin import Scratch
 from .sampler_state import SamplerState
 
@@ -33,6 +34,7 @@ class Progress:
         self.scratch: Scratch = {}
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.pending = False  # whether p.grad holds an estimate that no step has used
+        self.left = False  # whether that estimate has left any gradient
         self.inside_perturbed = False
         self.watched = False  # whether a step has looked for training normalisation layers
         self.diagnostics, self.health = Diagnostics(), Health()
@@ -46,6 +48,37 @@ class Progress:
     def signed_seed(self) -> int:
         """The seed as the ops take it."""
         return check_seed(TSAM, self.seed)
+
+    def begin(self, estimate: Estimate) -> None:
+        """The passes of a step begin; before them comes what is to be heard of earlier steps."""
+        if not estimate.capturing:
+            self.health.look()
+        self.estimate = estimate
+
+    def finish(self, estimate: Estimate, *, plain: bool) -> None:
+        """The passes are over: p.grad holds their estimate until a step uses it. A ``plain`` one says nothing."""
+        self.pending = True
+        self.left = any(parameter.grad is not None for parameter in estimate.table.parameters)
+        report = estimate.report
+        self.diagnostics.update(report)
+        if not (plain or estimate.capturing):
+            self.health.note(report)
+
+    def check_pending(self, scaler: Scaler) -> None:
+        """RuntimeError unless p.grad holds an estimate that a step may use, which is asked for once."""
+        estimate, cause = self.estimate, None
+        if not self.pending:
+            cause = (
+                "needs an estimate: call step(closure), or estimate_gradient(closure) or the samples() loop before it"
+            )
+        elif estimate is not None:
+            if self.left and all(parameter.grad is None for parameter in estimate.table.parameters):
+                cause = "finds no gradient: it was cleared after the estimate"
+            elif estimate.scale is not None and has_moved_on(scaler, estimate.scale):
+                cause = "comes after the scaler has been updated without it: the scaler has skipped that estimate"
+        if cause is not None:
+            self.pending = False
+            raise RuntimeError(f"TSAM: step() without a closure {cause}. Nothing was updated.")
 
     def abort(self) -> None:
         """Undoes what is left of an estimate that was not finished, or not used."""

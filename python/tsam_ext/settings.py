@@ -29,7 +29,18 @@ from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 Tilt = float | Tensor | Callable[[int], float | Tensor]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
-FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "seed", "model")
+FOR_ALL = (
+    "tilt",
+    "num_samples",
+    "sampler",
+    "batch",
+    "every",
+    "skip_nonfinite_loss",
+    "same_masks",
+    "seed",
+    "model",
+    "scaler",
+)
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 

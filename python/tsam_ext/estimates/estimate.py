@@ -20,6 +20,7 @@ from tsam_ext import _cuda, _ops
 from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
+from tsam_ext.loss_scale import Scaler, is_product, scale_now
 from tsam_ext.mean import Mean
 from tsam_ext.module_state import NormStatistics, RandomMasks
 from tsam_ext.origin import Origin, Scratch
@@ -44,6 +45,7 @@ class Step:
     skip_nonfinite_loss: bool = False
     same_masks: bool = True
     model: nn.Module | None = None
+    scaler: Scaler = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Report:
     ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
     the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho. ``first_loss``: of the
     first pass. ``moved``: whether noise or a chain has moved the parameters. ``split``: whether samples saw parts.
+    ``scale``: of the closure's gradients, if any; then ``rho``: the largest, and ``product``: whether a recorded loss
+    looks like a scaled one.
     """
 
     state: Tensor
@@ -65,6 +69,9 @@ class Report:
     first_loss: Tensor | None = None
     moved: bool = False
     split: bool = False
+    scale: Tensor | None = None
+    rho: float = 0.0
+    product: bool = False
 
 
 class Sample:
@@ -105,6 +112,8 @@ class Sample:
             raise refuse(TSAM, "loss", got, "a floating-point tensor of one element")
         if loss.device not in spread.devices:
             raise refuse(TSAM, "loss", f"a tensor on {loss.device}", f"one on {spread}, as the parameters are")
+        if self._estimate.scale is not None:
+            self._estimate.product |= is_product(loss)
         self.loss = loss.detach()
 
     def __enter__(self) -> Sample:
@@ -158,6 +167,8 @@ class Estimate(ABC):
             raise RuntimeError("TSAM: a step in a CUDA graph needs capturable=True: replays would draw no new noise.")
         else:
             self.noise_step = step.count % (1 << 32)
+        self.scale = scale_now(step.scaler, self.spread.home)
+        self.product = False
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
         self.closed = False
@@ -295,4 +306,7 @@ class Estimate(ABC):
             first_loss=self.first_loss,
             moved=self.table.draws,
             split=self.step.split,
+            scale=self.scale,
+            rho=0.0 if self.scale is None else max(self.table.rho, default=0.0),
+            product=self.product,
         )
