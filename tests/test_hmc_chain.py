@@ -355,7 +355,7 @@ def test_numpy_s_numbers_do_not_reach_a_checkpoint(problem, tmp_path) -> None:
 def test_equal_weights_that_are_meant_are_not_warned_of(problem, recwarn: pytest.WarningsRecorder) -> None:
     task = problem()
     optimizer = tsam(task.parameters, **{**HMC, "delta": None}, tilt=5.0)
-    task.train(optimizer, 1)
+    task.train(optimizer, 12)
     assert optimizer.diagnostics.ess == 3.0
     assert not recwarn
 

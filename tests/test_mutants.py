@@ -103,7 +103,7 @@ def test_the_named_tests_exist() -> None:
 
 FILE = "python/tsam_ext/diagnostics.py"
 MADE_UP = {
-    "a comment": ("self._warned: set[str] = set()", "self._warned: set[str] = set()  # none yet"),
+    "a comment": ("self._report = report", "self._report = report  # from now on"),
     "a wrong column": ("return self._column(0)", "return self._column(1)"),
     "other lines": ("return self._column(7)", "return self._column(1)"),
     "a broken import": ("from . import _ops", "from . import _ops_"),

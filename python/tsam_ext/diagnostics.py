@@ -1,7 +1,7 @@
 """Diagnostics of one step, computed from the step's float64 state tensor when they are read.
 
 Layout of the state: engine/state.py. Which of them say something of a step its estimate knows (Report.names).
-Invariant: everything here is a device tensor of its own; the only host syncs are in the warnings, at a user's read.
+Invariant: everything here is a device tensor of its own; nothing waits for a device, nothing warns (health.py does).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .engine.notices import warn
 from .engine.state import HEADER, ROW, ChainSlot, Slot, new_state
 from .estimates import Report
 
@@ -31,20 +30,14 @@ class Diagnostics:
 
     def __init__(self) -> None:
         self._report = Report(new_state(0, torch.device("cpu")), num_samples=0, names=())
-        self._warned: set[str] = set()
 
     def update(self, report: Report) -> None:
         """Describes another step from now on. TSAM calls this at the end of each."""
         self._report = report
 
     def to_dict(self) -> dict[str, Tensor]:
-        """What there is to say of the last step, by name, as device tensors. Warns of nothing, waits for nothing."""
-        return {name: self._value(name) for name in self._report.names}
-
-    def _value(self, name: str) -> Tensor:
-        quiet = {"ess": self._ess, "acceptance_rate": self._acceptance_rate, "rounding": self._rounding}
-        value: Tensor = quiet[name]() if name in quiet else getattr(self, name)
-        return value
+        """What there is to say of the last step, by name, as device tensors."""
+        return {name: getattr(self, name) for name in self._report.names}
 
     def __repr__(self) -> str:
         names = ", ".join(self._report.names) or "before the first step"
@@ -84,21 +77,8 @@ class Diagnostics:
         """Effective sample size (Σw)²/Σw², float64, 0-dim: s says the tilt is inert, 1 that one sample decides.
 
         With ``recycle`` a state's weight is the sum over all its counts.
-        The first read of a tilt of the user's own that is inert warns (UserWarning); until then reading it waits for
-        the device.
+        A tilt that stays inert is warned of, whoever reads this or not.
         """
-        value = self._ess()
-        if self._report.tilt_weighs and self._num_rows > 1 and "ess" not in self._warned:
-            number = float(value)
-            if number > 0.9999 * self._num_rows:
-                self._warn_once(
-                    "ess",
-                    f"the effective sample size is {number:.6f} of {self._num_rows}: at this tilt all samples weigh "
-                    "the same. A larger |tilt| makes them differ.",
-                )
-        return value
-
-    def _ess(self) -> Tensor:
         return self._summary()[self._num_rows]
 
     @property
@@ -133,22 +113,12 @@ class Diagnostics:
             return torch.full((), float("nan"), dtype=torch.float64, device=self._report.state.device)
         return self._report.chain[slot].clone()
 
-    def _warn_once(self, name: str, message: str) -> None:
-        self._warned.add(name)
-        warn(message)
-
     @property
     def acceptance_rate(self) -> Tensor:
         """Sampler ``hmc``: mean of min(1, e^−ΔH) over the step's trajectories, float64, 0-dim.
 
-        The first read below 0.2 warns (UserWarning): the chain hardly moves. Until then a read waits for the device.
+        Of a mean below 0.2 over ten steps a warning comes by itself: the chain hardly moves.
         """
-        value = self._acceptance_rate()
-        if "acceptance" not in self._warned and (number := float(value)) < 0.2:
-            self._warn_once("acceptance", f"acceptance {number:.3f}: a smaller step_size or delta lets the chain move.")
-        return value
-
-    def _acceptance_rate(self) -> Tensor:
         return self._of_chain(ChainSlot.ACCEPTANCE) / self._of_chain(ChainSlot.TRAJECTORIES)
 
     @property
@@ -185,12 +155,7 @@ class Diagnostics:
     def rounding(self) -> Tensor:
         """Sampler ``hmc``: δ|L|·2⁻²³, by how much the rounding of a float32 loss moves ΔH, float64, 0-dim.
 
-        The first read above 0.3 warns (UserWarning): the accept test is rounding noise. Until then a read waits.
+        Of a mean above 0.3 over ten steps, at the loss's own precision, a warning comes by itself: the accept test is
+        rounding noise.
         """
-        value = self._rounding()
-        if "rounding" not in self._warned and (number := float(value)) > 0.3:
-            self._warn_once("rounding", f"delta |L| 2^-23 is {number:.2f}: the accept test is rounding noise.")
-        return value
-
-    def _rounding(self) -> Tensor:
         return self._of_chain(ChainSlot.ROUNDING)

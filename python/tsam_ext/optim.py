@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
+from .loss_scale import Scaler, check_scaler, refuse_closure
 from .module_state import ModuleWatch, drawn_seed, drop_derived
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
@@ -63,6 +63,9 @@ class TSAM(WrappingOptimizer):
         model: module whose buffers shall move as in one forward per step, and whose parameters that another optimizer
             holds shall get one mean gradient, added to their p.grad. Default ``None``.
         generators: the user's own random generators, which all passes of a step shall see alike. Default none.
+        scaler: the ``torch.amp.GradScaler`` whose ``scale(loss)`` the closure differentiates, or its scale as a tensor.
+            ``hmc`` needs it, to move along true gradients; a pass that overflows rejects its trajectory. ``p.grad`` is
+            scaled, and NaN after an overflow, for ``scaler.unscale_``, ``step`` and ``update``. Default ``None``.
         seed: 64-bit seed of the noise; ``None`` draws one from torch's default generator. The same seed gives the
             same noise bits on every machine.
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
@@ -104,6 +107,7 @@ class TSAM(WrappingOptimizer):
         same_masks: bool = True,
         model: nn.Module | None = None,
         generators: Sequence[torch.Generator] = (),
+        scaler: Scaler = None,
         seed: int | None = None,
         capturable: bool = False,
         **base_kwargs: Any,
@@ -135,7 +139,7 @@ class TSAM(WrappingOptimizer):
         if capturable:
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
-        self.model = model
+        self.model, self.scaler = model, check_scaler(scaler)
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         device = torch.device("cpu") if device.type == "meta" else device
         key = drawn_seed() if seed is None else seed
@@ -174,25 +178,28 @@ class TSAM(WrappingOptimizer):
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
-                closures fails instead of training without perturbations; for a closure that never calls backward(),
-                or that writes parameters.
+                closures fails instead of training without perturbations; with one beside ``scaler``; for a closure
+                that never calls backward(), or that writes parameters.
         """
         loss = None
         if closure is not None:
+            refuse_closure(self.scaler)
             loss = self.estimate_gradient(closure)
             if loss is None:
                 return None
-        elif not self._progress.pending:
-            raise RuntimeError(
-                "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
-                "or the samples() loop before it. Nothing was updated."
-            )
+        else:
+            self._progress.check_pending(self.scaler)
         self.base_optimizer.step()
         drop_derived()
         self._progress.history.used()
         self._progress.pending = False
         self._progress.step += 1
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
+        super().zero_grad(set_to_none)
+        self._progress.pending = False
 
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
@@ -243,13 +250,12 @@ class TSAM(WrappingOptimizer):
         progress.abort()
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
-        estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
+        estimate = self._new_estimate(plain=plain, tilt=tilt)
+        progress.begin(estimate)
         looks = self.model is None and estimate.repeats and not progress.history.watched
         with ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext():
             yield from estimate.passes()
-        progress.pending = True
-        report = estimate.report
-        progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
+        progress.finish(estimate, plain=plain)
 
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings
@@ -269,6 +275,7 @@ class TSAM(WrappingOptimizer):
             same_masks=settings.same_masks,
             modules=modules,
             generators=settings.generators,
+            scaler=self.scaler,
             history=progress.history,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
@@ -407,5 +414,5 @@ class TSAM(WrappingOptimizer):
             progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model", "scaler")}
         return super().__getstate__() | own

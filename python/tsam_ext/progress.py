@@ -2,7 +2,7 @@
 
 Lightning, Fabric and Accelerate wrap an optimizer by copying its ``__dict__``: wrapper and wrapped then share this
 object, so that whichever of them is called, both have taken the step.
-Invariant: a copy or a pickle holds what the next step needs, and no scratch, estimate or diagnostics.
+Invariant: a copy or a pickle holds what the next step needs, and no scratch, estimate, diagnostics or health.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
+from .health import Health
 from .history import History
+from .loss_scale import Scaler, has_moved_on
 from .origin import Scratch
 from .sampler_state import SamplerState
 
@@ -29,13 +31,14 @@ class Progress:
         self.forget()
 
     def forget(self) -> None:
-        """Drops what no copy has: scratch, the running estimate, the last step's diagnostics."""
+        """Drops what no copy has: scratch, the running estimate, what describes the last steps."""
         self.scratch: Scratch = {}
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.pending = False  # whether p.grad holds an estimate that no step has used
+        self.left = False  # whether that estimate has left any gradient
         self.inside_perturbed = False
         self.history = History()
-        self.diagnostics = Diagnostics()
+        self.diagnostics, self.health = Diagnostics(), Health()
 
     @property
     def running(self) -> Estimate | None:
@@ -46,6 +49,37 @@ class Progress:
     def signed_seed(self) -> int:
         """The seed as the ops take it."""
         return check_seed(TSAM, self.seed)
+
+    def begin(self, estimate: Estimate) -> None:
+        """The passes of a step begin; before them comes what is to be heard of earlier steps."""
+        if not estimate.capturing:
+            self.health.look()
+        self.estimate = estimate
+
+    def finish(self, estimate: Estimate, *, plain: bool) -> None:
+        """The passes are over: p.grad holds their estimate until a step uses it. A ``plain`` one says nothing."""
+        self.pending = True
+        self.left = estimate.has_left_gradients
+        report = estimate.report
+        self.diagnostics.update(report)
+        if not (plain or estimate.capturing):
+            self.health.note(report)
+
+    def check_pending(self, scaler: Scaler) -> None:
+        """RuntimeError unless p.grad holds an estimate that a step may use, which is asked for once."""
+        estimate, cause = self.estimate, None
+        if not self.pending:
+            cause = (
+                "needs an estimate: call step(closure), or estimate_gradient(closure) or the samples() loop before it"
+            )
+        elif estimate is not None:
+            if self.left and not estimate.has_left_gradients:
+                cause = "finds no gradient: it was cleared after the estimate"
+            elif estimate.scale is not None and has_moved_on(scaler, estimate.scale):
+                cause = "comes after the scaler has been updated without it: the scaler has skipped that estimate"
+        if cause is not None:
+            self.pending = False
+            raise RuntimeError(f"TSAM: step() without a closure {cause}. Nothing was updated.")
 
     def abort(self) -> None:
         """Undoes what is left of an estimate that was not finished, or not used."""

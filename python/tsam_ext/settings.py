@@ -32,7 +32,7 @@ Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = {"tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators"}
-FOR_ALL |= {"seed", "model"}
+FOR_ALL |= {"seed", "model", "scaler"}
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -86,11 +86,6 @@ class Settings:
     def split(self) -> bool:
         """Whether each sample sees a part of the batch."""
         return self.batch == "split"
-
-    @property
-    def chosen_tilt(self) -> bool:
-        """Whether the tilt is one that a user would want to see act: neither the default nor the mean."""
-        return not (isinstance(self.tilt, float) and self.tilt in (0.0, 1.0))
 
     def is_plain(self, step: int | Tensor) -> bool:
         """Whether ``every`` leaves this step to the plain gradient. With 1 a step on the device is not read."""

@@ -7,26 +7,26 @@ cleared. A leaf moves the parameters (passes it yields) and takes gradients; it 
 
 from __future__ import annotations
 
-import inspect
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import TSAM, refuse, shown
+from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
 from tsam_ext.history import NO_BATCH, NO_GRADIENT, TWO_GRADIENTS, VERSION, History
+from tsam_ext.loss_scale import Scaler, scale_now
 from tsam_ext.mean import GRAD, Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
 from tsam_ext.table import Table, taken
+
+from .sample import Sample
 
 BACKWARD = (
     "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
@@ -52,15 +52,19 @@ class Step:
     same_masks: bool = True
     modules: Sequence[nn.Module] = ()
     generators: Sequence[torch.Generator] = ()
+    scaler: Scaler = None
     history: History = field(default_factory=History)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a completed step leaves for its diagnostics; ``names`` are those that say something of it.
+    """What a completed step leaves for diagnostics and health; ``names`` are the diagnostics that say something of it.
 
     ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
-    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
+    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho. ``first_loss``: of the
+    first pass. ``moved``: whether noise or a chain has moved the parameters. ``split``: whether samples saw parts.
+    ``scale``: of the closure's gradients, if any; then ``rho``: the largest, and ``product``: whether a recorded loss
+    looks like a scaled one.
     """
 
     state: Tensor
@@ -70,89 +74,12 @@ class Report:
     tilt_weighs: bool = False
     chain: Tensor | None = None
     dimension_over_rho: float = float("nan")
-
-
-class Sample:
-    """One gradient of a step: a context manager around the forward and backward passes that compute it.
-
-    The item of :meth:`TSAM.samples`. Leaving it hands the gradients over, or, by an exception, restores everything.
-
-    Attributes:
-        index: which sample of the step, from 0.
-        probe: whether this gradient is only on the way: an ascent follows, or a chain moves on.
-        loss: what :meth:`record` was given, detached, as a tensor; None before.
-        done: whether the pass is over.
-    """
-
-    def __init__(self, estimate: Estimate, index: int, probe: bool) -> None:
-        self._estimate = estimate
-        self.index = index
-        self.probe = probe
-        self.loss: Tensor | None = None
-        self.done = False
-        self.differentiable = False  # whether what was recorded is still part of a graph
-
-    def record(self, loss: Tensor | float) -> None:
-        """Records the loss (one element, any floating-point dtype) of this pass, once, inside ``with``.
-
-        Nothing is read from a device.
-
-        Raises:
-            TypeError, ValueError: if it is no loss, or lies on a device that holds no parameter.
-        """
-        spread = self._estimate.spread
-        if not isinstance(loss, Tensor):
-            if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
-                if inspect.iscoroutine(loss):
-                    loss.close()  # or Python complains that nobody has awaited it
-                expected = "a floating-point tensor of one element or a number (a closure has to return the loss)"
-                raise refuse(TSAM, "loss", shown(loss), expected, TypeError)
-            loss = torch.tensor(float(loss), dtype=torch.float64, device=spread.home)
-        if loss.numel() != 1 or not loss.dtype.is_floating_point:
-            got = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}"
-            raise refuse(TSAM, "loss", got, "a floating-point tensor of one element")
-        if loss.device not in spread.devices:
-            raise refuse(TSAM, "loss", f"a tensor on {loss.device}", f"one on {spread}, as the parameters are")
-        self.loss, self.differentiable = loss.detach(), loss.requires_grad
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the step's first pass."""
-        return self._estimate.first_loss is None
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether the pass has left a gradient anywhere so far."""
-        return any(parameter.grad is not None for parameter in self._estimate.table.parameters)
-
-    def __enter__(self) -> Sample:
-        if self.done or self._estimate.closed:
-            raise RuntimeError("TSAM: this item of samples() is over; enter each item once, as the loop yields it.")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._estimate.abort()
-            return
-        if self._estimate.skipped:
-            return
-        try:
-            if self.loss is None:
-                raise RuntimeError("TSAM: sample.record(loss) was not called inside 'with sample:'.")
-            self._estimate.end_pass(self, self.loss)
-        except BaseException:
-            self._estimate.abort()
-            raise
-        self.done = True
-
-    def __repr__(self) -> str:
-        what = "probe" if self.probe else "counted"
-        return f"Sample(index={self.index}, {what}, {'done' if self.done else 'open'})"
+    first_loss: Tensor | None = None
+    moved: bool = False
+    split: bool = False
+    scale: Tensor | None = None
+    rho: float = 0.0
+    product: bool = False
 
 
 class Estimate(ABC):
@@ -180,6 +107,8 @@ class Estimate(ABC):
             raise RuntimeError("TSAM: a step in a CUDA graph needs capturable=True: replays would draw no new noise.")
         else:
             self.noise_step = step.count % (1 << 32)
+        self.scale = scale_now(step.scaler, self.spread.home)
+        self.product = False
         self.first_loss: Tensor | None = None
         self.current: Sample | None = None
         self.closed = self.skipped = False
@@ -374,8 +303,13 @@ class Estimate(ABC):
         self.origin.forget()
 
     @property
+    def has_left_gradients(self) -> bool:
+        """Whether any parameter of the optimizer has a gradient now."""
+        return any(parameter.grad is not None for parameter in self.table.parameters[: self.table.own])
+
+    @property
     def report(self) -> Report:
-        """What the diagnostics of the completed step are computed from."""
+        """What diagnostics and health of the completed step are computed from."""
         return Report(
             state=self.state,
             num_samples=self.num_samples,
@@ -383,4 +317,10 @@ class Estimate(ABC):
             states_per_sample=self.states_per_sample,
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
+            first_loss=self.first_loss,
+            moved=self.table.draws,
+            split=self.step.split,
+            scale=self.scale,
+            rho=0.0 if self.scale is None else max(self.table.rho, default=0.0),
+            product=self.product,
         )

@@ -3,7 +3,7 @@
 start; [closure]; then per trajectory: draw momentum, (kick, drift, [closure]) N times, accept or reject, weigh.
 Words moved per float32 element: s (7 N + 5), ball s (10 N + 5), plus s where N > 1 (distance), and start and restore,
 less 2 where the mean begins in a gradient's memory; recycling counts N + 1 states per trajectory instead of one:
-s (3 N + 1) more.
+s (3 N + 1) more; with a loss scale 2 a gradient and 2 at the end more.
 Invariant: the host never learns a decision, and an exception leaves the chain as the step found it.
 """
 
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from tsam_ext.chain import Chain
+from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.engine.state import CHAIN_SLOTS, STEP_HELD, ChainSlot, Slot
 from tsam_ext.integrators import LEAPFROG, substeps
+from tsam_ext.loss_scale import LossScale, make_finite
 from tsam_ext.mean import owned
 from tsam_ext.phase_space import PhaseSpace
 from tsam_ext.table import taken
 
-from .estimate import Estimate, Report, Sample, Step
+from .estimate import Estimate, Report, Step
+from .sample import Sample
 
 INNER, START, END = 0, 1, 2  # the parts of a trajectory, as csrc/core/recycle.h has them
 
@@ -54,6 +57,10 @@ class HamiltonianEstimate(Estimate):
         self._burn_in, self._fresh_start, self._delta, self._automatic = burn_in, fresh, delta, automatic
         self._metropolis, self._recycles = metropolis, recycle
         self._substeps, self._last_kick = substeps(LEAPFROG, num_leapfrog_steps)
+        self._scaling = None if self.scale is None else LossScale(self.scale)
+        if self._scaling is not None and any(p.dtype == torch.float16 for p in self.table.parameters):
+            expected = "none with float16 parameters and hmc: small gradients would vanish when divided"
+            raise refuse(TSAM, "scaler", "one", expected)
         self._before: tuple[Tensor, bool] | None = None  # the chain's scalars at the start, and whether it can go on
         self._phase: PhaseSpace | None = None
         self._loss = self.state[Slot.FIRST_LOSS]  # of the last pass
@@ -83,7 +90,9 @@ class HamiltonianEstimate(Estimate):
 
     def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
         """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
-        self._loss, self._fresh = loss, self.gradients.as_moved(gradients)
+        gradients = self.gradients.as_moved(gradients)
+        self._loss = loss
+        self._fresh = gradients if self._scaling is None else self._scaling.divide(gradients)
 
     def move_to(self, sample: int) -> None:
         """Where the chain stands; a draw from the prior if it stands nowhere."""
@@ -135,6 +144,9 @@ class HamiltonianEstimate(Estimate):
         delta = self.tilt if self._delta is None else self.scalar(self._delta)
         gradients = self._of_moved(self._carried)
         phase.begin(gradients, self._loss, tilt=self.tilt, delta=delta, automatic=self._automatic)
+        if self._scaling is not None:
+            self._scaling.spoiled(self._loss)  # the step, but no trajectory of it
+            make_finite(self._carried.values())
 
     @torch.no_grad()
     def _leapfrog(self, phase: PhaseSpace, trajectory: int, n: int) -> None:
@@ -143,6 +155,8 @@ class HamiltonianEstimate(Estimate):
             parameters = taken(self.table.parameters, self.table.moves)
             phase.momentum = [self.chain.momentum(parameter) for parameter in parameters]
         kick, drift = self._substeps[n]
+        if self._scaling is not None and n > 0:
+            make_finite(self._fresh.values())
         phase.leapfrog(
             self._of_moved(self._carried if n == 0 else self._fresh),
             trajectory=trajectory,
@@ -157,7 +171,7 @@ class HamiltonianEstimate(Estimate):
         """Accept or reject; then the chain's state, whichever it is, is counted."""
         phase.end(
             self._of_moved(self._fresh),
-            self._loss,
+            self._loss if self._scaling is None else self._scaling.spoiled(self._loss),
             trajectory=trajectory,
             kick=self._last_kick,
             row=-1 if self._recycles else max(sample, -1),
@@ -199,6 +213,8 @@ class HamiltonianEstimate(Estimate):
 
     def complete(self) -> None:
         """As the base class's, and the chain goes on from where it is."""
+        if self._scaling is not None:
+            self._scaling.put_back(self.mean.sums.values())
         super().complete()
         self.chain.step_ends(taken(self.table.parameters, self.table.moves))
         self._before = None

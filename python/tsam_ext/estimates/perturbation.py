@@ -19,7 +19,8 @@ from tsam_ext import _ops
 from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.table import taken
 
-from .estimate import Estimate, Sample, Step
+from .estimate import Estimate, Step
+from .sample import Sample
 
 
 class Parts:
