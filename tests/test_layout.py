@@ -32,7 +32,7 @@ ORDER = [
     "estimates.hamiltonian",
     "estimates.perturbation",
     "estimates.estimate",
-    "estimates.sample",
+    "estimates.item",
     "chain",
     "sampler_state",
     "origin",

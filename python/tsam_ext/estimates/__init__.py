@@ -1,12 +1,12 @@
 """One gradient estimate of a step: a base class that begins, completes and aborts, and one class per way to sample.
 
-estimate.py: the base. sample.py: the item of ``samples()``. perturbation.py: noise, ascent, and the plain gradient.
+estimate.py: the base. item.py: the item of ``samples()``. perturbation.py: noise, ascent, and the plain gradient.
 hamiltonian.py: Hamiltonian Monte Carlo. Invariant: whatever way a step ends, everything goes back.
 """
 
 from .estimate import Estimate, Report, Step
 from .hamiltonian import HamiltonianEstimate
+from .item import Sample
 from .perturbation import PerturbationEstimate, PlainEstimate
-from .sample import Sample
 
 __all__ = ["Estimate", "HamiltonianEstimate", "PerturbationEstimate", "PlainEstimate", "Report", "Sample", "Step"]

@@ -26,7 +26,7 @@ from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
 from tsam_ext.table import Table, taken
 
-from .sample import Sample
+from .item import Sample
 
 BACKWARD = (
     "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"

@@ -25,7 +25,7 @@ from tsam_ext.phase_space import PhaseSpace
 from tsam_ext.table import taken
 
 from .estimate import Estimate, Report, Step
-from .sample import Sample
+from .item import Sample
 
 INNER, START, END = 0, 1, 2  # the parts of a trajectory, as csrc/core/recycle.h has them
 

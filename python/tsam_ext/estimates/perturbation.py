@@ -20,7 +20,7 @@ from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.table import taken
 
 from .estimate import Estimate, Step
-from .sample import Sample
+from .item import Sample
 
 
 class Parts:
