@@ -64,6 +64,10 @@ class NormStatistics:
         """Puts the statistics back to before the step."""
         self._write(self._before)
 
+    def saved_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each buffer, and its copy from before the step."""
+        return list(zip(self._buffers, self._before, strict=True))
+
     def _write(self, values: list[torch.Tensor]) -> None:
         with torch.no_grad():
             for buffer, value in zip(self._buffers, values, strict=True):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
+from .base import base_of, make_capturable
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
 from .module_state import TrainingNormWatch
+from .persistence import PersistentOptimizer
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Settings, Tilt, check_group_values
@@ -32,7 +33,7 @@ RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
-class TSAM(WrappingOptimizer):
+class TSAM(PersistentOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
     Each step draws ``num_samples`` perturbations ε of the parameters θ and gives the base optimizer the gradient
@@ -134,6 +135,7 @@ class TSAM(WrappingOptimizer):
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         key = int(torch.randint(0, (1 << 63) - 1, (), device="cpu")) if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
+        self.keep(self._progress)
 
     @property
     def settings(self) -> Settings:
@@ -167,19 +169,24 @@ class TSAM(WrappingOptimizer):
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
-                closures fails instead of training without perturbations.
+                closures fails instead of training without perturbations. Only the step with no effect by which
+                torch.distributed.checkpoint makes the base's state passes, and counts for nothing.
         """
-        loss = None
+        progress, loss = self._progress, None
         if closure is not None:
-            loss = self.estimate_gradient(closure)
-        elif not self._progress.pending:
-            raise RuntimeError(
-                "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
-                "or the samples() loop before it. Nothing was updated."
-            )
-        self.base_optimizer.step()
-        self._progress.pending = False
-        self._progress.step += 1
+            with progress.whole_step():
+                loss = self.estimate_gradient(closure)
+        elif not progress.pending:
+            if not checkpoint.is_priming(self.base_optimizer):
+                raise RuntimeError(
+                    "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient("
+                    "closure) or the samples() loop before it. Nothing was updated."
+                )
+            if progress.inside is None:  # else the base would see moved parameters
+                self.base_optimizer.step()
+            return None
+        with progress.counted():
+            self.base_optimizer.step()
         return loss
 
     def apply(self) -> None:
@@ -224,15 +231,18 @@ class TSAM(WrappingOptimizer):
         plain = settings.is_plain(progress.step)
         tilt = 0.0 if plain else settings.tilt_at(progress.step)
         estimate = progress.estimate = self._new_estimate(plain=plain, tilt=tilt)
+        progress.enter(estimate)
         watch = TrainingNormWatch() if self.model is None and not progress.watched and estimate.repeats else None
         try:
             yield from estimate.passes()
+            progress.completed(estimate)
         finally:
             if watch is not None:
                 progress.watched = True
                 watch.close()
             estimate.current = None
-        progress.pending = True
+            if not progress.pending:
+                progress.leave(estimate)
         report = estimate.report
         progress.diagnostics.update(replace(report, tilt_weighs=report.tilt_weighs and settings.chosen_tilt))
 
@@ -291,11 +301,13 @@ class TSAM(WrappingOptimizer):
         estimate = self._new_estimate()
         try:
             self._progress.inside_perturbed = True
+            self._progress.enter(estimate)
             estimate.visit(sample)
             yield
         finally:
             self._progress.inside_perturbed = False
             estimate.undo()
+            self._progress.leave()
 
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
@@ -321,11 +333,13 @@ class TSAM(WrappingOptimizer):
         self._refuse_inside_perturbed("first_step()")
         self._progress.abort()
         estimate = self._progress.estimate = self._new_estimate()
+        self._progress.enter(estimate)
         try:
             estimate.visit(0)
         except BaseException:
             estimate.undo()
             self._progress.estimate = None
+            self._progress.leave()
             raise
         if zero_grad:
             self.zero_grad()
@@ -342,7 +356,7 @@ class TSAM(WrappingOptimizer):
             raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
         running.undo()
         self._progress.estimate = None
-        self._progress.pending = True
+        self._progress.completed(running)
         self.apply()
         if zero_grad:
             self.zero_grad()
@@ -353,37 +367,6 @@ class TSAM(WrappingOptimizer):
                 f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
-
-        A sampler that keeps something per parameter has it beside that parameter's state. For a base optimizer alone
-        take ``opt.base_optimizer.state_dict()``: in a plain one our entries would stay. The nested form of
-        torch.distributed.checkpoint keeps all of it; its flat form loads only what a live group has, and so loses them.
-        """
-        progress = self._progress
-        numbers = {"step": int(progress.step), "seed": progress.seed}
-        return checkpoint.pack(self.base_optimizer, progress.sampler_state, self.group_names, **numbers)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
-
-        A state dict of the base optimizer alone loads too: step, seed and each group's rho, radius and adaptive stay as
-        they are. The other settings are those of this object in any case.
-
-        Raises:
-            TypeError, ValueError: before anything changes, if the version, base class, shapes or noise scheme differ,
-                or a value could not have been saved.
-        """
-        progress = self._progress
-        rest, own = checkpoint.unpack(self.base_optimizer, progress.sampler_state, self.group_names, state_dict)
-        rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
-        self.base_optimizer.load_state_dict(rest)
-        progress.abort()
-        if own is not None:
-            step, progress.seed, kept = own
-            progress.set_step(step)
-            progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model")}

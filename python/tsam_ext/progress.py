@@ -7,11 +7,14 @@ Invariant: a copy or a pickle holds what the next step needs, and no scratch, es
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._cuda import capturing
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
@@ -33,6 +36,8 @@ class Progress:
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.pending = False  # whether p.grad holds an estimate that no step has used
         self.inside_perturbed = False
+        self.inside: Estimate | None = None  # that of the step or the perturbed() under way
+        self._whole = False  # whether the base's step belongs to the step under way
         self.watched = False  # whether a step has looked for training normalisation layers
         self.diagnostics = Diagnostics()
 
@@ -52,6 +57,54 @@ class Progress:
         if self.estimate is not None:
             self.estimate.abort()
         self.estimate = None
+        self.leave()
+
+    def originals(self) -> list[tuple[Tensor, Tensor]]:
+        """What the step under way has written, each with its copy from before. Waits for devices."""
+        return [] if self.inside is None else self.inside.originals()
+
+    def enter(self, estimate: Estimate) -> None:
+        """From here on until :meth:`leave` a checkpoint is to hold what was before."""
+        self.inside = estimate
+
+    def leave(self, estimate: Estimate | None = None) -> None:
+        """What is now is what a checkpoint is to hold; with ``estimate`` if it is the one under way."""
+        if estimate is None or estimate is self.inside:
+            self.sampler_state.settle()
+            self.inside = None
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """An estimate that is completed inside is a part of its step: that is under way until it is counted."""
+        self._whole = True
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        finally:
+            self._whole = False
+
+    def completed(self, estimate: Estimate) -> None:
+        """``p.grad`` holds an estimate, for a step that may be another call's."""
+        self.pending = True
+        if not self._whole:
+            self.leave(estimate)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts the step that the block takes: from its start, as hooks that run after the update may save; unless it
+        raises."""
+        self.step += 1
+        self.pending = False
+        self.leave()
+        try:
+            yield
+        except BaseException:
+            if not (isinstance(self.step, Tensor) and capturing(self.step.device)):  # a capture has run nothing
+                self.step -= 1
+            self.pending = True
+            raise
 
     def step_to(self, device: torch.device) -> None:
         """Takes a step that is counted on a device to where the model is now."""

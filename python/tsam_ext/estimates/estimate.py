@@ -272,6 +272,13 @@ class Estimate(ABC):
     def undo(self) -> None:
         """θ₀ back, after an exception too."""
         self.origin.undo()
+        self.origin.forget()
+
+    @torch.no_grad()
+    def originals(self) -> list[tuple[Tensor, Tensor]]:
+        """What the step has written, and a copy of what it was before: parameters that have moved, buffers. Syncs."""
+        moved = [(self.table.parameters[i], copy) for i, copy in self.origin.finished().items()]
+        return moved + ([] if self._statistics is None else self._statistics.saved_buffers())
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters but the scratch."""

@@ -54,7 +54,7 @@ class HamiltonianEstimate(Estimate):
         self._burn_in, self._fresh_start, self._delta, self._automatic = burn_in, fresh, delta, automatic
         self._metropolis, self._recycles = metropolis, recycle
         self._substeps, self._last_kick = substeps(LEAPFROG, num_leapfrog_steps)
-        self._before: tuple[Tensor, bool] | None = None  # the chain's scalars at the start, and whether it can go on
+        self._under_way = False  # whether the chain has left the place where the step found it
         self._phase: PhaseSpace | None = None
         self._loss = self.state[Slot.FIRST_LOSS]  # of the last pass
         self._fresh: dict[int, Tensor] = {}  # the gradients of the last pass
@@ -102,7 +102,8 @@ class HamiltonianEstimate(Estimate):
         moved = taken(table.parameters, table.moves)
         buffers = [chain.buffers(parameter) for parameter in moved]
         draw = fresh or not chain.started
-        self._before = (chain.scalars.clone(), not draw)
+        chain.step_begins(draw=draw)
+        self._under_way = True
         if self.noise_step == STEP_HELD:
             chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
         self.spread.follow(chain.scalars, slice(ChainSlot.TOTALS, CHAIN_SLOTS))
@@ -199,7 +200,7 @@ class HamiltonianEstimate(Estimate):
         """As the base class's, and the chain goes on from where it is."""
         super().complete()
         self.chain.step_ends(taken(self.table.parameters, self.table.moves))
-        self._before = None
+        self._under_way = False
 
     def undo(self) -> None:
         """As the base class's, and the chain is where the step found it."""
@@ -217,11 +218,9 @@ class HamiltonianEstimate(Estimate):
 
     @torch.no_grad()
     def _go_back(self, launches: bool = True) -> None:
-        if self._before is not None:
-            scalars, self.chain.started = self._before
-            if launches:
-                self.chain.scalars.copy_(scalars)
-            self._before = None
+        if self._under_way:
+            self.chain.go_back(launches=launches)
+            self._under_way = False
 
     def forget(self) -> None:
         """Lets go of the gradients and of the lists too."""
