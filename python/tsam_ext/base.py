@@ -188,14 +188,19 @@ class WrappingOptimizer(Optimizer):
         self._base = base
         self._own_defaults: dict[str, Any] = {self.group_names[key]: value for key, value in own.items()}
         self._own_defaults |= dict.fromkeys(self._names)
-        self._set_group_keys()
+        self.set_group_keys()
         self._look_after_base()
 
     def _look_after_base(self) -> None:
         """When the base is saved or loaded by itself, its groups keep our keys, and names without a value stay here."""
-        keep = partial(_keep_own, self.group_names, self._own_defaults)
-        self.base_optimizer.register_load_state_dict_pre_hook(keep)
-        self.base_optimizer.register_state_dict_post_hook(partial(_hide_own, self.group_names))
+        base = self.base_optimizer
+        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not so wrappers that are no whole Optimizer
+            base.register_load_state_dict_pre_hook(partial(_keep_own, self.group_names, self._own_defaults))
+            base.register_state_dict_post_hook(partial(_hide_own, self.group_names))
+
+    def options(self, group: dict[str, Any]) -> list[str]:
+        """The names of a group's options in order: not its parameters, nor the names without a value."""
+        return sorted(group.keys() - {"params", *self._names})
 
     def _check_new_group(self, group: dict[str, Any], where: str) -> None:
         check_group_values(group, where, self.group_names)
@@ -247,7 +252,14 @@ class WrappingOptimizer(Optimizer):
         """The base optimizer's state as it is shown: as it is."""
         return state
 
-    def _set_group_keys(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's ``zero_grad``, which may clear more than ``p.grad``."""
+        if set_to_none:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
+
+    def set_group_keys(self) -> None:
         """Our keys in the base's defaults, and in the groups that do not have them."""
         for name, value in self._own_defaults.items():
             self.base_optimizer.defaults[name] = value

@@ -3,8 +3,8 @@
 Layout: three position buffers per parameter; `scalars` (csrc/core/metropolis.h) says which holds the chain's state.
 A checkpoint holds, per parameter, the position alone, and in every group the prior, the log step size, the running
 gradient scale and which parameters rest, whose position says nothing.
-Invariant: the host never learns which buffer is current; no scratch is saved; inside a step a checkpoint holds the chain
-as the step found it, for the buffer of that position is written by no trajectory.
+Invariant: the host never learns which buffer is current; no scratch is saved; inside a step a checkpoint holds the
+chain as the step found it, for no trajectory writes the buffer of that position.
 """
 
 from __future__ import annotations

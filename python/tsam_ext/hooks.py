@@ -2,7 +2,7 @@
 
 Step: the wrapper's own around its whole step; torch's global ones, and the base's own, where the base steps.
 State: the wrapper's around the whole state dict; the base's around the base's part of it, without entries of ours.
-Invariant: order, arguments and replacements are torch's (torch/optim/optimizer.py), and nothing of torch's is suspended.
+Invariant: order, arguments and replacements are torch's (torch/optim/optimizer.py); nothing of torch's is suspended.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class TSAM(PersistentOptimizer):
     def __repr__(self) -> str:
         lines = [f"    {self._settings.shown()}", f"    base optimizer: {type(self.base_optimizer).__name__}"]
         for g, group in enumerate(self.param_groups):
-            options = (f"{key}={shown_setting(group[key])}" for key in sorted(group) if key != "params")
+            options = (f"{key}={shown_setting(group[key])}" for key in self.options(group))
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 

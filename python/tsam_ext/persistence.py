@@ -75,6 +75,7 @@ class PersistentOptimizer(WrappingOptimizer):
         own, base = self._own, self.base_optimizer
         rest, numbers = checkpoint.unpack(base, self.sampler, own.sampler_state, self.group_names, state)
         base.load_state_dict(with_capturable(rest, base.param_groups) if isinstance(own.step, Tensor) else rest)
+        self.set_group_keys()  # for a base that runs no hooks
         own.abort()
         if numbers is not None:
             step, own.seed, kept = numbers
@@ -107,10 +108,33 @@ class PersistentOptimizer(WrappingOptimizer):
             if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
                 memory = value.untyped_storage().data_ptr()
                 place = (memory, value.storage_offset(), value.shape, value.stride(), value.dtype)
-                before = copies.get(place, _before(value, written.get(memory, [])))
-                if before is not None:
-                    state[name] = copies[place] = before
+                original = copies[place] if place in copies else _original(value, written.get(memory, []))
+                if original is not None:
+                    state[name] = copies[place] = original
         return state
+
+    def train(self) -> None:
+        """The base optimizer's ``train()``, where it has one: schedule-free ones go on from their training weights.
+
+        Raises:
+            RuntimeError: inside a step or :meth:`perturbed`, where the base would move parameters that have been moved.
+        """
+        self._switch("train")
+
+    def eval(self) -> None:
+        """The base optimizer's ``eval()``, where it has one: schedule-free ones show their averaged weights.
+
+        Raises:
+            RuntimeError: as :meth:`train`.
+        """
+        self._switch("eval")
+
+    def _switch(self, mode: str) -> None:
+        switch = getattr(self.base_optimizer, mode, None)
+        if switch is not None:
+            if self._own.inside is not None:
+                raise RuntimeError(f"TSAM: {mode}() inside a step: the parameters are perturbed.")
+            switch()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_kept": self._kept}
@@ -121,7 +145,7 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _before(value: Tensor, written: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+def _original(value: Tensor, written: list[tuple[Tensor, Tensor]]) -> Tensor | None:
     """A copy of what ``value`` was, where it is one of the tensors written or a view into it."""
     for live, before in written:
         first = value.storage_offset() - live.storage_offset()

@@ -103,7 +103,7 @@ class JoinedState(MutableMapping[Any, Any]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """As a dict's, which makes no default either."""
-        return self[key] if key in self else default
+        return self[key] if key in self._held else default
 
     def __setitem__(self, key: Any, value: Any) -> None:
         ours = self._of(key) if isinstance(key, Tensor) and isinstance(value, (dict, Joined)) else {}
