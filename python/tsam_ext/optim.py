@@ -185,7 +185,7 @@ class TSAM(PersistentOptimizer):
             if progress.inside is None:  # else the base would see moved parameters
                 self.base_optimizer.step()
             return None
-        with progress.counted():
+        with progress.taken():
             self.base_optimizer.step()
         return loss
 

@@ -27,6 +27,13 @@ class PersistentOptimizer(WrappingOptimizer):
     def keep(self, progress: Progress) -> None:
         """Tells it its progress, once built."""
         self._kept = progress
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        """A step counts from when the base has written it: hooks that run after that may save."""
+        base, own = self.base_optimizer, self._own
+        if hasattr(base, "_optimizer_step_post_hooks"):
+            base.register_step_post_hook(lambda *_: own.count())
 
     @property
     def _own(self) -> Progress:
@@ -138,6 +145,10 @@ class PersistentOptimizer(WrappingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_kept": self._kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._count_steps()
 
 
 def _extent(tensor: Tensor) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cuda import capturing
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
@@ -38,6 +37,7 @@ class Progress:
         self.inside_perturbed = False
         self.inside: Estimate | None = None  # that of the step or the perturbed() under way
         self._whole = False  # whether the base's step belongs to the step under way
+        self._due = False  # whether a step is to be counted when the base has stepped
         self.watched = False  # whether a step has looked for training normalisation layers
         self.diagnostics = Diagnostics()
 
@@ -92,19 +92,23 @@ class Progress:
             self.leave(estimate)
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts the step that the block takes: from its start, as hooks that run after the update may save; unless it
-        raises."""
-        self.step += 1
-        self.pending = False
-        self.leave()
+    def taken(self) -> Iterator[None]:
+        """Counts the step that the block takes, once the base has stepped; not if it raises before."""
+        self._due = True
         try:
             yield
-        except BaseException:
-            if not (isinstance(self.step, Tensor) and capturing(self.step.device)):  # a capture has run nothing
-                self.step -= 1
-            self.pending = True
-            raise
+            self.count()
+        finally:
+            self._due = False
+            self.leave()
+
+    def count(self) -> None:
+        """The parameters are new: the step is over, where one is to be counted and has not been."""
+        if self._due:
+            self._due = False
+            self.step += 1
+            self.pending = False
+            self.leave()
 
     def step_to(self, device: torch.device) -> None:
         """Takes a step that is counted on a device to where the model is now."""
