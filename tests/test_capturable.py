@@ -88,7 +88,7 @@ def lasting(optimizer: TSAM) -> list[Tensor]:
     if isinstance(chain, Chain):
         kept = [*chain.momenta.values(), *itertools.chain(*chain.positions.values()), chain.scalars]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    base = [x for held in optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
+    base = [x for held in optimizer.base_optimizer.state.values() for x in held.values() if isinstance(x, Tensor)]
     scratch = [copy for _, copy in optimizer._progress.scratch.values()]
     return [*parameters, *scratch, *base, *kept, *counter]
 

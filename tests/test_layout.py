@@ -21,11 +21,13 @@ PAGE, SHEET = ROOT / "CONTRIBUTING.md", r"(?s)(?<=```text\n)optim: .*?(?=\n```)"
 # From the top downwards: a module imports only from those below it. reference/ stands alone, it imports torch only.
 ORDER = [
     "optim",
+    "persistence",
     "progress",
     "health",
     "diagnostics",
-    "checkpoint",
     "base",
+    "hooks",
+    "checkpoint",
     "settings",
     "samplers",
     "estimates",

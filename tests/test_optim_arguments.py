@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ BAD: list[tuple[str, Any, type[Exception], str, str]] = [
     ("every", 1.5, TypeError, "1.5", "an integer"),
     ("adaptive", 1, TypeError, "1", "True or False"),
     ("adaptive", None, TypeError, "None", "True or False"),
+    ("adaptive", np.True_, TypeError, r"(numpy\.bool|bool_)", "True or False"),
     ("skip_nonfinite_loss", 0, TypeError, "0", "True or False"),
     ("same_masks", None, TypeError, "None", "True or False"),
     ("model", "net", TypeError, "'net'", "Module"),

@@ -1,14 +1,18 @@
 """The optimizer that TSAM wraps: built or taken, and refused where it cannot be wrapped.
 
 Our keys in its groups are rho, radius and adaptive; where the base has an option of that name, tsam_rho and so on.
-Invariant: what base_of returns steps once from p.grad and holds parameters that the kernels can move in place.
+Beside them stand, without a value, the names of the numbers that a checkpoint has in each group: the flat form of
+torch.distributed.checkpoint loads only what a live group has.
+Invariant: what base_of returns steps once from p.grad and holds parameters that the kernels can move in place; its
+groups have our keys whoever loads it, and its own state dict has no name without a value.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from . import checkpoint, hooks
 from ._cuda import why_not
 from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
 from .samplers import Sampler, owner_of
@@ -151,6 +156,21 @@ def with_capturable(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict
     return {**state, "param_groups": saved + state["param_groups"][len(saved) :]}
 
 
+def _hide_own(names: Mapping[str, str], base: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A base's own state dict; ``names``: what our keys are called in its groups."""
+    return checkpoint.of_base(state, names)
+
+
+def _keep_own(names: Mapping[str, str], defaults: Mapping[str, Any], base: Optimizer, state: Any) -> dict[str, Any]:
+    """What a base is about to load, with our keys as its live groups have them where it comes without."""
+    state = checkpoint.of_base(state, names)
+    groups = [
+        {**{key: here.get(key, value) for key, value in defaults.items()}, **group}
+        for group, here in zip(state["param_groups"], base.param_groups, strict=False)
+    ]
+    return {**state, "param_groups": groups + state["param_groups"][len(groups) :]}
+
+
 class WrappingOptimizer(Optimizer):
     """An optimizer whose groups, state and defaults are those of a base optimizer, with keys of its own in each group.
 
@@ -162,7 +182,7 @@ class WrappingOptimizer(Optimizer):
         self, base: Optimizer, sampler: Sampler, *, own: dict[str, Any], given: dict[str, Any], foreign: bool
     ) -> None:
         self.group_names = {key: f"tsam_{key}" if key in base.defaults else key for key in GROUP_KEYS}
-        self._sampler, self._given = sampler, given
+        self.sampler, self._given, self._names = sampler, given, checkpoint.names(sampler.keeps)
         self._base_options = set(base.defaults)
         if foreign:
             self._base_options.update(*base.param_groups)
@@ -172,16 +192,31 @@ class WrappingOptimizer(Optimizer):
         check_parameters(named_parameters(base.param_groups))
         maximizes(base.param_groups)
         self._base: Optimizer | None = None
+        hooks.run_own_step_hooks(type(self))
         super().__init__(base.param_groups, {})
         self._base = base
-        self._own_defaults = {self.group_names[key]: value for key, value in own.items()}
-        self._set_group_keys()
+        self._own_defaults: dict[str, Any] = {self.group_names[key]: value for key, value in own.items()}
+        self._own_defaults |= dict.fromkeys(self._names)
+        self.set_group_keys()
+        self._look_after_base()
+
+    def _look_after_base(self) -> None:
+        """When the base is saved or loaded by itself, its groups keep our keys, and names without a value stay here."""
+        base = self.base_optimizer
+        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not so wrappers that are no whole Optimizer
+            base.register_load_state_dict_pre_hook(partial(_keep_own, self.group_names, self._own_defaults))
+            base.register_state_dict_post_hook(partial(_hide_own, self.group_names))
+
+    def options(self, group: dict[str, Any]) -> list[str]:
+        """The names of a group's options in order: not its parameters, nor the names without a value."""
+        return sorted(group.keys() - {"params", *self._names})
 
     def _check_new_group(self, group: dict[str, Any], where: str) -> None:
         check_group_values(group, where, self.group_names)
-        check_group_options(group, where, self.group_names, self._sampler, self._base_options)
+        named = {key: value for key, value in group.items() if value is not None or key not in self._names}
+        check_group_options(named, where, self.group_names, self.sampler, self._base_options)
         own = {key: group[name] for key, name in self.group_names.items() if name in group}
-        self._sampler.check_lengths(where, own, self._given)
+        self.sampler.check_lengths(where, own, self._given)
 
     # The groups, the state and the defaults are the base optimizer's own. Properties, since both objects rebind them
     # in load_state_dict; the setters do nothing while Optimizer.__init__ runs.
@@ -205,7 +240,7 @@ class WrappingOptimizer(Optimizer):
     @property
     def state(self) -> Any:
         """The base optimizer's state."""
-        return self._base.state if self._base is not None else {}
+        return self.beside(self._base.state) if self._base is not None else {}
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -222,7 +257,18 @@ class WrappingOptimizer(Optimizer):
         if self._base is not None:
             self._base.defaults = defaults
 
-    def _set_group_keys(self) -> None:
+    def beside(self, state: Any) -> Any:
+        """The base optimizer's state as it is shown: as it is."""
+        return state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base optimizer's ``zero_grad``, which may clear more than ``p.grad``."""
+        if set_to_none:
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
+
+    def set_group_keys(self) -> None:
         """Our keys in the base's defaults, and in the groups that do not have them."""
         for name, value in self._own_defaults.items():
             self.base_optimizer.defaults[name] = value
@@ -245,5 +291,10 @@ class WrappingOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Not the hooks and patches that schedulers and wrappers have put on this object.
-        keep = ("_base", "_sampler", "_given", "_base_options", "_own_defaults", "group_names")
+        keep = ("_base", "sampler", "_given", "_base_options", "_own_defaults", "_names", "group_names")
         return {key: self.__dict__[key] for key in keep}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        hooks.run_own_step_hooks(type(self))
+        super().__setstate__(state)
+        self._look_after_base()

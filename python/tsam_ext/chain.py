@@ -1,15 +1,17 @@
 """A Markov chain that lasts from step to step: where it stands in scaled coordinates, and its step size.
 
 Layout: three position buffers per parameter; `scalars` (csrc/core/metropolis.h) says which holds the chain's state.
-A checkpoint holds, per parameter, the position alone, and in every group the prior, the log step size and the running
-gradient scale. Invariant: the host never learns which buffer is current; no scratch is saved.
+A checkpoint holds, per parameter, the position alone, and in every group the prior, the log step size, the running
+gradient scale and which parameters rest, whose position says nothing.
+Invariant: the host never learns which buffer is current; no scratch is saved; inside a step a checkpoint holds the
+chain as the step found it, for no trajectory writes the buffer of that position.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ KEPT = {
     "gradient_scale": ChainSlot.GRAD_SCALE,
     "gradient_scales": ChainSlot.GRAD_SCALES,
 }
-POSITION, PRIOR = "position", "prior"
+POSITION, PRIOR, RESTING = "position", "prior", "resting"
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -35,6 +37,9 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 class Chain(SamplerState):
     """The chain on one ``prior``. With ``adapts`` the step size moves, up to ``highest_step_size``."""
+
+    numbers: ClassVar[tuple[str, ...]] = (PRIOR, *KEPT, RESTING)
+    tensors: ClassVar[tuple[str, ...]] = (POSITION,)
 
     def __init__(
         self, device: torch.device, *, prior: str, step_size: float, highest_step_size: float, adapts: bool
@@ -47,6 +52,7 @@ class Chain(SamplerState):
         self.positions: dict[Tensor, list[Tensor]] = {}
         self.momenta: dict[Tensor, Tensor] = {}  # scratch: kept, as new memory costs more than a pass over it
         self.started = False
+        self._found: tuple[Tensor, bool] | None = None  # at a step's start: the scalars, and whether it can go on
 
     @property
     def prior_number(self) -> int:
@@ -80,13 +86,38 @@ class Chain(SamplerState):
         return self.momenta[parameter]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "momenta": {}}
+        scalars, started = self._as_saved
+        return {**self.__dict__, "momenta": {}, "scalars": scalars, "started": started, "_found": None}
 
     def position(self, parameter: Tensor) -> Tensor:
         """The chain's position at one parameter, chosen on the device."""
+        return self._position(parameter, self.scalars)
+
+    def _position(self, parameter: Tensor, scalars: Tensor) -> Tensor:
         first, second, third = self.positions[parameter]
-        current = self.scalars[ChainSlot.CURRENT].to(first.device)
+        current = scalars[ChainSlot.CURRENT].to(first.device)
         return torch.where(current == 0, first, torch.where(current == 1, second, third))
+
+    @property
+    def _as_saved(self) -> tuple[Tensor, bool]:
+        """The scalars, and whether the chain can go on: inside a step those that it found."""
+        return (self.scalars, self.started) if self._found is None else self._found
+
+    def step_begins(self, *, draw: bool) -> None:
+        """Remembers where the chain is; a draw overwrites that, so that after an exception it stands nowhere."""
+        self._found = (self.scalars.clone(), not draw)
+
+    def go_back(self, *, launches: bool = True) -> None:
+        """To where the step has found it; without ``launches`` nothing on the device has moved."""
+        if self._found is not None:
+            scalars, self.started = self._found
+            if launches:
+                self.scalars.copy_(scalars)
+            self._found = None
+
+    def settle(self) -> None:
+        """The chain as it is now is the one to save."""
+        self._found = None
 
     def step_ends(self, moved: list[Tensor]) -> None:
         """The chain goes on from here, over these parameters alone.
@@ -101,10 +132,23 @@ class Chain(SamplerState):
             self.momenta = {parameter: self.momenta[parameter] for parameter in moved}
 
     def save(self, parameters: Sequence[Tensor]) -> Saved:
-        """The prior, the scalars that last, and one position per parameter that moves."""
-        numbers: dict[str, float | str] = {name: float(self.scalars[slot]) for name, slot in KEPT.items()}
-        positions = [self.position(p) if self.started and self._held(p) else None for p in parameters]
-        return Saved({PRIOR: self.prior, **numbers}, {POSITION: positions})
+        """The prior, the scalars that last, and one position per parameter that is not frozen."""
+        scalars, _ = self._as_saved
+        numbers: dict[str, float | str] = {name: float(scalars[slot]) for name, slot in KEPT.items()}
+        numbers[RESTING] = " ".join(str(i) for i, parameter in enumerate(parameters) if not self._goes_on(parameter))
+        return Saved({PRIOR: self.prior, **numbers}, {POSITION: [self.kept(p).get(POSITION) for p in parameters]})
+
+    def _goes_on(self, parameter: Tensor) -> bool:
+        return self._as_saved[1] and self._held(parameter) is not None
+
+    def kept(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its position; zeros where it rests, as who loads a checkpoint in place needs room for one."""
+        if self._goes_on(parameter):
+            return {POSITION: self._position(parameter, self._as_saved[0])}
+        if not parameter.requires_grad:
+            return {}
+        tensor = as_real(parameter)
+        return {POSITION: torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False)}
 
     def check(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
         """ValueError unless ``saved`` is a chain's, or nothing's."""
@@ -115,6 +159,9 @@ class Chain(SamplerState):
                 value = numbers.get(name)
                 if not isinstance(value, (int, float)) or not math.isfinite(value):
                     raise refuse(TSAM, f"{where}: {name}", shown(value), "a finite number")
+            resting = numbers.get(RESTING)
+            if not isinstance(resting, str) or not all(i.isdecimal() for i in resting.split()):
+                raise refuse(TSAM, f"{where}: {RESTING}", shown(resting), "the numbers of parameters in a string")
         tensors = map(as_real, parameters)
         for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), tensors, strict=False)):
             if position is None:
@@ -136,7 +183,7 @@ class Chain(SamplerState):
 
         The step size is the saved one only where this chain adapts it, and within its own bound.
         """
-        held, self.positions, self.started = self.positions, {}, False
+        held, self.positions, self.started, self._found = self.positions, {}, False, None
         self.scalars.zero_()
         self.scalars[ChainSlot.LOG_STEP] = self._first_log_step
         if saved.numbers.get(PRIOR) != self.prior:
@@ -146,8 +193,9 @@ class Chain(SamplerState):
                 self.scalars[slot] = float(saved.numbers[name])
         if self.adapts:
             self.scalars[ChainSlot.LOG_STEP].clamp_(max=self.highest_log_step)
-        for parameter, position in zip(parameters, saved.tensors.get(POSITION, ()), strict=False):
-            if position is not None:
+        resting = {int(i) for i in str(saved.numbers[RESTING]).split()}
+        for i, (parameter, position) in enumerate(zip(parameters, saved.tensors.get(POSITION, ()), strict=False)):
+            if position is not None and i not in resting:
                 if parameter in held:  # the same memory, which a captured step may know
                     self.positions[parameter] = held[parameter]
                 self.buffers(parameter)[0].copy_(position)

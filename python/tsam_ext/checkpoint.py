@@ -4,14 +4,14 @@ Layout: the base's state dict; in every entry of param_groups numbers and string
 (version, noise scheme, base class, shapes, step, seed, a sampler's own); in state, beside each parameter's, a sampler's
 tensors.
 Invariant: everything is checked before anything is changed; plain values only, so ``weights_only=True`` loads it; the
-base optimizer never sees an entry of ours.
+base optimizer never sees a value of ours.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .engine.checks import TSAM, check_int, refuse, shown
 from .sampler_state import SamplerState, Saved
+from .samplers import Sampler
 from .settings import check_group_values
 
 PREFIX = "tsam_"
@@ -37,6 +38,12 @@ def _identity(base: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def names(kept: type[SamplerState]) -> tuple[str, ...]:
+    """What a checkpoint has in each group, by the names there."""
+    own = ("version", "noise_scheme", "base_optimizer", "shapes", "step", "seed", *kept.numbers)
+    return tuple(f"{PREFIX}{name}" for name in own)
+
+
 def _place(g: int, key: str) -> str:
     return f"{WHERE}: param_groups[{g}]['{PREFIX}{key}']"
 
@@ -52,18 +59,37 @@ def _split(entries: dict[str, Any], keep: Container[str] = ()) -> tuple[dict[str
     return theirs, {k.removeprefix(PREFIX): v for k, v in entries.items() if k in ours}
 
 
+def of_base(state: Mapping[str, Any], group_names: Mapping[str, str]) -> dict[str, Any]:
+    """The base's part of a state dict; ``group_names``: what our keys are called in a group, where they stay."""
+    return {
+        **state,
+        "state": {k: _split(entry)[0] if isinstance(entry, dict) else entry for k, entry in state["state"].items()},
+        "param_groups": [_split(group, group_names.values())[0] for group in state["param_groups"]],
+    }
+
+
+def is_priming(base: Optimizer) -> bool:
+    """Whether a step without an estimate is that by which torch.distributed.checkpoint makes a base's state.
+
+    It comes before any state is there, with every lr and every gradient 0, and changes no parameter. Reads gradients.
+    """
+    rates = [group.get("lr") for group in base.param_groups]
+    gradients = [p.grad for p in _parameters(base) if p.grad is not None]
+    bare = not base.state and all(rate is not None and float(rate) == 0.0 for rate in rates)
+    return bare and not any(bool(gradient.any()) for gradient in gradients)
+
+
 def pack(
     base: Optimizer, sampler_state: SamplerState, group_names: dict[str, str], *, step: int, seed: int
 ) -> dict[str, Any]:
     """The base's state dict with our entries beside its own."""
-    kept, packed = sampler_state.save(_parameters(base)), base.state_dict()
+    kept, packed = sampler_state.save(_parameters(base)), of_base(base.state_dict(), group_names)
     numbers = {"step": step, "seed": seed, **kept.numbers}
     groups = []
     for group, here in zip(packed["param_groups"], base.param_groups, strict=True):
-        theirs, _ = _split(group, group_names.values())  # a base that has loaded such a state by itself keeps it
         ours = {**_identity(base, here), **numbers}
-        groups.append({**theirs, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
-    state = {k: _split(entry)[0] if isinstance(entry, dict) else entry for k, entry in packed["state"].items()}
+        groups.append({**group, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
+    state = packed["state"]
     indices = [index for group in packed["param_groups"] for index in group["params"]]
     for name, tensors in kept.tensors.items():
         for index, tensor in zip(indices, tensors, strict=True):
@@ -73,7 +99,7 @@ def pack(
 
 
 def unpack(
-    base: Optimizer, sampler_state: SamplerState, group_names: dict[str, str], saved: Any
+    base: Optimizer, sampler: Sampler, sampler_state: SamplerState, group_names: dict[str, str], saved: Any
 ) -> tuple[dict[str, Any], tuple[int, int, Saved] | None]:
     """The base's own part, and (step, seed, a sampler's part) if TSAM saved it; ValueError if it does not fit."""
     if isinstance(saved, dict) and "tsam" in saved:
@@ -85,13 +111,17 @@ def unpack(
     found: list[dict[str, Any]] = []
     for g, group in enumerate(saved["param_groups"]):
         theirs, ours = _split(group, group_names.values())
+        if all(value is None for value in ours.values()):  # the names alone, as a live group has them
+            ours = {}
         for key, value in ours.items():
             if not isinstance(value, (int, float, str)):
                 raise refuse(TSAM, _place(g, key), shown(value), "a number or a string", TypeError)
         if g < len(base.param_groups):  # a base's own state does not know our keys: they stay as they are
             here = base.param_groups[g]
             theirs = {**{name: here[name] for name in group_names.values()}, **theirs}
-        check_group_values(theirs, f"{WHERE}: param_groups[{g}].", group_names)
+        where = f"{WHERE}: param_groups[{g}]."
+        check_group_values(theirs, where, group_names)
+        sampler.check_lengths(where, {"radius": theirs.get(group_names["radius"])}, {})
         groups.append(theirs)
         found.append(ours)
     indices = [index for group in saved["param_groups"] for index in group["params"]]

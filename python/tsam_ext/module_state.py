@@ -182,8 +182,14 @@ class Buffers:
                 buffer.put(buffer.first, buffer.before)
 
     def saved(self) -> list[tuple[Tensor, Tensor]]:
-        """Each buffer that may have moved, with a copy of its values before the step."""
-        return [(b.first, b.before) for b, _ in self._entries if b.first is not None and b.before is not None]
+        """Each buffer that may have moved, as it is, and what it was before the step."""
+        found = []
+        for buffer, _ in self._entries:
+            now = buffer.now
+            before = buffer.first if buffer.before is None and now is not buffer.first else buffer.before
+            if now is not None and before is not None:
+                found.append((now, before))
+        return found
 
 
 class ModuleWatch:

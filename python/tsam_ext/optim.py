@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
+from .base import base_of, make_capturable
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step
 from .loss_scale import Scaler, check_scaler, refuse_closure
 from .module_state import ModuleWatch, drawn_seed, drop_derived
+from .persistence import PersistentOptimizer
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
@@ -32,7 +33,7 @@ RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
-class TSAM(WrappingOptimizer):
+class TSAM(PersistentOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
     Each step draws ``num_samples`` perturbations ε of the parameters θ and gives the base optimizer the gradient
@@ -144,6 +145,7 @@ class TSAM(WrappingOptimizer):
         device = torch.device("cpu") if device.type == "meta" else device
         key = drawn_seed() if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
+        self.keep(self._progress)
 
     @property
     def settings(self) -> Settings:
@@ -163,7 +165,7 @@ class TSAM(WrappingOptimizer):
     def __repr__(self) -> str:
         lines = [f"    {self._settings.shown()}", f"    base optimizer: {type(self.base_optimizer).__name__}"]
         for g, group in enumerate(self.param_groups):
-            options = (f"{key}={shown_setting(group[key])}" for key in sorted(group) if key != "params")
+            options = (f"{key}={shown_setting(group[key])}" for key in self.options(group))
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 
@@ -178,22 +180,26 @@ class TSAM(WrappingOptimizer):
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
-                closures fails instead of training without perturbations; with one beside ``scaler``; for a closure
-                that never calls backward(), or that writes parameters.
+                closures fails instead of training without perturbations (only the step with no effect by which
+                torch.distributed.checkpoint makes the base's state passes, and counts for nothing); with one beside
+                ``scaler``; for a closure that never calls backward(), or that writes parameters.
         """
-        loss = None
+        progress, loss = self._progress, None
         if closure is not None:
             refuse_closure(self.scaler)
-            loss = self.estimate_gradient(closure)
+            with progress.whole_step():
+                loss = self.estimate_gradient(closure)
             if loss is None:
                 return None
+        elif not progress.pending and checkpoint.is_priming(self.base_optimizer):
+            if progress.inside is None:  # else the base would see moved parameters
+                self.base_optimizer.step()
+            return None
         else:
-            self._progress.check_pending(self.scaler)
-        self.base_optimizer.step()
-        drop_derived()
-        self._progress.history.used()
-        self._progress.pending = False
-        self._progress.step += 1
+            progress.check_pending(self.scaler)
+        with progress.taken():
+            self.base_optimizer.step()
+            drop_derived()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -253,9 +259,13 @@ class TSAM(WrappingOptimizer):
         estimate = self._new_estimate(plain=plain, tilt=tilt)
         progress.begin(estimate)
         looks = self.model is None and estimate.repeats and not progress.history.watched
-        with ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext():
-            yield from estimate.passes()
-        progress.finish(estimate, plain=plain)
+        try:
+            with ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext():
+                yield from estimate.passes()
+            progress.finish(estimate, plain=plain)
+        finally:
+            if not progress.pending:
+                progress.leave(estimate)
 
     def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
         progress, settings = self._progress, self._settings
@@ -319,11 +329,13 @@ class TSAM(WrappingOptimizer):
         estimate = self._new_estimate()
         try:
             self._progress.inside_perturbed = True
+            self._progress.enter(estimate)
             estimate.visit(sample)
             yield
         finally:
             self._progress.inside_perturbed = False
             estimate.undo()
+            self._progress.leave()
 
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
@@ -349,11 +361,13 @@ class TSAM(WrappingOptimizer):
         self._refuse_inside_perturbed("first_step()")
         self._progress.abort()
         estimate = self._progress.estimate = self._new_estimate()
+        self._progress.enter(estimate)
         try:
             estimate.first_half()
         except BaseException:
             estimate.undo()
             self._progress.estimate = None
+            self._progress.leave()
             raise
         if zero_grad:
             self.zero_grad()
@@ -370,7 +384,7 @@ class TSAM(WrappingOptimizer):
             raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
         running.second_half()
         self._progress.estimate = None
-        self._progress.pending = True
+        self._progress.completed(running)
         self.apply()
         if zero_grad:
             self.zero_grad()
@@ -381,37 +395,6 @@ class TSAM(WrappingOptimizer):
                 f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
-
-        A sampler that keeps something per parameter has it beside that parameter's state. For a base optimizer alone
-        take ``opt.base_optimizer.state_dict()``: in a plain one our entries would stay. The nested form of
-        torch.distributed.checkpoint keeps all of it; its flat form loads only what a live group has, and so loses them.
-        """
-        progress = self._progress
-        numbers = {"step": int(progress.step), "seed": progress.seed}
-        return checkpoint.pack(self.base_optimizer, progress.sampler_state, self.group_names, **numbers)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
-
-        A state dict of the base optimizer alone loads too: step, seed and each group's rho, radius and adaptive stay as
-        they are. The other settings are those of this object in any case.
-
-        Raises:
-            TypeError, ValueError: before anything changes, if the version, base class, shapes or noise scheme differ,
-                or a value could not have been saved.
-        """
-        progress = self._progress
-        rest, own = checkpoint.unpack(self.base_optimizer, progress.sampler_state, self.group_names, state_dict)
-        rest = with_capturable(rest, self.param_groups) if self._settings.capturable else rest
-        self.base_optimizer.load_state_dict(rest)
-        progress.abort()
-        if own is not None:
-            step, progress.seed, kept = own
-            progress.set_step(step)
-            progress.sampler_state.load(kept, [p for group in self.param_groups for p in group["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model", "scaler")}

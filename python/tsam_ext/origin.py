@@ -56,13 +56,19 @@ class Origin:
             raise
 
     def _restore_finished(self) -> None:
+        self.copies = self.finished()
+        self.restore()
+
+    def finished(self) -> dict[int, Tensor]:
+        """The copies that an op has finished, whose parameters alone may have moved; syncs."""
+        copies = dict(self.copies)
         # Captured ops finish in their order; there is no number to read yet.
-        if self._announced and not self._capturing:
+        if copies and not self._capturing:
             for device, finished in enumerate(self._spread.saves(self._state)):
                 for i in itertools.chain(*self._announced[finished:]):
                     if self._spread.at(device, i):
-                        self.copies.pop(i, None)
-        self.restore()
+                        copies.pop(i, None)
+        return copies
 
     def forget(self) -> None:
         """Lets go of the copies; their memory stays in the scratch."""

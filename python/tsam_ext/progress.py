@@ -7,6 +7,8 @@ Invariant: a copy or a pickle holds what the next step needs, and no scratch, es
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ class Progress:
         self.pending = False  # whether p.grad holds an estimate that no step has used
         self.left = False  # whether that estimate has left any gradient
         self.inside_perturbed = False
+        self.inside: Estimate | None = None  # that of the step or the perturbed() under way
+        self._whole = False  # whether the base's step belongs to the step under way
+        self._due = False  # whether a step is to be counted when the base has stepped
         self.history = History()
         self.diagnostics, self.health = Diagnostics(), Health()
 
@@ -55,10 +60,11 @@ class Progress:
         if not estimate.capturing:
             self.health.look()
         self.estimate = estimate
+        self.enter(estimate)
 
     def finish(self, estimate: Estimate, *, plain: bool) -> None:
         """The passes are over: p.grad holds their estimate until a step uses it. A ``plain`` one says nothing."""
-        self.pending = True
+        self.completed(estimate)
         self.left = estimate.has_left_gradients
         report = estimate.report
         self.diagnostics.update(report)
@@ -87,12 +93,66 @@ class Progress:
         if self.estimate is not None:
             self.estimate.abort()
         self.estimate = None
+        self.leave()
+
+    def originals(self) -> list[tuple[Tensor, Tensor]]:
+        """What the step under way has written, each with its copy from before. Waits for devices."""
+        return [] if self.inside is None else self.inside.originals()
+
+    def enter(self, estimate: Estimate) -> None:
+        """From here on until :meth:`leave` a checkpoint is to hold what was before."""
+        self.inside = estimate
+
+    def leave(self, estimate: Estimate | None = None) -> None:
+        """What is now is what a checkpoint is to hold; with ``estimate`` if it is the one under way."""
+        if estimate is None or estimate is self.inside:
+            self.sampler_state.settle()
+            self.inside = None
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """An estimate that is completed inside is a part of its step: that is under way until it is counted."""
+        self._whole = True
+        try:
+            yield
+        except BaseException:
+            self.leave()
+            raise
+        finally:
+            self._whole = False
+
+    def completed(self, estimate: Estimate) -> None:
+        """``p.grad`` holds an estimate, for a step that may be another call's."""
+        self.pending = True
+        if not self._whole:
+            self.leave(estimate)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Counts the step that the block takes, once the base has stepped; not if it raises before."""
+        self._due = True
+        try:
+            yield
+            self.count()
+        finally:
+            self._due = False
+            self.leave()
+
+    def count(self) -> None:
+        """The parameters are new: the step is over, where one is to be counted and has not been."""
+        if self._due:
+            self._due = False
+            self.step += 1
+            self.history.used()
+            self.pending = False
+            self.leave()
 
     def skip(self) -> None:
         """Leaves the running estimate as if it had not begun, p.grad with it: there was no batch."""
         if self.estimate is not None:
             self.estimate.skip()
         self.estimate = None
+        self.leave()
 
     def step_to(self, device: torch.device) -> None:
         """Takes a step that is counted on a device to where the model is now."""

@@ -50,6 +50,7 @@ class Sampler(ABC):
     """How a step samples its perturbations; what every sampler has to decide."""
 
     two_steps: ClassVar[bool] = False  # whether one sample without noise is SAM's ascent and descent
+    keeps: ClassVar[type[SamplerState]] = SamplerState  # what lasts from step to step
 
     @abstractmethod
     def estimate(self, step: Step, state: SamplerState) -> Estimate:
@@ -187,6 +188,8 @@ class HMC(Sampler):
         >>> HMC(delta=2.0).num_leapfrog_steps
         1
     """
+
+    keeps: ClassVar[type[SamplerState]] = Chain
 
     delta: float | Tensor | Literal["auto"] | None = None
     delta_scale: float = 1.0

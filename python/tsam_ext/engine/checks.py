@@ -7,6 +7,7 @@ Invariant: nothing here reads a tensor's values, so nothing syncs, and a functio
 
 from __future__ import annotations
 
+import builtins
 import math
 import numbers
 import sys
@@ -41,7 +42,9 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, (str, numbers.Number)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:60]}..."
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+    kind = value if isinstance(value, type) else type(value)
+    known = getattr(builtins, kind.__name__, kind)
+    return kind.__name__ if known is kind else f"{kind.__module__}.{kind.__name__}"  # NumPy's bool is called bool too
 
 
 def order_of(tensor: Tensor) -> list[int]:

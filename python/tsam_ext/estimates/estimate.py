@@ -295,7 +295,16 @@ class Estimate(ABC):
     def undo(self) -> None:
         """θ₀ back, after an exception too."""
         self.origin.undo()
+        self.origin.forget()
         drop_derived()
+
+    @torch.no_grad()
+    def originals(self) -> list[tuple[Tensor, Tensor]]:
+        """What the step has written, and a copy of what it was before: parameters that have moved, buffers. Syncs."""
+        table, moved = self.table, []
+        for i, copy in self.origin.finished().items():
+            moved.append((table.parameters[i], torch.view_as_complex(copy) if table.dtypes[i].is_complex else copy))
+        return moved + ([] if self._kept_buffers is None else self._kept_buffers.saved())
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters but the scratch."""

@@ -61,7 +61,7 @@ class HamiltonianEstimate(Estimate):
         if self._scaling is not None and any(p.dtype == torch.float16 for p in self.table.parameters):
             expected = "none with float16 parameters and hmc: small gradients would vanish when divided"
             raise refuse(TSAM, "scaler", "one", expected)
-        self._before: tuple[Tensor, bool] | None = None  # the chain's scalars at the start, and whether it can go on
+        self._under_way = False  # whether the chain has left the place where the step found it
         self._phase: PhaseSpace | None = None
         self._loss = self.state[Slot.FIRST_LOSS]  # of the last pass
         self._fresh: dict[int, Tensor] = {}  # the gradients of the last pass
@@ -110,7 +110,8 @@ class HamiltonianEstimate(Estimate):
         chain.scalars = chain.scalars.to(self.spread.home)  # the model may have moved since
         buffers = [chain.buffers(parameter) for parameter in taken(table.parameters, table.moves)]
         draw = fresh or not chain.started
-        self._before = (chain.scalars.clone(), not draw)
+        chain.step_begins(draw=draw)
+        self._under_way = True
         if self.noise_step == STEP_HELD:
             chain.scalars[ChainSlot.CHAIN_STEP] = self.state[Slot.STEP]
         self.spread.follow(chain.scalars, slice(ChainSlot.TOTALS, CHAIN_SLOTS))
@@ -217,7 +218,7 @@ class HamiltonianEstimate(Estimate):
             self._scaling.put_back(self.mean.sums.values())
         super().complete()
         self.chain.step_ends(taken(self.table.parameters, self.table.moves))
-        self._before = None
+        self._under_way = False
 
     def undo(self) -> None:
         """As the base class's, and the chain is where the step found it."""
@@ -235,11 +236,9 @@ class HamiltonianEstimate(Estimate):
 
     @torch.no_grad()
     def _go_back(self, launches: bool = True) -> None:
-        if self._before is not None:
-            scalars, self.chain.started = self._before
-            if launches:
-                self.chain.scalars.copy_(scalars)
-            self._before = None
+        if self._under_way:
+            self.chain.go_back(launches=launches)
+            self._under_way = False
 
     def forget(self) -> None:
         """Lets go of the gradients and of the lists too."""
