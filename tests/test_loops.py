@@ -398,3 +398,17 @@ def test_rho_as_a_function_of_the_step(problem, sampler: Any) -> None:
         ValueError, match=r"param_groups\[0\]\.rho\(3\): got -1\.0, expected a finite number not below 0"
     ):
         ours.train(optimizer, 1)
+
+
+def test_rho_as_a_function_survives_a_checkpoint(problem) -> None:
+    """The state dict holds its value, as plain numbers do; who loads it goes on with the function that is there."""
+    ours, theirs = problem(), problem()
+    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=lambda step: 0.1 * (step + 1), seed=1) for t in (ours, theirs))
+    ours.train(optimizer, 2)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["rho"] == pytest.approx(0.3)
+    twin.load_state_dict(saved)
+    theirs.net.load_state_dict(ours.net.state_dict())
+    ours.train(optimizer, 2)
+    theirs.train(twin, 2)
+    assert ours.holds(theirs.copies())

@@ -21,6 +21,7 @@ from .engine.checks import TSAM, check_int, refuse, shown
 from .sampler_state import SamplerState, Saved
 from .samplers import Sampler
 from .settings import check_group_values
+from .table import length_at
 
 PREFIX = "tsam_"
 STATE_VERSION = 2
@@ -88,6 +89,9 @@ def pack(
     groups = []
     for group, here in zip(packed["param_groups"], base.param_groups, strict=True):
         ours = {**_identity(base, here), **numbers}
+        for name in group_names.values():  # of a function of the step what it says now: a function cannot be loaded
+            if callable(group[name]):
+                group[name] = length_at(group[name], step, name)
         groups.append({**group, **{f"{PREFIX}{name}": value for name, value in ours.items()}})
     state = packed["state"]
     indices = [index for group in packed["param_groups"] for index in group["params"]]
@@ -118,7 +122,8 @@ def unpack(
                 raise refuse(TSAM, _place(g, key), shown(value), "a number or a string", TypeError)
         if g < len(base.param_groups):  # a base's own state does not know our keys: they stay as they are
             here = base.param_groups[g]
-            theirs = {**{name: here[name] for name in group_names.values()}, **theirs}
+            own = {name: here[name] for name in group_names.values()}
+            theirs = {**own, **theirs, **{name: value for name, value in own.items() if callable(value)}}
         where = f"{WHERE}: param_groups[{g}]."
         check_group_values(theirs, where, group_names)
         sampler.check_lengths(where, {"radius": theirs.get(group_names["radius"])}, {})
