@@ -65,6 +65,8 @@ class TSAM(WrappingOptimizer):
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
             ``same_masks=False`` (a capture rewinds no generator), ``every=1``, a tilt that is no function, and of a
             base instance its own ``capturable=True`` if it has that option. Default False.
+        rounding: how θ+ε is rounded where a parameter is bfloat16 or float16, ``"nearest"`` (default) or
+            ``"stochastic"``: right in the mean, with random noise of its own. See :attr:`Diagnostics.realised_norm`.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -102,6 +104,7 @@ class TSAM(WrappingOptimizer):
         model: nn.Module | None = None,
         seed: int | None = None,
         capturable: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
@@ -119,6 +122,7 @@ class TSAM(WrappingOptimizer):
             skip_nonfinite_loss=skip_nonfinite_loss,
             same_masks=same_masks,
             capturable=capturable,
+            rounding=rounding,
         )
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
@@ -251,6 +255,7 @@ class TSAM(WrappingOptimizer):
             split=settings.split and not plain,
             skip_nonfinite_loss=settings.skip_nonfinite_loss,
             same_masks=settings.same_masks,
+            rounding=settings.rounding,
             model=self.model,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)

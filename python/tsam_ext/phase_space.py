@@ -44,6 +44,7 @@ class PhaseSpace:
     step: int
     dimension: int
     prior: int
+    rounding: int = -1  # of half-precision positions: to nearest, or the sample of the counter (csrc/core/round.h)
 
     def place(self, *, draw: bool) -> None:
         """Saves the position as the origin, and moves it to the chain's state: a draw from the prior, or as it is."""
@@ -63,6 +64,7 @@ class PhaseSpace:
             self.dimension,
             self.prior,
             draw,
+            self.rounding,
         )
         increment_version(self.position)
 
@@ -110,6 +112,7 @@ class PhaseSpace:
             drift,
             first,
             measure,
+            self.rounding,
         )
         increment_version(self.position)
 

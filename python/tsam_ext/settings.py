@@ -28,8 +28,20 @@ from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 
 Tilt = float | Tensor | Callable[[int], float | Tensor]
 BATCHES = ("whole", "split")
+ROUNDINGS = ("nearest", "stochastic")
 GROUP_KEYS = ("rho", "radius", "adaptive")
-FOR_ALL = ("tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "seed", "model")
+FOR_ALL = (
+    "tilt",
+    "num_samples",
+    "sampler",
+    "batch",
+    "every",
+    "skip_nonfinite_loss",
+    "same_masks",
+    "seed",
+    "model",
+    "rounding",
+)
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -45,6 +57,7 @@ class Settings:
     skip_nonfinite_loss: bool
     same_masks: bool
     capturable: bool
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         set_own = object.__setattr__  # Python's own numbers in place of NumPy's, objects in place of names
@@ -57,6 +70,7 @@ class Settings:
             check_flag(TSAM, name, getattr(self, name))
         set_own(self, "num_samples", check_int(TSAM, "num_samples", self.num_samples, 1, MAX_SAMPLES))
         check_choice(TSAM, "batch", self.batch, BATCHES)
+        check_choice(TSAM, "rounding", self.rounding, ROUNDINGS)
         set_own(self, "every", check_int(TSAM, "every", self.every, 1, 1 << 31))
         if self.capturable:
             # What the host decides anew each step, or does to generators, a replay would not.

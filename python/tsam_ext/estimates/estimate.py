@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,10 @@ from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.mean import Mean
 from tsam_ext.module_state import NormStatistics, RandomMasks
 from tsam_ext.origin import Origin, Scratch
-from tsam_ext.table import Table
+from tsam_ext.table import Table, taken
+
+HALF = (torch.bfloat16, torch.float16)
+TO_NEAREST = -1  # an op's rounding, as csrc/core/round.h has it
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Step:
     split: bool = False
     skip_nonfinite_loss: bool = False
     same_masks: bool = True
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     model: nn.Module | None = None
 
 
@@ -52,6 +57,9 @@ class Report:
 
     ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
     the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
+    ``realised``: of half-precision parameters, where any are perturbed: float64 [3], how far they were from θ₀ at the
+    last counted sample. ‖(θ-θ₀)/D‖; the same in units of max(rho, radius), elementwise; and of the ascent along the
+    gradient the share that is left, (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)², NaN where there is no ascent.
     """
 
     state: Tensor
@@ -61,6 +69,7 @@ class Report:
     tilt_weighs: bool = False
     chain: Tensor | None = None
     dimension_over_rho: float = float("nan")
+    realised: Tensor | None = None
 
 
 class Sample:
@@ -162,6 +171,9 @@ class Estimate(ABC):
         self.mean = Mean(step.table, self.spread, self.state)
         self._masks: RandomMasks | None = None
         self._statistics: NormStatistics | None = None
+        self.half = [i for i in step.table.moves if step.table.parameters[i].dtype in HALF]
+        self.rounds = step.rounding == "stochastic" and bool(self.half)
+        self._realised: Tensor | None = None
         self._forms = [(p, p.stride(), p.dtype) for p in step.table.parameters]
 
     @abstractmethod
@@ -243,6 +255,40 @@ class Estimate(ABC):
             gradients[i] = gradient
         return gradients
 
+    def rounding(self, number: int) -> int:
+        """An op's ``rounding``, with this sample of the counter where there is anything to round stochastically."""
+        return number if self.rounds else TO_NEAREST
+
+    @torch.no_grad()
+    def measure(self, gradients: dict[int, Tensor]) -> None:
+        """Notes how far the half-precision parameters are from θ₀, and how far along these gradients, for the report.
+
+        Words of half precision: read 3, without gradients 2; of wider parameters none.
+        """
+        if not self.half:
+            return
+        table = self.table
+        sums = torch.zeros(4, dtype=torch.float64, device=self.spread.home)
+        self.spread.follow(sums)
+        along = [i for i in self.half if i in gradients]
+        for chosen, known in ((along, True), ([i for i in self.half if i not in gradients], False)):
+            chosen = [i for i in chosen if i in self.origin.copies]
+            if chosen:
+                self.spread.run(
+                    _ops.displacement_,
+                    chosen,
+                    taken(table.parameters, chosen),
+                    taken(self.origin.copies, chosen),
+                    taken(gradients, chosen) if known else [],
+                    sums,
+                    taken(table.rho, chosen),
+                    [max(table.rho[i], table.radius[i]) for i in chosen],
+                    taken(table.adaptive, chosen),
+                )
+        sums = self.spread.total(sums)
+        share = sums[2] * self.state[Slot.GRAD_NORM] / sums[3]
+        self._realised = torch.cat([sums[:2].sqrt(), share.reshape(1)])
+
     @torch.no_grad()
     def complete(self) -> None:
         """θ₀ back, and the mean into p.grad."""
@@ -288,4 +334,5 @@ class Estimate(ABC):
             states_per_sample=self.states_per_sample,
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
+            realised=self._realised,
         )
