@@ -9,6 +9,8 @@
 // rounding to nearest is and nowhere else: at the largest value nothing is rounded up; NaN as from_compute has it.
 #pragma once
 
+#include <type_traits>
+
 #include "dtype.h"
 
 namespace tsam {
@@ -23,6 +25,12 @@ struct Rounding {
 
 template <typename T>
 constexpr bool kRounds = sizeof(T) == 2;
+
+// The storage types of a kernel that is made for stochastic rounding.
+struct StochasticBFloat16 : BFloat16 {};
+struct StochasticFloat16 : Float16 {};
+template <typename T>
+constexpr bool kStochastic = std::is_same_v<T, StochasticBFloat16> || std::is_same_v<T, StochasticFloat16>;
 
 }  // namespace tsam
 

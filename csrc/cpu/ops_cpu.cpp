@@ -103,12 +103,10 @@ void displacement(const DisplacementArguments& a) {
         k.displacement(a.position[t].dtype, at(a.position[t], chunk), at(a.saved[t], chunk),
                        a.grads.empty() ? nullptr : at(a.grads[t], chunk), chunk.length, a.adaptive[t]);
   });
-  std::fill_n(a.sums, int{kDisplacements}, 0.0);
   for (int64_t c = 0; c < plan.num_chunks(); ++c) {
     const DisplacementSums& sums = partial[static_cast<size_t>(c)];
     const size_t t = static_cast<size_t>(plan[c].tensor);
     a.sums[kSquares] += sums.squares;
-    a.sums[kRelativeSquares] += a.per_square(t) * sums.squares;
     a.sums[kAlong] += sums.along;
     a.sums[kAscent] += a.rho[t] * sums.ascent;
   }

@@ -170,22 +170,20 @@ void ascend_(const TensorList& position, const TensorList& saved, const TensorLi
   run({state, moved, kept, gradients, s, rho, adaptive, save, base, rounds});
 }
 
-// Where displacement_ leaves its sums. Of 1 / length^2 a tensor's share of the second is the multiple.
-enum Displacement : int { kSquares = 0, kRelativeSquares = 1, kAlong = 2, kAscent = 3, kDisplacements = 4 };
+// What displacement_ adds its sums to.
+enum Displacement : int { kSquares = 0, kAlong = 1, kAscent = 2, kDisplacements = 3 };
 
 struct DisplacementArguments {
   Tensor home;
   Runs position, saved, grads;  // no grads: only squares
   double* sums;
-  Numbers rho, length;
+  Numbers rho;
   Flags adaptive;
-
-  double per_square(size_t t) const { return length[t] > 0.0 ? 1.0 / (length[t] * length[t]) : 0.0; }
 };
 
 template <void (*run)(const DisplacementArguments&)>
 void displacement_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor sums,
-                   Numbers rho, Numbers length, Flags adaptive) {
+                   Numbers rho, Flags adaptive) {
   const Op op("displacement_", sums);
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
              gradients = checked_runs(op, "grads", grads);
@@ -196,16 +194,14 @@ void displacement_(const TensorList& position, const TensorList& saved, const Te
     same_dtypes(op, "grads", gradients, "position", moved);
   }
   same_length(op, "rho", rho.size(), "position", moved.size());
-  same_length(op, "length", length.size(), "position", moved.size());
   same_length(op, "adaptive", adaptive.size(), "position", moved.size());
   not_negative(op, "rho", rho);
-  not_negative(op, "length", length);
   const Where where{op, "sums"};
   const Run out = checked_run(where, sums);
   if (out.dtype != DType::kFloat64 || out.size < kDisplacements || !out.layout.is_contiguous())
     fail(where, shape_name(out.layout) + " and dtype " + dtype_name(out.dtype),
          "a contiguous float64 tensor of at least " + std::to_string(int{kDisplacements}) + " elements");
-  run({sums, moved, kept, gradients, reinterpret_cast<double*>(out.data), rho, length, adaptive});
+  run({sums, moved, kept, gradients, reinterpret_cast<double*>(out.data), rho, adaptive});
 }
 
 struct TiltBeginArguments {

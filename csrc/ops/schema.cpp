@@ -50,11 +50,11 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def(
       "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
       "adaptive, bool save, int[] base=[], int seed=0, int step=0, int rounding=-1) -> ()");
-  // How far positions are from where they were saved: sums of |change / D|^2, of |change / (length D)|^2, of change.g
-  // and of rho |D g|^2, the last two 0 without grads; float64 [4].
+  // How far positions are from where they were saved: to sums, float64 [3], are added those of |change / D|^2, change.g
+  // and rho |D g|^2; without grads the last two are 0.
   m.def(
-      "displacement_(Tensor[] position, Tensor[] saved, Tensor[] grads, Tensor(a!) sums, float[] rho, float[] length, "
-      "bool[] adaptive) -> ()");
+      "displacement_(Tensor[] position, Tensor[] saved, Tensor[] grads, Tensor(a!) sums, float[] rho, bool[] adaptive) "
+      "-> ()");
   m.def("tilt_begin_(Tensor(a!) state, Tensor tilt) -> ()");
   m.def("tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
   m.def("accumulate_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor state) -> ()");

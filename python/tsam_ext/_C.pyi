@@ -52,7 +52,6 @@ def displacement_(
     grads: list[Tensor],
     sums: Tensor,
     rho: list[float],
-    length: list[float],
     adaptive: list[bool],
 ) -> None: ...
 def tilt_begin_(state: Tensor, tilt: Tensor) -> None: ...

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .engine.checks import (
+    ROUNDINGS,
     TSAM,
     check_choice,
     check_flag,
@@ -28,7 +29,6 @@ from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 
 Tilt = float | Tensor | Callable[[int], float | Tensor]
 BATCHES = ("whole", "split")
-ROUNDINGS = ("nearest", "stochastic")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = (
     "tilt",

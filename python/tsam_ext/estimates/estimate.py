@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import TSAM, refuse, shown
+from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.mean import Mean
@@ -27,7 +27,6 @@ from tsam_ext.origin import Origin, Scratch
 from tsam_ext.table import Table, taken
 
 HALF = (torch.bfloat16, torch.float16)
-TO_NEAREST = -1  # an op's rounding, as csrc/core/round.h has it
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Report:
     ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
     the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho.
     ``realised``: of half-precision parameters, where any are perturbed: float64 [3], how far they were from θ₀ at the
-    last counted sample. ‖(θ-θ₀)/D‖; the same in units of max(rho, radius), elementwise; and of the ascent along the
+    last counted sample. ‖(θ-θ₀)/D‖; the same over the largest rho or radius of theirs; and of the ascent along the
     gradient the share that is left, (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)², NaN where there is no ascent.
     """
 
@@ -268,7 +267,7 @@ class Estimate(ABC):
         if not self.half:
             return
         table = self.table
-        sums = torch.zeros(4, dtype=torch.float64, device=self.spread.home)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.spread.home)
         self.spread.follow(sums)
         along = [i for i in self.half if i in gradients]
         for chosen, known in ((along, True), ([i for i in self.half if i not in gradients], False)):
@@ -282,12 +281,12 @@ class Estimate(ABC):
                     taken(gradients, chosen) if known else [],
                     sums,
                     taken(table.rho, chosen),
-                    [max(table.rho[i], table.radius[i]) for i in chosen],
                     taken(table.adaptive, chosen),
                 )
         sums = self.spread.total(sums)
-        share = sums[2] * self.state[Slot.GRAD_NORM] / sums[3]
-        self._realised = torch.cat([sums[:2].sqrt(), share.reshape(1)])
+        longest = max(max(table.rho[i], table.radius[i]) for i in self.half)
+        norm, share = sums[0].sqrt(), sums[1] * self.state[Slot.GRAD_NORM] / sums[2]
+        self._realised = torch.stack([norm, norm / longest, share])
 
     @torch.no_grad()
     def complete(self) -> None:
