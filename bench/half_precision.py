@@ -2,7 +2,7 @@
 
 A small and a wide MLP, bfloat16 parameters with rounding "nearest" and "stochastic", and float32 parameters under
 bfloat16 autocast, by SAM on digits with noisy labels; each seed gives all three the same data, order and initial
-weights (rounded to bfloat16 for all). Beside the accuracy: what is left of the ascent, and how far the parameters moved.
+weights (rounded to bfloat16 for all). Beside the accuracy: what is left of the ascent, and how far parameters moved.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def train(net: str, method: str, seed: int, epochs: int, rho: float) -> Run:
     order = torch.Generator().manual_seed(seed + 1)
     total = torch.zeros(())
     for _ in range(epochs):
-        for rows in torch.randperm(len(images.train_x), generator=order).split(BATCH):
+        permutation = torch.randperm(len(images.train_x), generator=order)
+        for first in range(0, len(permutation), BATCH):
+            rows = permutation[first : first + BATCH]
             x, y = images.train_x[rows].to(kind), images.train_y[rows]
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -124,7 +126,6 @@ def _rows(net: str, runs: list[Run]) -> list[str]:
         gain, spread = mean_and_error([r.accuracy - b for r, b in zip(found, base, strict=True)])
         minus = "" if method == "nearest" else f"{gain:+.2f} ± {spread:.2f}"
         left, norm = (sum(getattr(r, key) for r in found) / len(found) for key in ("ascent", "norm"))
-        lines.append(
-            f"| {net} | {elements / 1e6:.2f} M | {name} | {mean:.2f} ± {error:.2f} | {minus} | {left:.2f} | {norm:.2f} |"
-        )
+        scores = f"{name} | {mean:.2f} ± {error:.2f} | {minus}"
+        lines.append(f"| {net} | {elements / 1e6:.2f} M | {scores} | {left:.2f} | {norm:.2f} |")
     return lines

@@ -88,13 +88,11 @@ def test_the_parameters_are_back_bit_for_bit(sampler: str, dtype: torch.dtype) -
     assert all(map(torch.equal, bits(task.parameters), before))
 
     def fails() -> Tensor:
-        if len(task.seen) % 4 == 3:
-            raise KeyError
-        return task()
+        task()
+        raise KeyError
 
     with pytest.raises(KeyError):
-        for _ in range(4):
-            opt.step(fails)
+        opt.step(fails)
     assert all(map(torch.equal, bits(task.parameters), before))
 
 
@@ -132,8 +130,8 @@ def test_a_chain_that_comes_back_finds_the_same_parameters(prior: str, dtype: to
     In the next step the words are others.
     """
     task = Task(dtype)
-    opt = tsam(task.parameters, lr=0.0, rho=0.5, seed=5, rounding="stochastic", sampler="hmc", num_samples=3, prior=prior,
-               num_leapfrog_steps=2, step_size=1e-12, adapt_step_size=False, delta=0.0)  # fmt: skip
+    options = {"num_samples": 3, "num_leapfrog_steps": 2, "step_size": 1e-12, "adapt_step_size": False, "delta": 0.0}
+    opt = tsam(task.parameters, lr=0.0, rho=0.5, seed=5, rounding="stochastic", sampler="hmc", prior=prior, **options)
     opt.step(task)
     first = list(task.seen)
     assert len(first) == 7
