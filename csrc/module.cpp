@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
   const py::object ops = py::module_::import("torch").attr("ops").attr("tsam");
   using Tensors = List<Tensor>;
   using TensorPair = py::typing::Tuple<Tensor, Tensor>;
-  const py::arg_v stage = py::arg("stage") = -1;
+  const py::arg_v stage = py::arg("stage") = -1, rounding = py::arg("rounding") = -1;
   m.attr("__isa__") = tsam::cpu::isa_name();
   py::list noises;
   for (const auto& [name, needs_norm] : tsam::ops::noises()) noises.append(py::make_tuple(name, needs_norm));
@@ -84,36 +84,40 @@ PYBIND11_MODULE(_C, m) {
   expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");
 
   expose<void, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t, int64_t, int64_t,
-         int64_t, bool, bool, int64_t>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive", "base",
-                                       "seed", "step", "sample", "noise", "dimension", "negate", "save", stage);
+         int64_t, bool, bool, int64_t, int64_t>(m, ops, "perturb_", "position", "saved", "state", "radius", "adaptive",
+                                                "base", "seed", "step", "sample", "noise", "dimension", "negate",
+                                                "save", rounding, stage);
   expose<void, Tensors, Tensors, Tensor, List<bool>, int64_t, int64_t>(m, ops, "grad_norm_", "grads", "origin", "state",
                                                                        "adaptive", "row", stage);
-  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool>(
-      m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save");
+  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool, List<int64_t>, int64_t, int64_t,
+         int64_t>(m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save",
+                  py::arg("base") = py::list(), py::arg("seed") = 0, py::arg("step") = 0, rounding);
+  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>>(m, ops, "displacement_", "position",
+                                                                            "saved", "grads", "sums", "rho", "adaptive");
   expose<void, Tensor, Tensor>(m, ops, "tilt_begin_", "state", "tilt");
   expose<void, Tensor, Tensor, double, int64_t, bool, bool>(m, ops, "tilt_update_", "state", "loss", "log_size", "row",
                                                             "skip_nonfinite", "last");
   expose<void, Tensors, Tensors, Tensor>(m, ops, "accumulate_", "accumulator", "grads", "state");
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, List<int64_t>, int64_t, int64_t,
-         int64_t, int64_t, int64_t, bool, int64_t>(m, ops, "accumulate_perturb_", "accumulator", "grads", "position",
-                                                   "saved", "state", "radius", "adaptive", "base", "seed", "step",
-                                                   "sample", "noise", "dimension", "negate", stage);
+         int64_t, int64_t, int64_t, bool, int64_t, int64_t>(
+      m, ops, "accumulate_perturb_", "accumulator", "grads", "position", "saved", "state", "radius", "adaptive", "base",
+      "seed", "step", "sample", "noise", "dimension", "negate", rounding, stage);
   expose<void, Tensors, Tensors>(m, ops, "restore_", "position", "saved");
 
   using Numbers = List<double>;
   using Flags = List<bool>;
   using Integers = List<int64_t>;
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Tensor, Numbers, Flags, Integers, int64_t, int64_t,
-         int64_t, int64_t, bool, int64_t>(m, ops, "hmc_place_", "position", "saved", "x0", "x1", "x2", "chain", "state",
-                                          "rho", "adaptive", "base", "seed", "step", "dimension", "prior", "draw",
-                                          stage);
+         int64_t, int64_t, bool, int64_t, int64_t>(m, ops, "hmc_place_", "position", "saved", "x0", "x1", "x2", "chain",
+                                                   "state", "rho", "adaptive", "base", "seed", "step", "dimension",
+                                                   "prior", "draw", rounding, stage);
   expose<void, Tensors, Tensors, Tensor, Tensor, Tensor, Tensor, Tensor, bool, Numbers, Flags, int64_t, int64_t,
          int64_t>(m, ops, "hmc_begin_", "saved", "grads", "chain", "state", "loss", "tilt", "delta", "automatic", "rho",
                   "adaptive", "dimension", "prior", stage);
   expose<void, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensor, Numbers, Flags, Integers, int64_t,
-         int64_t, int64_t, int64_t, int64_t, double, double, bool, bool, int64_t>(
+         int64_t, int64_t, int64_t, int64_t, double, double, bool, bool, int64_t, int64_t>(
       m, ops, "hmc_leapfrog_", "position", "saved", "momentum", "x0", "x1", "x2", "grads", "chain", "rho", "adaptive",
-      "base", "seed", "step", "trajectory", "dimension", "prior", "kick", "drift", "first", "measure", stage);
+      "base", "seed", "step", "trajectory", "dimension", "prior", "kick", "drift", "first", "measure", rounding, stage);
   expose<void, Tensors, Tensors, Tensors, Tensor, Tensor, Tensor, Numbers, Flags, int64_t, int64_t, int64_t, int64_t,
          int64_t, double, int64_t, bool, bool, bool, int64_t>(
       m, ops, "hmc_end_", "saved", "momentum", "grads", "chain", "state", "loss", "rho", "adaptive", "seed", "step",

@@ -265,6 +265,8 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
                          False, True),
     "grad_norm_": lambda: (lists(4, 9), lists(4, 9), new_state(1), [False, True], 0),
     "ascend_": lambda: (lists(4, 9), lists(4, 9), lists(4, 9), begun(), [0.1] * 2, [False, True], True),
+    "displacement_": lambda: (lists(4, 9), lists(4, 9), lists(4, 9), torch.zeros(3, dtype=torch.float64), [0.1] * 2,
+                              [False, True]),
     "tilt_begin_": lambda: (new_state(1), torch.tensor(1.0)),
     "tilt_update_": lambda: (begun(), torch.tensor(1.0), 0.0, 0, False, True),
     "accumulate_": lambda: (lists(4, 9), lists(4, 9), begun()),

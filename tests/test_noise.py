@@ -110,10 +110,13 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                         5, 6, 7, noise, 70_015, False, True)
             _C.grad_norm_(g, saved, state, flags, 0)
             _C.ascend_(x, saved, g, state, [0.05] * 4, flags, False)
+            _C.ascend_(x, saved, g, state, [0.05] * 4, flags, False, [1, 70_004, 0, 70_020], 5, 6, 3)
+            sums = torch.zeros(3, dtype=torch.float64)
+            _C.displacement_(x, saved, g, sums, [0.05] * 4, flags)
             for row, loss in enumerate((0.3, 0.7)):
                 _C.tilt_update_(state, torch.tensor(loss), 0.0, row, False, row == 1)
                 _C.accumulate_(total, g, state)
-            for tensor in (*x, *saved, *total, state):
+            for tensor in (*x, *saved, *total, state, sums):
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(_C.__isa__, digest.hexdigest())
 """

@@ -67,6 +67,19 @@ struct Ascend {
   }
 };
 
+// How far an element has moved, in the units of D, and how far along the gradient: (change / D)^2, change g, (D g)^2.
+// What is 0 under adaptive stays there. `grad` may be NaN or infinite, and the sums then are.
+template <typename C>
+TSAM_HD void add_displacement(C position, C origin, C grad, bool adaptive, double& squares, double& along,
+                              double& ascent) {
+  const double d = adaptive ? static_cast<double>(magnitude(origin)) : 1.0;
+  const double change = static_cast<double>(position) - static_cast<double>(origin);
+  const double moved = change == 0.0 ? 0.0 : change / d, scaled = d * static_cast<double>(grad);
+  squares = fma(moved, moved, squares);
+  along = fma(change, static_cast<double>(grad), along);
+  ascent = fma(scaled, scaled, ascent);
+}
+
 // What makes unit vectors of normals whose sum of squares is known, and points of the ball.
 TSAM_HD double sphere_scale(double sum_squares) { return sum_squares > 0.0 ? 1.0 / sqrt(sum_squares) : 0.0; }
 

@@ -44,6 +44,44 @@ TSAM_HD void store(const C (&x)[W], Count count, T* to) {
   for (int i = 0; i < count; ++i) from_compute(x[i], to[i]);
 }
 
+// How a block of W elements is written whose first has the index `element`: to nearest, or stochastically.
+struct ToNearest {
+  template <typename T, typename C, int W, typename Count>
+  TSAM_HD void operator()(const C (&x)[W], uint64_t, Count count, T* to) const {
+    store(x, count, to);
+  }
+};
+
+class Stochastically {
+ public:
+  TSAM_HD explicit Stochastically(const Stream& stream) : keyed_(stream) {}
+
+  template <typename T, int W, typename Count>
+  TSAM_HD void operator()(const float (&x)[W], uint64_t element, Count count, T* to) const {
+    uint32_t r[W];
+    const int skip = static_cast<int>(element % 4);
+    rounding_words<W / 4, VectorWords>(keyed_, element - static_cast<uint64_t>(skip), r);
+    if (skip != 0) {
+      uint32_t next[4];
+      rounding_words<1>(keyed_, element - static_cast<uint64_t>(skip) + W, next);
+      for (int i = 0; i < W; ++i) r[i] = i + skip < W ? r[i + skip] : next[i + skip - W];
+    }
+    for (int i = 0; i < count; ++i) round_by(x[i], r[i], to[i]);
+  }
+
+ private:
+  const KeyedStream keyed_;
+};
+
+// body(how a run of T is written): only 16 bits are ever rounded stochastically.
+template <typename T, typename Body>
+TSAM_HD auto with_rounding(const cpu::Round& round, const Body& body) {
+  if constexpr (kRounds<T>) {
+    if (round.stochastic) return body(Stochastically(round.stream));
+  }
+  return body(ToNearest{});
+}
+
 // body(offset, count): count is a compile-time W for all blocks but the last.
 template <int W, typename Body>
 TSAM_HD void for_blocks(int64_t n, Body body) {
@@ -134,19 +172,21 @@ TSAM_HD void for_noise(int64_t n, uint64_t element, const Stream& stream, Body b
   }
 }
 
-// A sum of squares whose rounding is part of its definition: element i of a run goes to lane i mod kLanes, and the
-// lanes are folded in halves. Float64 throughout, so that no gradient scale over- or underflows it.
-struct SquareSum {
+// A sum whose rounding is part of its definition: element i of a run goes to lane i mod kLanes, and the lanes are folded
+// in halves. Float64 throughout, so that no gradient scale over- or underflows it.
+struct LaneSum {
   double lane[kLanes] = {};
 
-  template <typename C>
-  TSAM_HD void add(const C (&x)[kLanes]) {
-    for (int i = 0; i < kLanes; ++i) lane[i] = fma(static_cast<double>(x[i]), static_cast<double>(x[i]), lane[i]);
-  }
   TSAM_HD double total() {
     for (int half = kLanes / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     return lane[0];
+  }
+};
+struct SquareSum : LaneSum {
+  template <typename C>
+  TSAM_HD void add(const C (&x)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) lane[i] = fma(static_cast<double>(x[i]), static_cast<double>(x[i]), lane[i]);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -62,6 +63,16 @@ inline void copy_past_caches(void* target, const void* source, int64_t bytes) {
   stream_lines(to + head, from + head, lines);
   std::memcpy(to + tail, from + tail, static_cast<size_t>(bytes - tail));
   streamed();
+}
+
+// One block as it is: whole blocks past the caches where `past_caches` and the place allow it.
+template <int W, typename T, typename Count>
+static void save_block(const T* from, Count count, T* to, bool past_caches) {
+  if (std::is_same_v<Count, std::integral_constant<int, W>> && past_caches && at_line(to)) {
+    stream_lines(to, from, W * static_cast<int64_t>(sizeof(T)));
+  } else {
+    for (int k = 0; k < count; ++k) to[k] = from[k];
+  }
 }
 
 }  // namespace cpu_apply

@@ -102,7 +102,7 @@ void perturb(const NoiseArguments& a) {
   const double scale = noise_scale(a.noise, a.x.size, sum_squares, a.radius_stream) * scalar_value(a.radius);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     k.perturb(a.x.dtype, at(a.out, chunk), at(a.x, chunk), /*saved=*/nullptr, chunk.length, element(chunk), a.stream,
-              scale, /*adaptive=*/false);
+              scale, /*adaptive=*/false, Round{});
   });
 }
 

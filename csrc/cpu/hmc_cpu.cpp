@@ -34,10 +34,6 @@ HmcSums sum_passes(const ChunkPlan& plan, const Body& body) {
   return sums;
 }
 
-uint64_t element_of(const Integers& base, const Chunk& chunk) {
-  return static_cast<uint64_t>(base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
-}
-
 // Words: read 2, write 2 (a draw: read 1, write 3). Saves theta_0 and moves to the chain's state, or to a draw from the
 // prior, which then is the chain's state.
 void place(const HmcPlaceArguments& a) {
@@ -55,11 +51,12 @@ void place(const HmcPlaceArguments& a) {
   const double draw_scale =
       normed ? ball_scale(scaled.dimension, squares[0], stream_now(a.counter.stream(kBallRadius))) : 1.0;
   const bool past_caches = !a.draw && goes_past_caches(scaled.origin);  // a draw leaves memory time enough
+  const Round round = round_of(a.rounding);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     k.hmc_place(a.position[t].dtype, at(a.position[t], chunk), at(scaled.origin[t], chunk), at(current[t], chunk),
                 scaled.scale(t), scaled.adaptive[t], a.draw, draw_scale, stream, element_of(a.base, chunk),
-                chunk.length, past_caches);
+                chunk.length, past_caches, round);
   });
   a.state[kSaves] += 1.0;
 }
@@ -113,6 +110,7 @@ void leapfrog(const HmcLeapfrogArguments& a) {
     pass.adaptive = scaled.adaptive[t];
     pass.stream = stream_now(a.counter.stream(kMomentum));
     pass.element = element_of(a.base, chunk);
+    pass.round = round_of(a.rounding);
     return pass;
   };
   const auto kicks = [&](const Chunk& chunk, const Drift* map) {

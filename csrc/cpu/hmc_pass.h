@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "apply.h"
+#include "copy.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
@@ -107,8 +108,9 @@ TSAM_HD void hmc_block(const HmcBlock<C>& block, const HmcScale<C>& scale, const
   if constexpr (measured) sums.moved = in.moved;
 }
 
-template <HmcKind kind, typename T>
-static HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n) {
+// `write`: how positions that need room on the stack get to their place.
+template <HmcKind kind, typename T, typename Write>
+static HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t n, const Write& write) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   constexpr bool kicks = kKicks<kind>, moves = kMoves<kind>, keeps = kind != HmcKind::kLastKick;
@@ -132,10 +134,49 @@ static HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t
     if (moves) block.to = block_to(to + i, count, room[5]), block.position = block_to(position + i, count, room[6]);
     hmc_block<kind, W>(block, scale, kick, drift, sums);
     if (keeps) store_block(room[4], count, momentum + i);
-    if (moves) store_block(room[5], count, to + i), store_block(room[6], count, position + i);
+    if constexpr (moves) {
+      store_block(room[5], count, to + i);
+      if constexpr (kRounds<T>) {
+        write(room[6], pass.element + static_cast<uint64_t>(i), count, position + i);
+      } else {
+        store_block(room[6], count, position + i);
+      }
+    }
   });
   return HmcSums{sums.pq.total(), sums.qq.total(), sums.uu.total(),
                  sums.uv.total(), sums.vv.total(), sums.moved.total()};
+}
+
+// Saves the position and moves it by T x, x being drawn or what is there.
+template <typename T, typename Write>
+static void place_run(T* position, T* saved, compute_t<T>* x, double scale, bool adaptive, bool draw, double draw_scale,
+               const Stream& stream, uint64_t element, int64_t n, bool past_caches, const Write& write) {
+  using C = compute_t<T>;
+  constexpr int W = 4 * kQuads;
+  const HmcScale<C> functor{static_cast<C>(scale), adaptive};
+  const auto block = [&](int64_t i, auto count, const C(&at)[W]) {
+    C o[W], theta[W];
+    T* const from = position + i;
+    save_block<W>(from, count, saved + i, past_caches);
+    load(from, count, o);
+    for (int k = 0; k < W; ++k) theta[k] = hmc_move(o[k], functor(o[k]), at[k]);
+    write(theta, element + static_cast<uint64_t>(i), count, from);
+  };
+  if (draw) {
+    for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
+      C at[W];
+      for (int k = 0; k < W; ++k) at[k] = static_cast<C>(draw_scale) * static_cast<C>(z[k]);
+      store(at, count, x + i);
+      block(i, count, at);
+    });
+  } else {
+    for_blocks<W>(n, [&](int64_t i, auto count) {
+      C at[W];
+      load(x + i, count, at);
+      block(i, count, at);
+    });
+  }
+  if (past_caches) streamed();
 }
 
 }  // namespace cpu_apply

@@ -51,9 +51,9 @@ Lanes<C> lanes_of(const float* z) {
 }
 
 // `beside` does its own work on the lanes of each block.
-template <typename T, typename Beside = NothingBeside>
+template <typename T, typename Write, typename Beside = NothingBeside>
 void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t element, const Stream& stream, double scale,
-                 bool adaptive, const Beside& beside = {}) {
+                 bool adaptive, const Write& write, const Beside& beside = {}) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   const Perturb<C> functor{static_cast<C>(scale), adaptive};
@@ -68,7 +68,7 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
       C origin[W], moved[W];
       load(from + i, count, origin);
       functor(origin, z, moved);
-      store(moved, count, position + i);
+      write(moved, element + static_cast<uint64_t>(i), count, position + i);
     }
   };
   if (draws_signs(stream)) {
@@ -79,11 +79,13 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
 }
 
 void perturb(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element, Stream stream,
-             double scale, bool adaptive) {
+             double scale, bool adaptive, const cpu::Round& round) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved), n, element, stream,
-                scale, adaptive);
+    with_rounding<T>(round, [&](const auto& write) {
+      perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved), n, element, stream,
+                  scale, adaptive, write);
+    });
   });
 }
 
@@ -107,38 +109,59 @@ double sum_squares(DType dtype, const void* grad, const void* origin, int64_t n)
   });
 }
 
-// One block as it is: whole blocks past the caches where `past_caches` and the place allow it.
-template <int W, typename T, typename Count>
-void save_block(const T* from, Count count, T* to, bool past_caches) {
-  if (std::is_same_v<Count, std::integral_constant<int, W>> && past_caches && at_line(to)) {
-    stream_lines(to, from, W * static_cast<int64_t>(sizeof(T)));
-  } else {
-    for (int k = 0; k < count; ++k) to[k] = from[k];
-  }
+template <typename T, typename Write>
+void ascend_run(T* p, const T* o, T* kept, const T* g, int64_t n, double scale, bool past_caches, uint64_t element,
+                const Write& write) {
+  using C = compute_t<T>;
+  const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
+  for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+    if (kept != nullptr) save_block<kLanes>(p + i, count, kept + i, past_caches);
+    C x[kLanes], d[kLanes], gradient[kLanes];
+    load(p + i, count, x);
+    load(g + i, count, gradient);
+    if (o != nullptr) {
+      load(o + i, count, d);
+    } else {
+      for (int k = 0; k < kLanes; ++k) d[k] = C(0);
+    }
+    functor(d, gradient, x);
+    write(x, element + static_cast<uint64_t>(i), count, p + i);
+  });
+  if (kept != nullptr && past_caches) streamed();
 }
 
 void ascend(DType dtype, void* position, const void* origin, void* saved, const void* grad, int64_t n, double scale,
-            bool past_caches) {
+            bool past_caches, uint64_t element, const cpu::Round& round) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    T *const p = static_cast<T*>(position), *const kept = static_cast<T*>(saved);
-    const T *const g = static_cast<const T*>(grad), *const o = static_cast<const T*>(origin);
-    const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      if (kept != nullptr) save_block<kLanes>(p + i, count, kept + i, past_caches);
-      C x[kLanes], d[kLanes], gradient[kLanes];
-      load(p + i, count, x);
-      load(g + i, count, gradient);
-      if (o != nullptr) {
-        load(o + i, count, d);
-      } else {
-        for (int k = 0; k < kLanes; ++k) d[k] = C(0);
-      }
-      functor(d, gradient, x);
-      store(x, count, p + i);
+    with_rounding<T>(round, [&](const auto& write) {
+      ascend_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved),
+                 static_cast<const T*>(grad), n, scale, past_caches, element, write);
     });
-    if (kept != nullptr && past_caches) streamed();
+  });
+}
+
+cpu::DisplacementSums displacement(DType dtype, const void* position, const void* origin, const void* grad, int64_t n,
+                                   bool adaptive) {
+  return for_dtype(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    using C = compute_t<T>;
+    const T *const p = static_cast<const T*>(position), *const o = static_cast<const T*>(origin),
+                   *const g = static_cast<const T*>(grad);
+    LaneSum squares, along, ascent;
+    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      C x[kLanes], from[kLanes], gradient[kLanes];
+      load(p + i, count, x);
+      load(o + i, count, from);
+      if (g != nullptr) {
+        load(g + i, count, gradient);
+      } else {
+        for (int k = 0; k < kLanes; ++k) gradient[k] = C(0);
+      }
+      for (int k = 0; k < kLanes; ++k)
+        add_displacement(x[k], from[k], gradient[k], adaptive, squares.lane[k], along.lane[k], ascent.lane[k]);
+    });
+    return cpu::DisplacementSums{squares.total(), along.total(), ascent.total()};
   });
 }
 
@@ -198,11 +221,14 @@ void blend(DType dtype, void* accumulator, const void* grad, void* saved, int64_
 }
 
 void blend_perturb(DType dtype, void* accumulator, const void* grad, double keep, double add, void* position,
-                   const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive) {
+                   const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive,
+                   const cpu::Round& round) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(nullptr), n, element, stream,
-                scale, adaptive, Blend<T, 4 * kQuads>(accumulator, grad, keep, add));
+    with_rounding<T>(round, [&](const auto& write) {
+      perturb_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(nullptr), n, element,
+                  stream, scale, adaptive, write, Blend<T, 4 * kQuads>(accumulator, grad, keep, add));
+    });
   });
 }
 
@@ -308,44 +334,29 @@ HmcSums hmc(DType dtype, const cpu::HmcRun& run, const cpu::HmcPass& pass, int64
   return for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const bool measured = run.start != nullptr;
+    const ToNearest none{};  // of what writes no position
     if (!pass.move)
-      return pass.products ? hmc_run<HmcKind::kKick, T>(run, pass, n) : hmc_run<HmcKind::kLastKick, T>(run, pass, n);
-    if (run.grad != nullptr)
-      return measured ? hmc_run<HmcKind::kWholeMeasured, T>(run, pass, n) : hmc_run<HmcKind::kWhole, T>(run, pass, n);
-    return measured ? hmc_run<HmcKind::kDriftMeasured, T>(run, pass, n) : hmc_run<HmcKind::kDrift, T>(run, pass, n);
+      return pass.products ? hmc_run<HmcKind::kKick, T>(run, pass, n, none)
+                           : hmc_run<HmcKind::kLastKick, T>(run, pass, n, none);
+    return with_rounding<T>(pass.round, [&](const auto& write) {
+      if (run.grad != nullptr)
+        return measured ? hmc_run<HmcKind::kWholeMeasured, T>(run, pass, n, write)
+                        : hmc_run<HmcKind::kWhole, T>(run, pass, n, write);
+      return measured ? hmc_run<HmcKind::kDriftMeasured, T>(run, pass, n, write)
+                      : hmc_run<HmcKind::kDrift, T>(run, pass, n, write);
+    });
   });
 }
 
 void hmc_place(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
-               double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches) {
+               double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches,
+               const cpu::Round& round) {
   for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using C = compute_t<T>;
-    constexpr int W = 4 * kQuads;
-    const HmcScale<C> functor{static_cast<C>(scale), adaptive};
-    const auto block = [&](int64_t i, auto count, const C(&at)[W]) {
-      C o[W], theta[W];
-      T* const from = static_cast<T*>(position) + i;
-      save_block<W>(from, count, static_cast<T*>(saved) + i, past_caches);
-      load(from, count, o);
-      for (int k = 0; k < W; ++k) theta[k] = hmc_move(o[k], functor(o[k]), at[k]);
-      store(theta, count, from);
-    };
-    if (draw) {
-      for_noise(n, element, stream, [&](int64_t i, auto count, const float (&z)[W]) {
-        C at[W];
-        for (int k = 0; k < W; ++k) at[k] = static_cast<C>(draw_scale) * static_cast<C>(z[k]);
-        store(at, count, static_cast<C*>(x) + i);
-        block(i, count, at);
-      });
-    } else {
-      for_blocks<W>(n, [&](int64_t i, auto count) {
-        C at[W];
-        load(static_cast<const C*>(x) + i, count, at);
-        block(i, count, at);
-      });
-    }
-    if (past_caches) streamed();
+    with_rounding<T>(round, [&](const auto& write) {
+      place_run(static_cast<T*>(position), static_cast<T*>(saved), static_cast<compute_t<T>*>(x), scale, adaptive,
+                draw, draw_scale, stream, element, n, past_caches, write);
+    });
   });
 }
 
@@ -358,12 +369,12 @@ extern const cpu::Kernels kernel_table;
 const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),    cpu_apply::noise_sum_squares,
                                    cpu_apply::copy,          cpu_apply::perturb,
                                    cpu_apply::blend_perturb, cpu_apply::sum_squares,
-                                   cpu_apply::ascend,        cpu_apply::assign,
-                                   cpu_apply::blend,         cpu_apply::poison,
-                                   cpu_apply::weighted_sum,  cpu_apply::to_float64,
-                                   cpu_apply::round_sum,     cpu_apply::leapfrog,
-                                   cpu_apply::hmc,           cpu_apply::hmc_place,
-                                   cpu_apply::kick};
+                                   cpu_apply::ascend,        cpu_apply::displacement,
+                                   cpu_apply::assign,        cpu_apply::blend,
+                                   cpu_apply::poison,        cpu_apply::weighted_sum,
+                                   cpu_apply::to_float64,    cpu_apply::round_sum,
+                                   cpu_apply::leapfrog,      cpu_apply::hmc,
+                                   cpu_apply::hmc_place,     cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -8,6 +8,7 @@
 
 #include "../core/hmc.h"
 #include "../core/perturb.h"
+#include "../core/round.h"
 
 namespace tsam {
 namespace cpu {
@@ -16,6 +17,18 @@ namespace cpu {
 struct Factor {
   double all;
   const void* each;
+};
+
+// How what is written into 16 bits is rounded: to nearest, or by the words of the stream (core/round.h). Wider types do
+// not look.
+struct Round {
+  bool stochastic;
+  Stream stream;
+};
+
+// The sums of displacement_ over one run.
+struct DisplacementSums {
+  double squares = 0.0, along = 0.0, ascent = 0.0;  // |change / D|^2, change.g, |D g|^2
 };
 
 // A pass of HMC over one run (core/hmc.h). Null: not there.
@@ -38,6 +51,7 @@ struct HmcPass {
   Drift drift;
   Stream stream;
   uint64_t element;
+  Round round;
 };
 
 struct Kernels {
@@ -52,12 +66,13 @@ struct Kernels {
   // position = origin + scale D z; the origin may be position itself. Words: read 1, write 1, and 1 if `saved` takes
   // the origin on the way: drawing is slower than memory, which then costs nothing.
   void (*perturb)(DType dtype, void* position, const void* origin, void* saved, int64_t n, uint64_t element,
-                  Stream stream, double scale, bool adaptive);
+                  Stream stream, double scale, bool adaptive, const Round& round);
 
   // As perturb with an origin elsewhere and as blend, side by side: the draw has no use for memory, the mean for
   // nothing else. Words: read 3, write 2.
   void (*blend_perturb)(DType dtype, void* accumulator, const void* grad, double keep, double add, void* position,
-                        const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive);
+                        const void* origin, int64_t n, uint64_t element, Stream stream, double scale, bool adaptive,
+                        const Round& round);
 
   // sum of (D g)^2, D = |origin| if origin is given. Words: read 1 (2 adaptive).
   double (*sum_squares)(DType dtype, const void* grad, const void* origin, int64_t n);
@@ -65,7 +80,11 @@ struct Kernels {
   // position += scale D^2 g, D = |origin|, which may be position itself, if origin is given. Words: read 2 (3
   // adaptive), write 1, and 1 if `saved` takes the position on the way, past the caches or not.
   void (*ascend)(DType dtype, void* position, const void* origin, void* saved, const void* grad, int64_t n,
-                 double scale, bool past_caches);
+                 double scale, bool past_caches, uint64_t element, const Round& round);
+
+  // change = position - origin, of which D = |origin| if adaptive; no grad: the last two sums are 0. Words: read 3 (2).
+  DisplacementSums (*displacement)(DType dtype, const void* position, const void* origin, const void* grad, int64_t n,
+                                   bool adaptive);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   // What needs no conversion is a copy, past the caches or not.
@@ -98,7 +117,8 @@ struct Kernels {
   // or read 1, write 3.
   // `past_caches`: for `saved`.
   void (*hmc_place)(DType dtype, void* position, void* saved, void* x, double scale, bool adaptive, bool draw,
-                    double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches);
+                    double draw_scale, Stream stream, uint64_t element, int64_t n, bool past_caches,
+                    const Round& round);
 
   // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value per element.
   void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);

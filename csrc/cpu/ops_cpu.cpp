@@ -27,9 +27,7 @@ struct Draw {
   Stream stream;
   double scale;
 
-  uint64_t element(const Chunk& chunk) const {
-    return static_cast<uint64_t>(a.base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
-  }
+  uint64_t element(const Chunk& chunk) const { return element_of(a.base, chunk); }
   double factor(size_t t) const { return (a.negate ? -scale : scale) * a.radius[t]; }
 };
 
@@ -55,11 +53,12 @@ void perturb(const PerturbArguments& a) {
   Draw draw{a, stream_now(a.counter.stream(a.noise.purpose)), 0.0};
   if (!begin_draw(draw, plan)) return;
   const Kernels& k = kernels();
+  const Round round = round_of(a.rounding);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
     k.perturb(position.dtype, at(position, chunk), at(origin, chunk), a.save ? at(a.saved[t], chunk) : nullptr,
-              chunk.length, draw.element(chunk), draw.stream, draw.factor(t), a.adaptive[t]);
+              chunk.length, draw.element(chunk), draw.stream, draw.factor(t), a.adaptive[t], round);
   });
   if (a.save) a.state[kSaves] += 1.0;
 }
@@ -82,14 +81,35 @@ void grad_norm(const GradNormArguments& a) {
 void ascend(const AscendArguments& a) {
   const Kernels& k = kernels();
   const bool past_caches = a.save && goes_past_caches(a.saved);
+  const Round round = round_of(a.rounding);
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     const Run &position = a.position[t], &origin = a.save ? position : a.saved[t];
     k.ascend(position.dtype, at(position, chunk), a.adaptive[t] ? at(origin, chunk) : nullptr,
              a.save ? at(a.saved[t], chunk) : nullptr, at(a.grads[t], chunk), chunk.length,
-             ascent_scale(a.rho[t], a.state[kGradNorm]), past_caches);
+             ascent_scale(a.rho[t], a.state[kGradNorm]), past_caches, element_of(a.base, chunk), round);
   });
   if (a.save) a.state[kSaves] += 1.0;
+}
+
+// Words: read 3, without gradients 2.
+void displacement(const DisplacementArguments& a) {
+  const Kernels& k = kernels();
+  const ChunkPlan plan = plan_of(a.position);
+  std::vector<DisplacementSums> partial(static_cast<size_t>(plan.num_chunks()));
+  for_chunks(plan, [&](int64_t c, const Chunk& chunk) {
+    const size_t t = static_cast<size_t>(chunk.tensor);
+    partial[static_cast<size_t>(c)] =
+        k.displacement(a.position[t].dtype, at(a.position[t], chunk), at(a.saved[t], chunk),
+                       a.grads.empty() ? nullptr : at(a.grads[t], chunk), chunk.length, a.adaptive[t]);
+  });
+  for (int64_t c = 0; c < plan.num_chunks(); ++c) {
+    const DisplacementSums& sums = partial[static_cast<size_t>(c)];
+    const size_t t = static_cast<size_t>(plan[c].tensor);
+    a.sums[kSquares] += sums.squares;
+    a.sums[kAlong] += sums.along;
+    a.sums[kAscent] += a.rho[t] * sums.ascent;
+  }
 }
 
 void tilt_begin(const TiltBeginArguments& a) { tsam::tilt_begin(a.state, scalar_value(a.tilt), a.length); }
@@ -141,11 +161,12 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
   Draw draw{next, stream_now(next.counter.stream(next.noise.purpose)), 0.0};
   if (!begin_draw(draw, plan)) return;
   const Kernels& k = kernels();
+  const Round round = round_of(next.rounding);
   for_chunks(plan, [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
     k.blend_perturb(next.position[t].dtype, at(mean.accumulator[t], chunk), at(mean.grads[t], chunk), mean.state[kKeep],
                     mean.state[kAdd], at(next.position[t], chunk), at(next.saved[t], chunk), chunk.length,
-                    draw.element(chunk), draw.stream, draw.factor(t), next.adaptive[t]);
+                    draw.element(chunk), draw.stream, draw.factor(t), next.adaptive[t], round);
   });
 }
 
@@ -176,6 +197,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("perturb_", TORCH_BOX(&ops::perturb_<cpu::perturb>));
   m.impl("grad_norm_", TORCH_BOX(&ops::grad_norm_<cpu::grad_norm>));
   m.impl("ascend_", TORCH_BOX(&ops::ascend_<cpu::ascend>));
+  m.impl("displacement_", TORCH_BOX(&ops::displacement_<cpu::displacement>));
   m.impl("tilt_begin_", TORCH_BOX(&ops::tilt_begin_<cpu::tilt_begin>));
   m.impl("tilt_update_", TORCH_BOX(&ops::tilt_update_<cpu::tilt_update>));
   m.impl("accumulate_", TORCH_BOX(&ops::accumulate_<cpu::accumulate>));

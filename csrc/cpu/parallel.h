@@ -13,6 +13,7 @@
 
 #include "../core/chunks.h"
 #include "../ops/checks.h"
+#include "kernels.h"
 
 namespace tsam {
 namespace cpu {
@@ -61,6 +62,14 @@ inline bool goes_past_caches(const checks::Runs& runs) {
   for (const checks::Run& run : runs) bytes += run.size * checks::item_bytes(run.dtype);
   return bytes > kPastCaches;
 }
+
+// The index in the noise of a chunk's first element.
+inline uint64_t element_of(const std::vector<int64_t>& base, const Chunk& chunk) {
+  return static_cast<uint64_t>(base[static_cast<size_t>(chunk.tensor)]) + static_cast<uint64_t>(chunk.offset);
+}
+
+// As the kernels take it, the step looked up where it is held.
+inline Round round_of(const Rounding& rounding) { return {rounding.stochastic, stream_now(rounding.counted)}; }
 
 inline char* at(const checks::Run& run, const Chunk& chunk) {
   return run.data + chunk.offset * checks::item_bytes(run.dtype);

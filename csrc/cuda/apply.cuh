@@ -11,6 +11,7 @@
 
 #include "../core/chunks.h"
 #include "../core/dtype.h"
+#include "../core/round.h"
 #include "device.cuh"
 
 namespace tsam {
@@ -137,6 +138,22 @@ TSAM_DEVICE void store(const C (&x)[W], Lanes lanes, T* to) {
   TSAM_UNROLL
   for (int i = 0; i < W; ++i) from_compute(x[i], raw[i]);
   store_raw(raw, lanes, to);
+}
+
+// The same into positions, the first of the lanes being the element `element` of the noise, where T is stochastic a
+// multiple of 4.
+template <typename T, typename C, int W, typename Lanes>
+TSAM_DEVICE void store_position(const C (&x)[W], Lanes lanes, const Stream& rounding, uint64_t element, T* to) {
+  if constexpr (kStochastic<T>) {
+    uint32_t r[W];
+    rounding_words<W / 4>(rounding, element, r);
+    T raw[W];
+    TSAM_UNROLL
+    for (int i = 0; i < W; ++i) round_by(x[i], r[i], raw[i]);
+    store_raw(raw, lanes, to);
+  } else {
+    store(x, lanes, to);
+  }
 }
 
 // body(first element, lanes) for the block's `length` elements, W a thread at a time. Lanes begin `skip` elements

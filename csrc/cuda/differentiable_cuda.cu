@@ -109,8 +109,7 @@ void perturb(const NoiseArguments& a) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
-                                    numbers(scale), /*negate=*/false,
-                                    /*save=*/false);
+                                    numbers(scale), /*negate=*/false, /*save=*/false, CountedStream{});
     });
   });
 }

@@ -40,10 +40,10 @@ void place(const HmcPlaceArguments& a) {
   if (a.draw && device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
   if (a.stage.number == 0) return;
   move_shares<kPlaceLists>(device, lists, entry, a.state, [&](const Share<kPlaceLists>& share) {
-    for_storage(share.dtype, [&](auto* t) {
+    for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       device.run<hmc_place_chunks<T>>(share.blocks, kThreads, share.table, stream, a.chain,
-                                      a.draw ? numbers(scale) : nullptr);
+                                      a.draw ? numbers(scale) : nullptr, a.rounding.counted);
     });
   });
 }
@@ -85,12 +85,17 @@ void leapfrog(const HmcLeapfrogArguments& a) {
   const SubstepScalars at{a.chain, scalars, a.scaled.prior, a.scaled.dimension, a.substep, a.first, a.measure};
   const auto pass = [&](auto kind, auto first) {
     for_shares<kLeapfrogLists>(lists, 0, entry, [&](const Share<kLeapfrogLists>& share) {
-      for_storage(share.dtype, [&](auto* t) {
+      const auto run = [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         device.run<hmc_pass<T, decltype(kind)::value, decltype(first)::value>>(
             share.blocks, kThreads, share.table, a.counter.stream(kMomentum), a.measure, a.chain, scalars,
-            numbers(partial) + share.before, blocks);
-      });
+            numbers(partial) + share.before, blocks, a.rounding.counted);
+      };
+      if constexpr (decltype(kind)::value == HmcPassKind::kKick) {
+        for_storage(share.dtype, run);  // it writes no position
+      } else {
+        for_positions(share.dtype, a.rounding, run);
+      }
     });
   };
   const auto pass_of = [&](auto kind) {

@@ -55,21 +55,13 @@ TSAM_DEVICE void draw_lanes(const Stream& stream, uint64_t element, Lanes lanes,
   for (int k = 0; k < W; ++k) x[k] = lanes[k] ? scale * static_cast<C>(second ? z[(k + 2) % 4] : z[k]) : C(0);
 }
 
-// Sum k of the block to row k of the partials.
-template <int K>
-TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n) {
-  for (int k = 0; k < K; ++k) {
-    const double sum = block_sum<kThreads>(sums[k]);
-    if (threadIdx.x == 0) partial[k * n + blockIdx.x] = sum;
-  }
-}
-
 // Saves theta_0, and moves to the chain's state or (draw_scale not null) to a draw, which then is that state. Words:
 // read 2, write 2; a draw read 1, write 3.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, CountedStream counted,
-                                                              const double* chain, const double* draw_scale) {
-  const Stream stream = stream_now(counted);
+                                                              const double* chain, const double* draw_scale,
+                                                              CountedStream rounding) {
+  const Stream stream = stream_now(counted), words = kStochastic<T> ? stream_now(rounding) : Stream{};
   using C = compute_t<T>;
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
@@ -79,21 +71,22 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(Pla
   T *const position = table.template at<T>(kPlacePosition, chunk), *const saved =
                                                                        table.template at<T>(kPlaceSaved, chunk);
   C* const x = table.template at<C>(kPlaceX + current_slot(chain), chunk);
-  for_lanes<4>(chunk.length, draw ? static_cast<int>(element % 4) : 0, aligned(position, saved, x),
+  for_lanes<4>(chunk.length, draw || kStochastic<T> ? static_cast<int>(element % 4) : 0, aligned(position, saved, x),
                [&](int i, auto lanes) {
+                 const uint64_t first = element + static_cast<uint64_t>(static_cast<int64_t>(i));
                  T raw[4];
                  C o[4], at[4], theta[4];
                  load_raw(position + i, lanes, raw);
                  store_raw(raw, lanes, saved + i);
                  widen(raw, o);
                  if (draw) {
-                   draw_lanes(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), lanes, length, at);
+                   draw_lanes(stream, first, lanes, length, at);
                    store(at, lanes, x + i);
                  } else {
                    load(x + i, lanes, at);
                  }
                  for (int k = 0; k < 4; ++k) theta[k] = hmc_move(o[k], scale(o[k]), at[k]);
-                 store(theta, lanes, position + i);
+                 store_position(theta, lanes, words, first, position + i);
                });
 }
 
@@ -110,7 +103,7 @@ constexpr int kPassSums = kind == HmcPassKind::kWhole  ? 3
 template <typename T, HmcPassKind kind, bool first>
 __global__ void TSAM_FOUR_BLOCKS(kThreads)
     hmc_pass(TSAM_PARAMETER(LeapfrogTable) table, CountedStream counted, bool measure, const double* chain,
-             const PassScalars* scalars, double* partial, int64_t n) {
+             const PassScalars* scalars, double* partial, int64_t n, CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kPassLanes<T>;
   constexpr bool kicks = kind != HmcPassKind::kDrift, moves = kind != HmcPassKind::kKick, draw = kicks && first;
@@ -126,7 +119,8 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
   const C* const from = first ? start : proposal;
   double sums[kPassSums<kind>] = {};
   const bool whole = aligned(position, origin, grad, momentum, start, proposal);
-  const int skip = draw ? static_cast<int>(element % W) : 0;
+  const int skip = draw || kStochastic<T> ? static_cast<int>(element % W) : 0;
+  const Stream words = kStochastic<T> ? stream_now(rounding) : Stream{};
   // The registers of a draw and of a drift together are too many for one loop: a thread leaves its momenta here.
   TSAM_SHARED(uint4, drawn, draw ? kDeviceChunk / W + 1 : 1);
   if constexpr (draw) {
@@ -169,11 +163,11 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
         for (int k = 0; k < W; ++k) add_product(x[k] - began[k], x[k] - began[k], sums[kPassSums<kind> - 1]);
       }
       store(x, lanes, proposal + i);
-      store(theta, lanes, position + i);
+      store_position(theta, lanes, words, element + static_cast<uint64_t>(static_cast<int64_t>(i)), position + i);
     }
     store(p, lanes, momentum + i);
   });
-  store_sums(sums, partial, n);
+  store_sums<kThreads>(sums, partial, n);
 }
 
 // Lists: saved, momentum, grads; sums p.q, q.q of the last kick, which nobody needs to see made. Words: read 2 (3
@@ -195,7 +189,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     load(grad + i, lanes, g);
     for (int k = 0; k < 4; ++k) HmcKick<C>{C(0)}(scale(o[k]), g[k], p[k], sums[0], sums[1]);
   });
-  store_sums(sums, partial, n);
+  store_sums<kThreads>(sums, partial, n);
 }
 
 // Lists: accumulator (of the compute type), carried, grads (adopted: the accumulator). Words: as the CPU's hmc_carry_,

@@ -142,6 +142,14 @@ void for_storage(DType dtype, const Body& body) {
   }
 }
 
+// The same for a pass that writes positions: with stochastic rounding a type of its own for 16 bits.
+template <typename Body>
+void for_positions(DType dtype, const Rounding& rounding, const Body& body) {
+  if (rounding.stochastic && dtype == DType::kBFloat16) return body(static_cast<StochasticBFloat16*>(nullptr));
+  if (rounding.stochastic && dtype == DType::kFloat16) return body(static_cast<StochasticFloat16*>(nullptr));
+  for_storage(dtype, body);
+}
+
 // One launch's share of a list.
 template <int L>
 struct Share {

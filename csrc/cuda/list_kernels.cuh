@@ -40,12 +40,13 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // state's noise scale times the tensor's.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted,
-                                                            const double* state, bool negate, bool save) {
+                                                            const double* state, bool negate, bool save,
+                                                            CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
   const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
-  const Stream stream = stream_now(counted);
+  const Stream stream = stream_now(counted), words = kStochastic<T> ? stream_now(rounding) : Stream{};
   const double scale = state[kNoiseScale];
   const Perturb<C> functor{static_cast<C>((negate ? -scale : scale) * table.scale[chunk.tensor]),
                            table.adaptive[chunk.tensor]};
@@ -53,14 +54,15 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(Table
   const T* const from = save ? position : saved;
   for_lanes<W>(chunk.length, static_cast<int>(element % 4), aligned(position, saved), [&](int i, auto lanes) {
     float z[W];
-    normals_or_signs<W / 4>(stream, element + static_cast<uint64_t>(static_cast<int64_t>(i)), z);
+    const uint64_t first = element + static_cast<uint64_t>(static_cast<int64_t>(i));
+    normals_or_signs<W / 4>(stream, first, z);
     T raw[W];
     C origin[W], moved[W];
     load_raw(from + i, lanes, raw);
     if (save) store_raw(raw, lanes, saved + i);
     widen(raw, origin);
     functor(origin, z, moved);
-    store(moved, lanes, position + i);
+    store_position(moved, lanes, words, first, position + i);
   });
 }
 
@@ -92,7 +94,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) grad_sum_squares(TSAM_PARAMETER(Tab
 // rho over the state's norm.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    ascend_chunks(TSAM_PARAMETER(TableTriple) table, const double* state, bool save) {
+    ascend_chunks(TSAM_PARAMETER(TableTriple) table, const double* state, bool save, CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
@@ -100,7 +102,9 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   const Ascend<C> functor{static_cast<C>(ascent_scale(table.scale[chunk.tensor], state[kGradNorm])), adaptive};
   T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
   const T* const grad = table.template at<T>(2, chunk);
-  for_lanes<W>(chunk.length, 0, aligned(position, saved, grad), [&](int i, auto lanes) {
+  const uint64_t element = kStochastic<T> ? table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset) : 0;
+  const Stream words = kStochastic<T> ? stream_now(rounding) : Stream{};
+  for_lanes<W>(chunk.length, static_cast<int>(element % 4), aligned(position, saved, grad), [&](int i, auto lanes) {
     T raw[W];
     C x[W], d[W], g[W];
     load_raw(position + i, lanes, raw);
@@ -115,8 +119,35 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
       for (int k = 0; k < W; ++k) d[k] = C(0);
     }
     functor(d, g, x);
-    store(x, lanes, position + i);
+    store_position(x, lanes, words, element + static_cast<uint64_t>(static_cast<int64_t>(i)), position + i);
   });
+}
+
+// Lists: position, saved, grads (read where there are any). Row k of the partials is sum k of the block, the last times
+// the tensor's rho. Words: read 3 (2).
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    displacement_chunks(TSAM_PARAMETER(TableTriple) table, bool along, double* partial, int64_t n) {
+  using C = compute_t<T>;
+  constexpr int W = kLanes<T>;
+  const Chunk chunk = chunk_of(table);
+  const bool adaptive = table.adaptive[chunk.tensor];
+  const T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
+  const T* const grad = along ? table.template at<T>(2, chunk) : position;
+  double sums[3] = {};
+  for_lanes<W>(chunk.length, 0, aligned(position, saved, grad), [&](int i, auto lanes) {
+    C x[W], o[W], g[W];
+    load(position + i, lanes, x);
+    load(saved + i, lanes, o);
+    if (along) {
+      load(grad + i, lanes, g);
+    } else {
+      for (int k = 0; k < W; ++k) g[k] = C(0);
+    }
+    for (int k = 0; k < W; ++k) add_displacement(x[k], o[k], g[k], adaptive, sums[0], sums[1], sums[2]);
+  });
+  sums[2] *= table.scale[chunk.tensor];
+  store_sums<kThreads>(sums, partial, n);
 }
 
 // Lists: accumulator (of the compute type), grads. Words: what state's action says: blend read 2, write 1; assign read

@@ -39,9 +39,10 @@ void perturb(const PerturbArguments& a) {
   const FinishNoise finish{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)};
   if (device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
   move_shares<2>(device, {&a.position, &a.saved}, entry, a.save ? a.state : nullptr, [&](const Share<2>& share) {
-    for_storage(share.dtype, [&](auto* t) {
+    for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save);
+      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save,
+                                    a.rounding.counted);
     });
   });
 }
@@ -64,16 +65,36 @@ void grad_norm(const GradNormArguments& a) {
 void ascend(const AscendArguments& a) {
   const OnDevice device(a.home);
   const auto entry = [&](TableTriple& table, size_t k, size_t i) {
+    table.element[k] = static_cast<uint64_t>(a.base[i]);
     table.scale[k] = a.rho[i];
     table.adaptive[k] = a.adaptive[i];
   };
   double* const counter = a.save ? a.state : nullptr;
   move_shares<3>(device, {&a.position, &a.saved, &a.grads}, entry, counter, [&](const Share<3>& share) {
-    for_storage(share.dtype, [&](auto* t) {
+    for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<ascend_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.save);
+      device.run<ascend_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.save, a.rounding.counted);
     });
   });
+}
+
+// Launches: the pass, and what adds its sums to those that are there.
+void displacement(const DisplacementArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = device_plan(a.position).num_chunks();
+  const Tensor partial = device.workspace(kDisplacements, blocks);
+  const auto entry = [&](TableTriple& table, size_t k, size_t i) {
+    table.scale[k] = a.rho[i];
+    table.adaptive[k] = a.adaptive[i];
+  };
+  for_shares<3>({&a.position, &a.saved, &a.grads}, 0, entry, [&](const Share<3>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run<displacement_chunks<T>>(share.blocks, kThreads, share.table, !a.grads.empty(),
+                                         numbers(partial) + share.before, blocks);
+    });
+  });
+  device.finish<kDisplacements>(AddSums<kDisplacements>{a.sums}, numbers(partial), blocks);
 }
 
 void begin(const TiltBeginArguments& a) { OnDevice(a.home).finish<0>(TiltBegin{a.state, a.length, a.tilt}); }
@@ -127,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
   m.impl("perturb_", TORCH_BOX(&tsam::ops::perturb_<tsam::cuda::perturb>));
   m.impl("grad_norm_", TORCH_BOX(&tsam::ops::grad_norm_<tsam::cuda::grad_norm>));
   m.impl("ascend_", TORCH_BOX(&tsam::ops::ascend_<tsam::cuda::ascend>));
+  m.impl("displacement_", TORCH_BOX(&tsam::ops::displacement_<tsam::cuda::displacement>));
   m.impl("tilt_begin_", TORCH_BOX(&tsam::ops::tilt_begin_<tsam::cuda::begin>));
   m.impl("tilt_update_", TORCH_BOX(&tsam::ops::tilt_update_<tsam::cuda::update>));
   m.impl("accumulate_", TORCH_BOX(&tsam::ops::accumulate_<tsam::cuda::accumulate>));

@@ -31,6 +31,15 @@ TSAM_DEVICE double block_sum(double x) {
   return sum;
 }
 
+// Sum k of the block to row k of the partials.
+template <int kBlock, int K>
+TSAM_DEVICE void store_sums(const double (&sums)[K], double* partial, int64_t n) {
+  for (int k = 0; k < K; ++k) {
+    const double sum = block_sum<kBlock>(sums[k]);
+    if (threadIdx.x == 0) partial[k * n + blockIdx.x] = sum;
+  }
+}
+
 // The terms of core/weights.h by the finishing block: every thread gets the same result, and term j is always the same
 // thread's.
 struct ByBlock {
@@ -81,6 +90,15 @@ struct LeaveSums {
   double* totals;
   TSAM_DEVICE void operator()(const double* sums) const {
     for (int k = 0; k < K; ++k) totals[k] = sums[k];
+  }
+};
+
+// Onto what is there.
+template <int K>
+struct AddSums {
+  double* totals;
+  TSAM_DEVICE void operator()(const double* sums) const {
+    for (int k = 0; k < K; ++k) totals[k] += sums[k];
   }
 };
 

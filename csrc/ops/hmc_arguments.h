@@ -73,13 +73,15 @@ struct HmcPlaceArguments {
   Integers base;
   Counter counter;
   bool draw;
+  Rounding rounding;
   Stage stage;
 };
 
 template <void (*run)(const HmcPlaceArguments&)>
 void hmc_place_(const TensorList& position, const TensorList& saved, const TensorList& x0, const TensorList& x1,
                 const TensorList& x2, Tensor chain, Tensor state, Numbers rho, Flags adaptive, Integers base,
-                int64_t seed, int64_t step, int64_t dimension, int64_t prior, bool draw, int64_t stage) {
+                int64_t seed, int64_t step, int64_t dimension, int64_t prior, bool draw, int64_t rounding,
+                int64_t stage) {
   const Op op("hmc_place_", chain);
   const Runs moved = checked_runs(op, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -91,9 +93,10 @@ void hmc_place_(const TensorList& position, const TensorList& saved, const Tenso
   double* const c = checked_chain(op, chain);
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", 0);
   double* const s = checked_state(op, state, 0);
+  const Rounding rounds = checked_rounding(op, rounding, seed, step, c + kChainStep);
   const Stage part(op, stage, 1, c + kTotals);
   disjoint(op, {{"position", moved}, {"saved", scaled.origin}, {"x0", first_x}, {"x1", second_x}, {"x2", third_x}});
-  run({chain, moved, scaled, {first_x, second_x, third_x}, c, s, base, counter, draw, part});
+  run({chain, moved, scaled, {first_x, second_x, third_x}, c, s, base, counter, draw, rounds, part});
 }
 
 struct HmcBeginArguments {
@@ -130,6 +133,7 @@ struct HmcLeapfrogArguments {
   Counter counter;
   Substep substep;
   bool first, measure;
+  Rounding rounding;
   Stage stage;
 };
 
@@ -138,7 +142,7 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
                    const TensorList& x0, const TensorList& x1, const TensorList& x2, const TensorList& grads,
                    Tensor chain, Numbers rho, Flags adaptive, Integers base, int64_t seed, int64_t step,
                    int64_t trajectory, int64_t dimension, int64_t prior, double kick, double drift, bool first,
-                   bool measure, int64_t stage) {
+                   bool measure, int64_t rounding, int64_t stage) {
   const Op op("hmc_leapfrog_", chain);
   const Runs moved = checked_runs(op, "position", position);
   const Scaled scaled(op, saved, rho, adaptive, dimension, prior);
@@ -152,6 +156,7 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
   const Counter counter(op, seed, step, c + kChainStep, "trajectory", trajectory);
   const Substep substep{checked_factor(op, "kick", kick),
                         checked_factor(op, "drift", drift, scaled.prior == Prior::kBall)};
+  const Rounding rounds = checked_rounding(op, rounding, seed, step, c + kChainStep);
   const Stage part(op, stage, 2, c + kTotals);
   disjoint(op, {{"position", moved},
                 {"saved", scaled.origin},
@@ -172,6 +177,7 @@ void hmc_leapfrog_(const TensorList& position, const TensorList& saved, const Te
        substep,
        first,
        measure,
+       rounds,
        part});
 }
 

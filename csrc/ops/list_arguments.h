@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/perturb.h"
+#include "../core/round.h"
 #include "checks.h"
 
 namespace tsam {
@@ -37,6 +38,14 @@ struct Counter {
   }
   CountedStream stream(Purpose purpose) const { return {make_stream(seed, step, purpose, draw), held}; }
 };
+
+// `number`: kToNearest, or the sample of the rounding's counter (core/round.h). `base` says where each tensor lies there.
+inline Rounding checked_rounding(const Op& op, int64_t number, int64_t seed, int64_t step, const double* held) {
+  in_range({op, "rounding"}, number, kToNearest, kMaxSample);
+  const bool stochastic = number != kToNearest;
+  const Counter counter(op, seed, step, held, "rounding", stochastic ? number : 0);
+  return {stochastic, counter.stream(kStochasticRounding)};
+}
 
 // A list over several devices takes a call per device and stage. A stage ends where a sum over the whole list is
 // needed: it leaves this device's sums in `totals`, and the next stage finds there what all devices have. Otherwise one
@@ -71,13 +80,15 @@ struct PerturbArguments {
   Noise noise;
   int64_t dimension;
   bool negate, save;
+  Rounding rounding;
   Stage stage;
 };
 
 inline PerturbArguments perturb_arguments(const Op& op, const TensorList& position, const TensorList& saved,
                                           const Tensor& state, const Numbers& radius, const Flags& adaptive,
                                           const Integers& base, int64_t seed, int64_t step, int64_t sample,
-                                          int64_t noise, int64_t dimension, bool negate, bool save, int64_t stage) {
+                                          int64_t noise, int64_t dimension, bool negate, bool save, int64_t rounding,
+                                          int64_t stage) {
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved);
   same_layouts(op, "saved", kept, "position", moved);
   same_dtypes(op, "saved", kept, "position", moved);
@@ -89,17 +100,18 @@ inline PerturbArguments perturb_arguments(const Op& op, const TensorList& positi
   const Counter counter(op, seed, step, s + kStep, "sample", sample);
   in_range({op, "dimension"}, dimension, 0, INT64_MAX);
   const Noise& kind = checked_noise({op, "noise"}, noise);
+  const Rounding rounds = checked_rounding(op, rounding, seed, step, s + kStep);
   const Stage part(op, stage, 1, s + kTotal);
-  return {state, moved, kept, s, radius, adaptive, base, counter, kind, dimension, negate, save, part};
+  return {state, moved, kept, s, radius, adaptive, base, counter, kind, dimension, negate, save, rounds, part};
 }
 
 template <void (*run)(const PerturbArguments&)>
 void perturb_(const TensorList& position, const TensorList& saved, Tensor state, Numbers radius, Flags adaptive,
               Integers base, int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
-              bool save, int64_t stage) {
+              bool save, int64_t rounding, int64_t stage) {
   const Op op("perturb_", state);
   const PerturbArguments a = perturb_arguments(op, position, saved, state, radius, adaptive, base, seed, step, sample,
-                                               noise, dimension, negate, save, stage);
+                                               noise, dimension, negate, save, rounding, stage);
   disjoint(op, {{"position", a.position}, {"saved", a.saved}});
   run(a);
 }
@@ -133,11 +145,13 @@ struct AscendArguments {
   Numbers rho;
   Flags adaptive;
   bool save;
+  Integers base;
+  Rounding rounding;
 };
 
 template <void (*run)(const AscendArguments&)>
 void ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state, Numbers rho,
-             Flags adaptive, bool save) {
+             Flags adaptive, bool save, Integers base, int64_t seed, int64_t step, int64_t rounding) {
   const Op op("ascend_", state);
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
              gradients = checked_runs(op, "grads", grads);
@@ -149,8 +163,45 @@ void ascend_(const TensorList& position, const TensorList& saved, const TensorLi
   same_length(op, "rho", rho.size(), "position", moved.size());
   same_length(op, "adaptive", adaptive.size(), "position", moved.size());
   not_negative(op, "rho", rho);
+  const Rounding rounds = checked_rounding(op, rounding, seed, step, s + kStep);
+  if (rounds.stochastic || !base.empty()) same_length(op, "base", base.size(), "position", moved.size());
+  if (base.empty()) base.resize(moved.size());  // nobody looks
   disjoint(op, {{"position", moved}, {"saved", kept}, {"grads", gradients}});
-  run({state, moved, kept, gradients, s, rho, adaptive, save});
+  run({state, moved, kept, gradients, s, rho, adaptive, save, base, rounds});
+}
+
+// What displacement_ adds its sums to.
+enum Displacement : int { kSquares = 0, kAlong = 1, kAscent = 2, kDisplacements = 3 };
+
+struct DisplacementArguments {
+  Tensor home;
+  Runs position, saved, grads;  // no grads: only squares
+  double* sums;
+  Numbers rho;
+  Flags adaptive;
+};
+
+template <void (*run)(const DisplacementArguments&)>
+void displacement_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor sums,
+                   Numbers rho, Flags adaptive) {
+  const Op op("displacement_", sums);
+  const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
+             gradients = checked_runs(op, "grads", grads);
+  same_layouts(op, "saved", kept, "position", moved);
+  same_dtypes(op, "saved", kept, "position", moved);
+  if (!grads.empty()) {
+    same_layouts(op, "grads", gradients, "position", moved);
+    same_dtypes(op, "grads", gradients, "position", moved);
+  }
+  same_length(op, "rho", rho.size(), "position", moved.size());
+  same_length(op, "adaptive", adaptive.size(), "position", moved.size());
+  not_negative(op, "rho", rho);
+  const Where where{op, "sums"};
+  const Run out = checked_run(where, sums);
+  if (out.dtype != DType::kFloat64 || out.size < kDisplacements || !out.layout.is_contiguous())
+    fail(where, shape_name(out.layout) + " and dtype " + dtype_name(out.dtype),
+         "a contiguous float64 tensor of at least " + std::to_string(int{kDisplacements}) + " elements");
+  run({sums, moved, kept, gradients, reinterpret_cast<double*>(out.data), rho, adaptive});
 }
 
 struct TiltBeginArguments {
@@ -224,10 +275,10 @@ template <void (*run)(const AccumulatePerturbArguments&)>
 void accumulate_perturb_(const TensorList& accumulator, const TensorList& grads, const TensorList& position,
                          const TensorList& saved, Tensor state, Numbers radius, Flags adaptive, Integers base,
                          int64_t seed, int64_t step, int64_t sample, int64_t noise, int64_t dimension, bool negate,
-                         int64_t stage) {
+                         int64_t rounding, int64_t stage) {
   const Op op("accumulate_perturb_", state);
   const PerturbArguments next = perturb_arguments(op, position, saved, state, radius, adaptive, base, seed, step,
-                                                  sample, noise, dimension, negate, /*save=*/false, stage);
+                                                  sample, noise, dimension, negate, /*save=*/false, rounding, stage);
   const AccumulateArguments mean = accumulate_arguments(op, accumulator, grads, state);
   same_layouts(op, "grads", mean.grads, "position", next.position);
   same_dtypes(op, "grads", mean.grads, "position", next.position);

@@ -1,6 +1,9 @@
 // Every op of the library on one screen. (a!) marks what an op writes; list ops take lists of any length and dtype mix
 // on one device. csrc/README.md says how an op is added; python/tsam_ext/_ops.py holds fakes and autograd formulas.
 //
+// rounding: of what is written into 16 bits, -1 to nearest, else stochastic with this sample of the counter
+// (core/round.h); other types do not look.
+//
 // No str arguments: with the headers of torch 2.13 and older each one leaks a string a call. noise: core/perturb.h.
 // state: float64, core/tilt.h gives its slots. base: element index of each tensor's first element. stage: for lists
 // over several devices (list_arguments.h); -1 is the whole op.
@@ -41,20 +44,24 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   // In place over lists; not differentiable.
   m.def(
       "perturb_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!) state, float[] radius, bool[] adaptive, "
-      "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save, int stage=-1) -> "
-      "()");
+      "int[] base, int seed, int step, int sample, int noise, int dimension, bool negate, bool save, int rounding=-1, "
+      "int stage=-1) -> ()");
   m.def("grad_norm_(Tensor[] grads, Tensor[] origin, Tensor(a!) state, bool[] adaptive, int row, int stage=-1) -> ()");
   m.def(
       "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
-      "adaptive, "
-      "bool save) -> ()");
+      "adaptive, bool save, int[] base=[], int seed=0, int step=0, int rounding=-1) -> ()");
+  // How far positions are from where they were saved: to sums, float64 [3], are added those of |change / D|^2, change.g
+  // and rho |D g|^2; without grads the last two are 0.
+  m.def(
+      "displacement_(Tensor[] position, Tensor[] saved, Tensor[] grads, Tensor(a!) sums, float[] rho, bool[] adaptive) "
+      "-> ()");
   m.def("tilt_begin_(Tensor(a!) state, Tensor tilt) -> ()");
   m.def("tilt_update_(Tensor(a!) state, Tensor loss, float log_size, int row, bool skip_nonfinite, bool last) -> ()");
   m.def("accumulate_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor state) -> ()");
   m.def(
       "accumulate_perturb_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor(b!)[] position, Tensor[] saved, "
       "Tensor(c!) state, float[] radius, bool[] adaptive, int[] base, int seed, int step, int sample, int noise, "
-      "int dimension, bool negate, int stage=-1) -> ()");
+      "int dimension, bool negate, int rounding=-1, int stage=-1) -> ()");
   m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
 
   // Hamiltonian Monte Carlo, in place over lists. chain: float64, core/metropolis.h gives its slots. prior: core/hmc.h.
@@ -62,7 +69,7 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def(
       "hmc_place_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor(c!)[] x0, Tensor(d!)[] x1, Tensor(e!)[] x2, "
       "Tensor chain, Tensor(f!) state, float[] rho, bool[] adaptive, int[] base, int seed, int step, int dimension, "
-      "int prior, bool draw, int stage=-1) -> ()");
+      "int prior, bool draw, int rounding=-1, int stage=-1) -> ()");
   m.def(
       "hmc_begin_(Tensor[] saved, Tensor[] grads, Tensor(a!) chain, Tensor(b!) state, Tensor loss, Tensor tilt, "
       "Tensor delta, bool automatic, float[] rho, bool[] adaptive, int dimension, int prior, int stage=-1) -> ()");
@@ -70,7 +77,7 @@ STABLE_TORCH_LIBRARY(tsam, m) {
       "hmc_leapfrog_(Tensor(a!)[] position, Tensor[] saved, Tensor(b!)[] momentum, Tensor(c!)[] x0, Tensor(d!)[] x1, "
       "Tensor(e!)[] x2, Tensor[] grads, Tensor(f!) chain, float[] rho, bool[] adaptive, int[] base, int seed, "
       "int step, int trajectory, int dimension, int prior, float kick, float drift, bool first, bool measure, int "
-      "stage=-1) -> ()");
+      "rounding=-1, int stage=-1) -> ()");
   m.def(
       "hmc_end_(Tensor[] saved, Tensor[] momentum, Tensor[] grads, Tensor(a!) chain, Tensor(b!) state, Tensor loss, "
       "float[] rho, bool[] adaptive, int seed, int step, int trajectory, int dimension, int prior, float kick, "

@@ -27,6 +27,7 @@ def perturb_(
     dimension: int,
     negate: bool,
     save: bool,
+    rounding: int = -1,
     stage: int = -1,
 ) -> None: ...
 def grad_norm_(
@@ -40,6 +41,18 @@ def ascend_(
     rho: list[float],
     adaptive: list[bool],
     save: bool,
+    base: list[int] = [],
+    seed: int = 0,
+    step: int = 0,
+    rounding: int = -1,
+) -> None: ...
+def displacement_(
+    position: list[Tensor],
+    saved: list[Tensor],
+    grads: list[Tensor],
+    sums: Tensor,
+    rho: list[float],
+    adaptive: list[bool],
 ) -> None: ...
 def tilt_begin_(state: Tensor, tilt: Tensor) -> None: ...
 def tilt_update_(state: Tensor, loss: Tensor, log_size: float, row: int, skip_nonfinite: bool, last: bool) -> None: ...
@@ -59,6 +72,7 @@ def accumulate_perturb_(
     noise: int,
     dimension: int,
     negate: bool,
+    rounding: int = -1,
     stage: int = -1,
 ) -> None: ...
 def restore_(position: list[Tensor], saved: list[Tensor]) -> None: ...
@@ -78,6 +92,7 @@ def hmc_place_(
     dimension: int,
     prior: int,
     draw: bool,
+    rounding: int = -1,
     stage: int = -1,
 ) -> None: ...
 def hmc_begin_(
@@ -116,6 +131,7 @@ def hmc_leapfrog_(
     drift: float,
     first: bool,
     measure: bool,
+    rounding: int = -1,
     stage: int = -1,
 ) -> None: ...
 def hmc_end_(

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         ascend_ as ascend_,
     )
     from ._C import (
+        displacement_ as displacement_,
+    )
+    from ._C import (
         grad_norm_ as grad_norm_,
     )
     from ._C import (
@@ -88,6 +91,7 @@ else:
     perturb_ = _library.perturb_.default
     grad_norm_ = _library.grad_norm_.default
     ascend_ = _library.ascend_.default
+    displacement_ = _library.displacement_.default
     tilt_begin_ = _library.tilt_begin_.default
     tilt_update_ = _library.tilt_update_.default
     accumulate_ = _library.accumulate_.default
@@ -112,6 +116,7 @@ LIST_OPS = (
     "perturb_",
     "grad_norm_",
     "ascend_",
+    "displacement_",
     "tilt_begin_",
     "tilt_update_",
     "accumulate_",

@@ -104,6 +104,29 @@ class Diagnostics:
         return self._report.dimension_over_rho / self.gradient_norms
 
     @property
+    def realised_norm(self) -> Tensor:
+        """‖(θ-θ₀)/D‖ over the half-precision parameters at the last counted sample, float64, 0-dim.
+
+        What rounding has left of ε, and added to it: nearest rounding loses what is below half a unit in the last
+        place, stochastic rounding adds random noise. Far above rho where that noise is most of the movement. NaN where
+        no bfloat16 or float16 parameter is perturbed.
+        """
+        return self._realised(0)
+
+    @property
+    def realised_ascent(self) -> Tensor:
+        """The share of the ascent along the gradient that rounding has left, float64, 0-dim: 1 where all is there.
+
+        (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)² over the half-precision parameters at the last sample. NaN without an ascent.
+        """
+        return self._realised(2)
+
+    def _realised(self, index: int) -> Tensor:
+        if self._report.realised is None:
+            return torch.full((), float("nan"), dtype=torch.float64, device=self._report.state.device)
+        return self._report.realised[index].clone()
+
+    @property
     def num_nonfinite(self) -> Tensor:
         """Samples of the last step with a non-finite loss, float64, 0-dim."""
         return self._report.state[Slot.NONFINITE].clone()

@@ -23,7 +23,13 @@ from .estimates import Report
 
 __all__ = ["Health"]
 
-PARTS = ("state", "chain", "first_loss", "scale")  # the tensors of a report that are looked at, where it has them
+PARTS = (
+    "state",
+    "chain",
+    "first_loss",
+    "scale",
+    "realised",
+)  # the tensors of a report that are looked at, where it has them
 ROWS = 64  # samples of a step that are looked at
 LONGEST = HEADER + ROW * ROWS
 
@@ -137,6 +143,16 @@ def _scaled_loss(seen: Seen) -> float | None:
     return 32.0 * abs(seen.first_loss[0]) / scale
 
 
+def _realised(index: int) -> Callable[[Seen], float | None]:
+    """An entry of ``Report.realised``, where half-precision parameters are perturbed and it is a number."""
+
+    def value(seen: Seen) -> float | None:
+        realised = seen.values.get("realised")
+        return None if realised is None or not math.isfinite(realised[index]) else realised[index]
+
+    return value
+
+
 FINDINGS = (
     # Two float32 losses are equal by chance about once in 1e5: in a long run one such step is no finding.
     Finding(3, _equal_losses, _say_equal_losses, high=0.99),
@@ -176,6 +192,24 @@ FINDINGS = (
             f"{seen.values['scale'][0]:g}: record (return) the loss itself. Of scaled losses one takes all the weight."
         ),
         high=0.5,
+    ),
+    Finding(
+        3,
+        _realised(1),
+        lambda mean, seen: (
+            f"rounding has made the perturbation of half-precision parameters {mean:.1f} times as long as rho or radius: "
+            "most of it is rounding noise. float32 parameters under autocast have none."
+        ),
+        high=2.0,
+    ),
+    Finding(
+        3,
+        _realised(2),
+        lambda mean, seen: (
+            f"rounding has left {mean:.0%} of the ascent along the gradient in half-precision parameters. float32 "
+            "parameters under autocast keep it, and so does rounding='stochastic', in the mean."
+        ),
+        low=0.5,
     ),
 )
 

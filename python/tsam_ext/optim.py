@@ -72,6 +72,8 @@ class TSAM(PersistentOptimizer):
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
             ``same_masks=False`` (a capture rewinds no generator), ``every=1``, a tilt that is no function, and of a
             base instance its own ``capturable=True`` if it has that option. Default False.
+        rounding: how θ+ε is rounded where a parameter is bfloat16 or float16, ``"nearest"`` (default) or
+            ``"stochastic"``: right in the mean, with random noise of its own. See :attr:`Diagnostics.realised_norm`.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -111,6 +113,7 @@ class TSAM(PersistentOptimizer):
         scaler: Scaler = None,
         seed: int | None = None,
         capturable: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
@@ -129,6 +132,7 @@ class TSAM(PersistentOptimizer):
             same_masks=same_masks,
             generators=tuple(generators),
             capturable=capturable,
+            rounding=rounding,
         )
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
@@ -286,6 +290,7 @@ class TSAM(PersistentOptimizer):
             modules=modules,
             generators=settings.generators,
             scaler=self.scaler,
+            rounding=settings.rounding,
             history=progress.history,
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)

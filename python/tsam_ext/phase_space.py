@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _ops
+from .engine.checks import TO_NEAREST
 from .engine.spread import Spread
 
 GAUSSIAN, BALL, FLAT = 0, 1, 2  # priors, as csrc/core/hmc.h numbers them
@@ -26,7 +27,7 @@ class PhaseSpace:
 
     ``indices``: which tensors of the ``spread`` the lists are. ``state``: a step's float64 scalars, ``scalars``: the
     chain's. ``rho``, ``adaptive``, ``base``: per tensor; ``base`` is the element index of its first element in the
-    noise. ``step`` numbers the noise.
+    noise. ``step`` numbers the noise. ``rounding``: of half-precision positions (csrc/core/round.h).
     """
 
     spread: Spread
@@ -44,6 +45,7 @@ class PhaseSpace:
     step: int
     dimension: int
     prior: int
+    rounding: int = TO_NEAREST
 
     def place(self, *, draw: bool) -> None:
         """Saves the position as the origin, and moves it to the chain's state: a draw from the prior, or as it is."""
@@ -63,6 +65,7 @@ class PhaseSpace:
             self.dimension,
             self.prior,
             draw,
+            self.rounding,
         )
         increment_version(self.position)
 
@@ -110,6 +113,7 @@ class PhaseSpace:
             drift,
             first,
             measure,
+            self.rounding,
         )
         increment_version(self.position)
 

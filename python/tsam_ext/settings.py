@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .engine.checks import (
+    ROUNDINGS,
     TSAM,
     check_choice,
     check_flag,
@@ -32,7 +33,7 @@ Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = {"tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators"}
-FOR_ALL |= {"seed", "model", "scaler"}
+FOR_ALL |= {"seed", "model", "scaler", "rounding"}
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -49,6 +50,7 @@ class Settings:
     same_masks: bool
     generators: tuple[torch.Generator, ...]
     capturable: bool
+    rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
         set_own = object.__setattr__  # Python's own numbers in place of NumPy's, objects in place of names
@@ -64,6 +66,7 @@ class Settings:
                 raise refuse(TSAM, f"generators[{i}]", shown(generator), "a torch.Generator", TypeError)
         set_own(self, "num_samples", check_int(TSAM, "num_samples", self.num_samples, 1, MAX_SAMPLES))
         check_choice(TSAM, "batch", self.batch, BATCHES)
+        check_choice(TSAM, "rounding", self.rounding, ROUNDINGS)
         set_own(self, "every", check_int(TSAM, "every", self.every, 1, 1 << 31))
         if self.capturable:
             # What the host decides anew each step, or does to generators, a replay would not.

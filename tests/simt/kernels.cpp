@@ -79,6 +79,8 @@ void expect_numbers(const char* what, const std::vector<double>& values) {
     }
 }
 
+const CountedStream kWords{make_stream(3, 1, kStochasticRounding, 0), nullptr};
+
 template <typename T>
 void run_lists(size_t off) {
   using C = compute_t<T>;
@@ -96,14 +98,19 @@ void run_lists(size_t off) {
         "finish");
   const CountedStream signs{make_stream(3, 1, kSigns, 2), nullptr};
   for (const CountedStream& drawn : {stream, signs})
-    go("perturb_chunks", perturb_chunks<T>, blocks, pair, drawn, state.data(), false, true);
+    go("perturb_chunks", perturb_chunks<T>, blocks, pair, drawn, state.data(), false, true, kWords);
   fill(pair, sizes, {pointers(grads), pointers(saved)});
   go("grad_sum_squares", grad_sum_squares<T>, blocks, pair, partial.data());
   check(launch(finish_sums<1, FinishNorm>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
                FinishNorm{state.data(), 0}),
         "finish");
   fill(triple, sizes, {pointers(position), pointers(saved), pointers(grads)});
-  go("ascend_chunks", ascend_chunks<T>, blocks, triple, state.data(), false);
+  go("ascend_chunks", ascend_chunks<T>, blocks, triple, state.data(), false, kWords);
+  std::vector<double> changes(3 * static_cast<size_t>(blocks), kNaN);
+  for (const bool along : {true, false}) {
+    go("displacement_chunks", displacement_chunks<T>, blocks, triple, along, changes.data(), blocks);
+    expect_numbers("displacement", changes);
+  }
   fill(pair, sizes, {pointers(total), pointers(grads)});
   for (const Action action : {kAssign, kBlend}) {
     state[kAction] = action;
@@ -120,7 +127,7 @@ void run_pass(const LeapfrogTable& table, int64_t blocks, const std::vector<doub
               const PassScalars& scalars) {
   std::vector<double> partial(static_cast<size_t>(blocks) * kPassSums<kind>, kNaN);
   go("hmc_pass", hmc_pass<T, kind, first>, blocks, table, CountedStream{make_stream(3, 1, kMomentum, 0), nullptr}, true,
-     chain.data(), &scalars, partial.data(), blocks);
+     chain.data(), &scalars, partial.data(), blocks, kWords);
   expect_numbers("sums of a pass", partial);
 }
 
@@ -144,7 +151,7 @@ void run_hmc(size_t off) {
         pointers(x2)});
   for (const double* const draw : {&length, static_cast<const double*>(nullptr)})
     go("hmc_place_chunks", hmc_place_chunks<T>, blocks, places,
-       CountedStream{make_stream(3, 1, kPerturbation, 0), nullptr}, chain.data(), draw);
+       CountedStream{make_stream(3, 1, kPerturbation, 0), nullptr}, chain.data(), draw, kWords);
   run_pass<T, HmcPassKind::kWhole, true>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kWhole, false>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kKick, true>(table, blocks, chain, scalars);
@@ -177,6 +184,8 @@ int main() {
     run<double>(off);
     run<BFloat16>(off);
     run<Float16>(off);
+    run<StochasticBFloat16>(off);
+    run<StochasticFloat16>(off);
   }
   if (failures == 0) std::printf("ok\n");
   return failures == 0 ? 0 : 1;

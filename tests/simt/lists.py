@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _C, HMC, TSAM
-from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, new_state
+from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, Slot, new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = torch.device(os.environ.get("TSAM_LISTS_DEVICE", "cpu"))
@@ -92,6 +92,12 @@ def run_ops(seed: int) -> Lists:
     out["restored bits"] = copies(x)
     _C.ascend_(x, saved, grads, state, lists.radius, flags, True)
     out["ascended from the start"] = copies(x, saved)
+    sums = torch.ones(3, dtype=torch.float64, device=DEVICE)
+    if x:
+        _C.displacement_(x, saved, grads, sums, lists.radius, flags)
+        _C.displacement_(x, saved, [], sums, lists.radius, flags)
+    out["displacement"] = copies([sums / (1.0 + sums.abs().max())])
+    out |= run_rounded(lists)
     for row, loss in enumerate((0.3, 0.9, float("nan"), -0.2)):
         _C.tilt_update_(state, scalar(loss), 0.5 * row, row, True, row == 3)
         if x:
@@ -107,6 +113,40 @@ def run_ops(seed: int) -> Lists:
     out |= run_single(lists)
     for prior, name in enumerate(("gaussian", "ball")):
         out |= run_hmc(lists, prior, name)
+    return out
+
+
+def run_rounded(lists: Make) -> Lists:
+    """Every op that writes positions, rounding what is half precision stochastically: by the same words, so that where
+    nothing depends on a sum the bits are the same. An ascent of a given norm."""
+    out, where = {}, (lists.base, 5, 11)
+    x, saved, grads, state = lists.fresh(), lists.fresh(filled=False), lists.fresh(), new_state(1, DEVICE)
+    state[Slot.GRAD_NORM] = 30.0
+    draw = (lists.radius, lists.adaptive, *where, 1, 0, lists.dimension, False)
+    _C.perturb_(x, saved, state, *draw, True, 2)
+    out["rounded bits"] = copies(x, saved)
+    _C.ascend_(x, saved, grads, state, lists.radius, lists.adaptive, False, *where, 3)
+    out["ascended and rounded bits"] = copies(x)
+    _C.ascend_(x, saved, grads, state, lists.radius, lists.adaptive, True, *where, 4)
+    out["ascended and rounded again bits"] = copies(x, saved)
+    means = lists.fresh(in_wide=True)
+    _C.tilt_begin_(state, scalar(1.0))
+    for row in range(2):  # the second blends
+        _C.tilt_update_(state, scalar(0.5), 0.0, 0, False, row == 1)
+        if x:
+            _C.accumulate_perturb_(means, grads, x, saved, state, *draw, 6 + row)
+    out["merged and rounded bits"] = copies(x)
+    buffers = [lists.fresh(in_wide=True) for _ in range(3)]
+    momentum, chain = lists.fresh(in_wide=True), torch.zeros(CHAIN_SLOTS, dtype=torch.float64, device=DEVICE)
+    scale = (lists.radius, lists.adaptive, *where)
+    _C.hmc_place_(x, saved, *buffers, chain, state, *scale, lists.dimension, 0, True, 0)
+    out["placed and rounded bits"] = copies(x)
+    for first in (True, False):
+        for prior in (0, 1):
+            _C.hmc_leapfrog_(x, saved, momentum, *buffers, grads, chain, *scale, 0, lists.dimension, prior, 0.5, 1.0,
+                             first, True, 0)  # fmt: skip
+            if prior == 0 and not first:
+                out["moved and rounded"] = copies(x)
     return out
 
 

@@ -25,6 +25,8 @@ NOT_OPS = (TSAM, "Ascent", "Noise", "HMC")  # whose messages begin with their ow
 LARGEST = sys.float_info.max
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NOISES = tuple(name for name, _ in _C.__noises__)  # a kind's number is its place (csrc/core/perturb.h)
+ROUNDINGS = ("nearest", "stochastic")
+TO_NEAREST = -1  # in place of a sample of the rounding's counter (csrc/core/round.h)
 
 
 def refuse(op: str, argument: str, got: object, expected: str, error: type[Exception] = ValueError) -> Exception:

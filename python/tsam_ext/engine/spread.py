@@ -74,6 +74,12 @@ class Spread:
             return [int(state[Slot.SAVES])]
         return [int(own[Slot.SAVES]) for own in self._followed(state)[1]]
 
+    def total(self, scalars: Tensor) -> Tensor:
+        """What all devices have left in their copies of a tensor of sums, added up, on the first."""
+        if self.alone:
+            return scalars
+        return torch.stack([own.to(self.home) for own in self._followed(scalars)[1]]).sum(0)
+
     def at(self, device: int, index: int) -> bool:
         """Whether the list's tensor ``index`` lies on the device of that number."""
         return self._of[index] == self._places[device]

@@ -10,12 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext.engine.checks import TSAM, refuse
+from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
@@ -31,6 +32,7 @@ from .item import Sample
 BACKWARD = (
     "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
 )
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Step:
     modules: Sequence[nn.Module] = ()
     generators: Sequence[torch.Generator] = ()
     scaler: Scaler = None
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     history: History = field(default_factory=History)
 
 
@@ -65,6 +68,9 @@ class Report:
     first pass. ``moved``: whether noise or a chain has moved the parameters. ``split``: whether samples saw parts.
     ``scale``: of the closure's gradients, if any; then ``rho``: the largest, and ``product``: whether a recorded loss
     looks like a scaled one.
+    ``realised``: of half-precision parameters, where any are perturbed: float64 [3], how far they were from θ₀ at the
+    last counted sample. ‖(θ-θ₀)/D‖; the same over the largest rho or radius of theirs; and of the ascent along the
+    gradient the share that is left, (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)², NaN where there is no ascent.
     """
 
     state: Tensor
@@ -80,6 +86,7 @@ class Report:
     scale: Tensor | None = None
     rho: float = 0.0
     product: bool = False
+    realised: Tensor | None = None
 
 
 class Estimate(ABC):
@@ -120,6 +127,9 @@ class Estimate(ABC):
         self._kept_buffers: Buffers | None = None
         self._passes = 0
         self._versions: list[int] | None = None  # of what moves, before the pass
+        self.half = [i for i in step.table.moves if step.table.dtypes[i] in HALF]
+        self.rounds = step.rounding == "stochastic" and bool(self.half)
+        self._realised: Tensor | None = None
 
     @abstractmethod
     def moves(self) -> Iterator[Sample]:
@@ -252,6 +262,42 @@ class Estimate(ABC):
             )
         self.step.history.tell(NO_GRADIENT)
 
+    def rounding(self, number: int) -> int:
+        """An op's ``rounding``, with this sample of the counter where there is anything to round stochastically."""
+        return number if self.rounds else TO_NEAREST
+
+    @torch.no_grad()
+    def measure(self, gradients: dict[int, Tensor]) -> None:
+        """Notes how far the half-precision parameters are from θ₀, and how far along these gradients, for the report.
+
+        Words of half precision: read 3, without gradients 2; of wider parameters none.
+        """
+        if not self.half:
+            return
+        table = self.table
+        sums = torch.zeros(3, dtype=torch.float64, device=self.spread.home)
+        self.spread.follow(sums)
+        along = [i for i in self.half if i in gradients]
+        for chosen, known in ((along, True), ([i for i in self.half if i not in gradients], False)):
+            chosen = [i for i in chosen if i in self.origin.copies]
+            if chosen:
+                self.spread.run(
+                    _ops.displacement_,
+                    chosen,
+                    taken(table.tensors, chosen),
+                    taken(self.origin.copies, chosen),
+                    taken(gradients, chosen) if known else [],
+                    sums,
+                    taken(table.rho, chosen),
+                    taken(table.adaptive, chosen),
+                )
+        sums = self.spread.total(sums)
+        longest = max(max(table.rho[i], table.radius[i]) for i in self.half)
+        # Where the base optimizer maximizes, the ascent goes downhill.
+        downhill = -1.0 if table.maximize else 1.0
+        norm, share = sums[0].sqrt(), downhill * sums[1] * self.state[Slot.GRAD_NORM] / sums[2]
+        self._realised = torch.stack([norm, norm / longest, share])
+
     @torch.no_grad()
     def complete(self) -> None:
         """θ₀ back, and the mean into p.grad."""
@@ -332,4 +378,5 @@ class Estimate(ABC):
             scale=self.scale,
             rho=0.0 if self.scale is None else max(self.table.rho, default=0.0),
             product=self.product,
+            realised=self._realised,
         )

@@ -54,6 +54,7 @@ class HamiltonianEstimate(Estimate):
         self.tilt_weighs = delta is not None
         self.diagnostics = (*self.diagnostics, "acceptance_rate", "energy_errors", "num_divergent", "distance", "delta")
         self.diagnostics = (*self.diagnostics, "step_size", "rounding")
+        self.diagnostics += ("realised_norm",) if self.half else ()
         self._burn_in, self._fresh_start, self._delta, self._automatic = burn_in, fresh, delta, automatic
         self._metropolis, self._recycles = metropolis, recycle
         self._substeps, self._last_kick = substeps(LEAPFROG, num_leapfrog_steps)
@@ -81,6 +82,7 @@ class HamiltonianEstimate(Estimate):
                     self._recycle(phase, INNER, sample, n - 1, self._fresh)
                 yield from self._pass(max(sample, 0), counted=sample >= 0)
             self._end_trajectory(phase, trajectory, sample)
+        self.measure({})
         if self.chain.adapts:
             phase.adapt(self.chain.highest_log_step)
 
@@ -132,6 +134,7 @@ class HamiltonianEstimate(Estimate):
             step=self.noise_step,
             dimension=table.dimension,
             prior=chain.prior_number,
+            rounding=self.rounding(0),  # the same at each position, so that the loss is one function of x
         )
         phase.place(draw=draw)
         return phase

@@ -82,6 +82,9 @@ class PerturbationEstimate(Estimate):
         self.parts = Parts(step.num_samples) if step.split else None
         if ascends:
             self.diagnostics = (*self.diagnostics, "gradient_norms", "implied_delta")
+        if self.half:
+            names = ("realised_norm", "realised_ascent") if ascends else ("realised_norm",)
+            self.diagnostics = (*self.diagnostics, *names)
         self._antithetic, self._ascends, self._kind = antithetic, ascends, noise
         self._drawn = -1  # the sample that the parameters have been moved to already
         table = step.table
@@ -125,12 +128,15 @@ class PerturbationEstimate(Estimate):
         """Ascends along the gradients of a probe; weighs the others into the mean."""
         if self.parts is not None and not self.parts.asked:
             raise RuntimeError("TSAM: batch='split' needs opt.part(...) around the batch in each pass.")
-        if sample.probe:
-            self._ascend(gradients, sample.index)
-            return
         index, skip = sample.index, self.step.skip_nonfinite_loss
-        log_size = 0.0 if self.parts is None else self.parts.log_size(index)
         last = index == self.num_samples - 1
+        if sample.probe:
+            self._ascend(gradients, index)
+        if last and sample.probe is self._ascends:
+            self.measure(self.gradients.as_moved(gradients) if self._ascends else {})
+        if sample.probe:
+            return
+        log_size = 0.0 if self.parts is None else self.parts.log_size(index)
         self.spread.run(_ops.tilt_update_, (), self.state, loss, log_size, index, skip, last)
         if not last and self._merges(gradients):
             self._add_and_perturb(gradients, index + 1)
@@ -157,7 +163,9 @@ class PerturbationEstimate(Estimate):
         if saves:
             self.origin.save(moves)
         saved = taken(self.origin.copies, moves)
-        self.spread.run(_ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves)
+        self.spread.run(
+            _ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves, self.rounding(2 * index)
+        )
         increment_version(self._moved)
 
     def _merges(self, gradients: dict[int, Tensor]) -> bool:
@@ -177,6 +185,7 @@ class PerturbationEstimate(Estimate):
             taken(self.origin.copies, moves),
             self.state,
             *self._noise(index),
+            self.rounding(2 * index),
         )
         increment_version(self._moved)
         self._drawn = index
@@ -211,5 +220,9 @@ class PerturbationEstimate(Estimate):
                     [-length for length in rho] if table.maximize else rho,
                     taken(table.adaptive, chosen),
                     saves,
+                    taken(table.base, chosen) if self.rounds else [],
+                    self.step.seed,
+                    self.noise_step,
+                    self.rounding(2 * row + 1),
                 )
         increment_version(taken(table.tensors, moves))

@@ -19,8 +19,11 @@ from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
 from tsam_ext.engine.checks import (
+    ROUNDINGS,
+    TO_NEAREST,
     check_alike,
     check_any_number,
+    check_choice,
     check_each,
     check_flag,
     check_int,
@@ -60,6 +63,7 @@ def perturb_(
     dimension: int | None = None,
     negate: bool = False,
     save: bool = True,
+    rounding: str = "nearest",
 ) -> None:
     """position = origin + radius D ν: one draw of noise over all tensors together.
 
@@ -77,6 +81,9 @@ def perturb_(
         dimension: d; ``None``: the number of elements in ``position``.
         negate: take −ν. Default False.
         save: whether this is the first draw, which also makes the copy. Default True.
+        rounding: how bfloat16 and float16 positions are rounded, ``"nearest"`` (default) or ``"stochastic"``: up or
+            down at random, right in the mean, by bits of (seed, step, sample, element) that no noise has; with
+            ``negate`` those of the sample after. Wider types do not look.
 
     Raises:
         TypeError, ValueError: before anything is written, naming the argument, the list index, what came and what
@@ -89,15 +96,7 @@ def perturb_(
     n = len(position)
     radii = check_each(op, "radius", radius, n, "position", check_length)
     flags = check_each(op, "adaptive", adaptive, n, "position", check_flag)
-    if base is None:
-        places, element = [], 0
-        for tensor in position:
-            places.append(element)
-            element += (tensor.numel() + 3) // 4 * 4
-    elif isinstance(base, (list, tuple)):
-        places = check_each(op, "base", base, n, "position", _check_element)
-    else:
-        raise refuse(op, "base", type(base).__name__, "a list of integers or None", TypeError)
+    places = _places(op, base, position)
     if dimension is None:
         dimension = sum(tensor.numel() for tensor in position)
     dimension = check_int(op, "dimension", dimension, 0, (1 << 62) - 1)
@@ -105,8 +104,9 @@ def perturb_(
     step = STEP_HELD if step is None else check_int(op, "step", step, 0, (1 << 32) - 1)
     sample = check_int(op, "sample", sample, 0, ROWS - 1)
     negate = check_flag(op, "negate", negate)
+    word = _check_rounding(op, rounding, 2 * (sample + negate))
     if position:
-        rest = (radii, flags, places, key, step, sample, noise, dimension, negate, save)
+        rest = (radii, flags, places, key, step, sample, noise, dimension, negate, save, word)
         _run(_ops.perturb_, state, list(position), list(saved), state, *rest)
         _changed(position, saved if save else (), [state])
 
@@ -151,6 +151,11 @@ def ascend_(
     *,
     adaptive: bool | Sequence[bool] = False,
     save: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    step: int | None = 0,
+    sample: int = 0,
+    base: Sequence[int] | None = None,
 ) -> None:
     """position += rho D (D g) / ‖D g‖, with the norm that :func:`grad_norm_` left in ``state``; none if it is 0.
 
@@ -162,6 +167,8 @@ def ascend_(
         rho: length of the step, not below 0; one for all, or one per tensor.
         adaptive: D = |θ₀| elementwise instead of 1; one for all, or one per tensor. Default False.
         save: whether ``position`` is θ₀ still and is to be copied. Default False.
+        rounding, seed, step, sample, base: how bfloat16 and float16 positions are rounded, as :func:`perturb_` has it;
+            the bits are others than those of the same sample's noise.
 
     Raises:
         TypeError, ValueError: as :func:`perturb_`.
@@ -174,8 +181,12 @@ def ascend_(
     _check(op, lists, state, written=("position", "saved", "state") if save else ("position",))
     lengths = check_each(op, "rho", rho, len(position), "position", check_length)
     flags = check_each(op, "adaptive", adaptive, len(position), "position", check_flag)
+    places, key = _places(op, base, position), check_seed(op, seed)
+    step = STEP_HELD if step is None else check_int(op, "step", step, 0, (1 << 32) - 1)
+    word = _check_rounding(op, rounding, 2 * check_int(op, "sample", sample, 0, ROWS - 1) + 1)
     if position:
-        _run(_ops.ascend_, state, list(position), list(saved), list(grads), state, lengths, flags, save)
+        rest = (lengths, flags, save, places, key, step, word)
+        _run(_ops.ascend_, state, list(position), list(saved), list(grads), state, *rest)
         _changed(position, (*saved, state) if save else ())
 
 
@@ -268,6 +279,29 @@ def _run(op: Callable[..., None], state: Tensor | None, first: list[Tensor], *re
     if state is not None:
         spread.follow(state)
     spread.run(op, range(start, start + len(first)), first, *rest)
+
+
+def _places(op: str, base: Sequence[int] | None, position: Sequence[Tensor]) -> list[int]:
+    """The element index of each tensor's first element."""
+    if base is None:
+        places, element = [], 0
+        for tensor in position:
+            places.append(element)
+            element += (tensor.numel() + 3) // 4 * 4
+        return places
+    if not isinstance(base, (list, tuple)):
+        raise refuse(op, "base", type(base).__name__, "a list of integers or None", TypeError)
+    return check_each(op, "base", base, len(position), "position", _check_element)
+
+
+def _check_rounding(op: str, rounding: object, number: int) -> int:
+    """An op's ``rounding``: to nearest, or this sample of the counter."""
+    check_choice(op, "rounding", rounding, ROUNDINGS)
+    if rounding == "nearest":
+        return TO_NEAREST
+    if number >= ROWS:
+        raise refuse(op, "sample", number // 2, f"an integer below {ROWS // 2}, as rounding is 'stochastic'")
+    return number
 
 
 def _check_element(op: str, argument: str, value: object) -> int:

@@ -1,8 +1,9 @@
 """The algorithms in plain torch: the oracle of the tests and the pure-Python baseline.
 
 Written from the formulas and not from the kernels, on torch alone, in float64 where it matters.
-noise.py: Philox, Box-Muller, ν over a list. dynamics.py: leapfrog, kick, perturb. drift.py: the drifts of HMC. tilt.py:
-tilted losses and weights, all at once and streaming. hmc.py: a chain on any loss. optim.py: the ascent, and a TSAM.
+noise.py: Philox, Box-Muller, ν over a list. rounding.py: stochastic, to half precision. dynamics.py: leapfrog, kick,
+perturb. drift.py: the drifts of HMC. tilt.py: tilted losses and weights, all at once and streaming. hmc.py: a chain on
+any loss. optim.py: the ascent, and a TSAM.
 Invariant: nothing is fused or cached.
 """
 
@@ -20,6 +21,7 @@ from .hmc import (
 )
 from .noise import base_offsets, global_norm, normal, philox4x32, uniform, unit_noise
 from .optim import ReferenceTSAM, ascend
+from .rounding import round_stochastically, rounding_words
 from .tilt import StreamingTilt, tilted_loss, tilted_reduce, tilted_weights
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "perturb",
     "philox4x32",
     "rotation_drift",
+    "round_stochastically",
+    "rounding_words",
     "scaled_loss",
     "tilted_loss",
     "tilted_reduce",

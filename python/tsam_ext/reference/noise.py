@@ -48,7 +48,7 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return x0, x1, x2, x3
 
 
-def _words(quads: Tensor, seed: int, step: int, sample: int, purpose: int) -> tuple[Tensor, ...]:
+def random_words(quads: Tensor, seed: int, step: int, sample: int, purpose: int) -> tuple[Tensor, ...]:
     """The four random words of each quad of elements."""
     counter = [quads & MASK, (quads >> 32) & MASK]
     counter += [torch.full_like(quads, word) for word in (step & MASK, purpose << 28 | sample)]
@@ -66,7 +66,7 @@ def normal(
 ) -> Tensor:
     """Standard normals of the elements base, ..., base + numel - 1; float64, shape ``[numel]``."""
     quads = torch.arange(base // 4, (base + numel + 3) // 4, device=device)
-    x0, x1, x2, x3 = (word.double() for word in _words(quads, seed, step, sample, purpose))
+    x0, x1, x2, x3 = (word.double() for word in random_words(quads, seed, step, sample, purpose))
     lanes = []
     for even, odd in ((x0, x1), (x2, x3)):
         # u is a float32 by definition, next to 1 too: it decides the few radii below 0.01.
@@ -80,7 +80,7 @@ def normal(
 def signs(numel: int, base: int, seed: int, step: int, sample: int, device: torch.device | str = "cpu") -> Tensor:
     """1 or -1 for each of the elements base, ..., base + numel - 1; float64, shape ``[numel]``."""
     blocks = torch.arange(base // 128, (base + numel + 127) // 128, device=device)
-    words = torch.stack(_words(blocks, seed, step, sample, SIGNS), 1)
+    words = torch.stack(random_words(blocks, seed, step, sample, SIGNS), 1)
     bits = (words[:, :, None] >> torch.arange(32, device=device)) & 1
     return (1 - 2 * bits).flatten()[base % 128 : base % 128 + numel].double()
 
@@ -88,7 +88,7 @@ def signs(numel: int, base: int, seed: int, step: int, sample: int, device: torc
 def uniform(seed: int, step: int, sample: int, purpose: int = BALL_RADIUS) -> float:
     """One uniform number in (0, 1): (x3 + ½)/2³² of element 2⁶⁴ - 1."""
     quad = torch.tensor([(1 << 62) - 1])
-    return (float(_words(quad, seed, step, sample, purpose)[3]) + 0.5) * 2.0**-32
+    return (float(random_words(quad, seed, step, sample, purpose)[3]) + 0.5) * 2.0**-32
 
 
 def base_offsets(sizes: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .hmc import ChainState, Draws, HamiltonianChain, PhiloxDraws, TorchDraws
 from .noise import base_offsets, global_norm, noise_scale, unit_noise
+from .rounding import write
 from .tilt import StreamingTilt, tilted_weights
 
 
@@ -34,11 +35,12 @@ def ascend(
     gradients: Sequence[Tensor],
     rho: Sequence[float],
     adaptive: Sequence[bool],
+    store: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None,
 ) -> Tensor:
     """θ += ρ D (D g)/‖D g‖ in place, D = |θ₀| (``origins``) where adaptive, else 1.
 
     SAM (Foret et al., ICLR 2021), ASAM with η = 0 (Kwon et al., ICML 2021). A zero gradient moves
-    nothing. Returns ‖D g‖ over the whole list, 0-dim float64.
+    nothing. Returns ‖D g‖ over the whole list, 0-dim float64. ``store(parameters, values)`` writes θ.
     """
     scales = [
         _wide(o).abs() if a else torch.ones((), dtype=_wide(o).dtype, device=o.device)
@@ -47,8 +49,12 @@ def ascend(
     scaled = [d * _wide(g) for d, g in zip(scales, gradients, strict=True)]
     norm = global_norm(scaled)
     inverse = torch.where(norm == 0.0, 0.0, norm.reciprocal())
-    for p, d, h, r in zip(parameters, scales, scaled, rho, strict=True):
-        p.copy_(_wide(p) + (r * inverse) * (d * h))
+    moved = [_wide(p) + (r * inverse) * (d * h) for p, d, h, r in zip(parameters, scales, scaled, rho, strict=True)]
+    if store is not None:
+        store(parameters, moved)
+    else:
+        for p, theta in zip(parameters, moved, strict=True):
+            p.copy_(theta)
     return norm
 
 
@@ -100,6 +106,7 @@ class ReferenceTSAM:
         chain: str = "persistent",
         burn_in: int = 0,
         recycle: bool = False,
+        rounding: str = "nearest",
         **base_kwargs: Any,
     ) -> None:
         make: Any = base_optimizer
@@ -118,6 +125,7 @@ class ReferenceTSAM:
         self.same_masks = same_masks
         self.seed = seed or 0
         self.rng = rng
+        self.rounding = rounding
         self.chain = HamiltonianChain(
             delta=delta,
             delta_scale=delta_scale,
@@ -257,7 +265,13 @@ class ReferenceTSAM:
         for m, v in zip(moved, noise, strict=True):
             theta = _wide(m.origin)
             shift = v.to(theta.dtype) * (m.radius * scale)
-            m.parameter.copy_(torch.addcmul(theta, shift, theta.abs()) if m.adaptive else theta + shift)
+            self._write([m], [torch.addcmul(theta, shift, theta.abs()) if m.adaptive else theta + shift], 0)
+
+    def _write(self, moved: Sequence[_Perturbed], values: Sequence[Tensor], ascent: int) -> None:
+        """θ = values, rounded; ``ascent``: 1 for an ascent, 0 for noise. A chain rounds alike at all its positions."""
+        number = 0 if self.sampler == "hmc" else 2 * self._sample + ascent
+        where = {"seed": self.seed, "step": self.num_steps, "sample": number}
+        write([m.parameter for m in moved], values, [m.offset for m in moved], rounding=self.rounding, **where)
 
     def _noise(self, moved: list[_Perturbed]) -> tuple[list[Tensor], Tensor]:
         noise = unit_noise(
@@ -299,6 +313,7 @@ class ReferenceTSAM:
             [g for _, g in pairs],
             [m.rho for m, _ in pairs],
             [m.adaptive for m, _ in pairs],
+            lambda _, values: self._write([m for m, _ in pairs], values, 1),
         )
 
     def _chain_states(
@@ -315,7 +330,7 @@ class ReferenceTSAM:
         def evaluate(position: list[Tensor]) -> ChainState:
             with torch.no_grad():
                 for m, scale, x in zip(moved, scales, position, strict=True):
-                    m.parameter.copy_(m.origin.double() + scale * x)
+                    self._write([m], [m.origin.double() + scale * x], 0)
             loss = float(self._run(closure, trained, masks))
             gradients = [None if p.grad is None else p.grad.clone() for p in trained]
             own = [torch.zeros_like(m.origin) if m.parameter.grad is None else m.parameter.grad for m in moved]
