@@ -5,6 +5,7 @@ Invariant: a refused call writes nothing and says the op, the argument, the inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -290,8 +291,8 @@ def test_other_ops_refuse_too() -> None:
     x, state = [torch.zeros(4)], new_state(1, CPU)
     with pytest.raises(ValueError, match=r"ascend_: grads\[0\]: got dtype float64, expected float32"):
         _C.ascend_(x, [torch.zeros(4)], [torch.zeros(4, dtype=torch.float64)], state, [0.1], [False], True)
-    with pytest.raises(ValueError, match=r"ascend_: rho\[0\]: got -0.1"):
-        _C.ascend_(x, [torch.zeros(4)], [torch.zeros(4)], state, [-0.1], [False], True)
+    with pytest.raises(ValueError, match=r"ascend_: rho\[0\]: got -inf, expected a finite number"):
+        _C.ascend_(x, [torch.zeros(4)], [torch.zeros(4)], state, [-math.inf], [False], True)
     half = torch.zeros(4, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"accumulate_: accumulator\[0\]: got dtype bfloat16, expected float32"):
         _C.accumulate_([half], [half.clone()], state)

@@ -278,5 +278,11 @@ inline void not_negative(const Op& op, const char* argument, const std::vector<d
       fail({op, argument, static_cast<int64_t>(i)}, std::to_string(values[i]), "a finite number not below 0");
 }
 
+inline void finite(const Op& op, const char* argument, const std::vector<double>& values) {
+  for (size_t i = 0; i < values.size(); ++i)
+    if (!std::isfinite(values[i]))
+      fail({op, argument, static_cast<int64_t>(i)}, std::to_string(values[i]), "a finite number");
+}
+
 }  // namespace checks
 }  // namespace tsam

@@ -162,7 +162,7 @@ void ascend_(const TensorList& position, const TensorList& saved, const TensorLi
   double* const s = checked_state(op, state, 0);
   same_length(op, "rho", rho.size(), "position", moved.size());
   same_length(op, "adaptive", adaptive.size(), "position", moved.size());
-  not_negative(op, "rho", rho);
+  finite(op, "rho", rho);  // below 0: a descent
   const Rounding rounds = checked_rounding(op, rounding, seed, step, s + kStep);
   if (rounds.stochastic || !base.empty()) same_length(op, "base", base.size(), "position", moved.size());
   if (base.empty()) base.resize(moved.size());  // nobody looks

@@ -197,8 +197,8 @@ FINDINGS = (
         3,
         _realised(1),
         lambda mean, seen: (
-            f"rounding has made the perturbation of half-precision parameters {mean:.1f} times as long as rho or radius: "
-            "most of it is rounding noise. float32 parameters under autocast have none."
+            f"rounding has made the perturbation of half-precision parameters {mean:.1f} times as long as rho or "
+            "radius: most of it is rounding noise. float32 parameters under autocast have none."
         ),
         high=2.0,
     ),

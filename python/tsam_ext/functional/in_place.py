@@ -164,7 +164,7 @@ def ascend_(
         saved: like ``position``: θ₀, for D. With ``save`` it gets a copy of ``position`` first.
         grads: like ``position``: g; read.
         state: holds the norm.
-        rho: length of the step, not below 0; one for all, or one per tensor.
+        rho: length of the step, below 0 for a descent; one for all, or one per tensor.
         adaptive: D = |θ₀| elementwise instead of 1; one for all, or one per tensor. Default False.
         save: whether ``position`` is θ₀ still and is to be copied. Default False.
         rounding, seed, step, sample, base: how bfloat16 and float16 positions are rounded, as :func:`perturb_` has it;
@@ -179,7 +179,7 @@ def ascend_(
     save = check_flag(op, "save", save)
     lists = {"position": position, "saved": saved, "grads": grads}
     _check(op, lists, state, written=("position", "saved", "state") if save else ("position",))
-    lengths = check_each(op, "rho", rho, len(position), "position", check_length)
+    lengths = check_each(op, "rho", rho, len(position), "position", _check_finite)
     flags = check_each(op, "adaptive", adaptive, len(position), "position", check_flag)
     places, key = _places(op, base, position), check_seed(op, seed)
     step = STEP_HELD if step is None else check_int(op, "step", step, 0, (1 << 32) - 1)
@@ -359,3 +359,7 @@ def _check_state(op: str, state: object, rows: int) -> Tensor:
 def _changed(*lists: Sequence[Tensor]) -> None:
     if not torch.compiler.is_compiling():
         increment_version([tensor for tensors in lists for tensor in tensors if not tensor.is_inference()])
+
+
+def _check_finite(op: str, argument: str, value: object) -> float:
+    return check_number(op, argument, value, "a finite number", or_tensor=False)
