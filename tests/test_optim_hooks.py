@@ -92,6 +92,7 @@ class Bare(TSAM):
 @pytest.mark.parametrize("form", ["closure", "keyword", "apply", "two steps", "scaler", "scheduled", "base scheduled"])
 def test_each_step_hook_runs_once(problem, kind: type[TSAM], form: str) -> None:
     task, calls = problem(), []
+    TSAM(problem().parameters, lr=0.1)  # from the first of a class on its step runs hooks, also where super() calls it
     optimizer = kind(task.parameters, lr=0.1, radius=0.0, num_samples=1)
     hooked(optimizer, calls)
     hooked(optimizer.base_optimizer, calls, "base ")
