@@ -82,10 +82,13 @@ def test_a_power_of_two_changes_no_bit(problem: Any, name: str, clip: float) -> 
     assert optimizer.diagnostics.losses.unique().numel() > 1
 
 
-def test_the_scale_may_be_a_tensor(problem: Any) -> None:
-    """Handed over as it is: p.grad is scaled, and who gave the scale divides by it."""
+@pytest.mark.parametrize("buffers", [False, True])
+def test_the_scale_may_be_a_tensor(problem: Any, buffers: bool) -> None:
+    """p.grad is scaled, in memory that was there as well, and who gave the scale divides by it."""
     scale = torch.tensor([1024.0], dtype=torch.float64)
     ours, optimizer = made(problem, scale, **HMC)
+    for parameter in ours.parameters if buffers else []:
+        parameter.grad = torch.ones_like(parameter)
     theirs, twin = made(problem, None, **HMC)
     optimizer.estimate_gradient(closure_of(ours, lambda loss: loss * 1024.0))
     twin.estimate_gradient(closure_of(theirs, lambda loss: loss))
