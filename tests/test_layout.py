@@ -38,6 +38,8 @@ ORDER = [
     "table",
     "module_state",
     "hmc",
+    "trace",
+    "walk",
     "phase_space",
     "integrators",
     "functional",
