@@ -19,6 +19,7 @@ from torch import Tensor
 from tsam_ext import hmc
 from tsam_ext.integrators import substeps
 from tsam_ext.reference.noise import ACCEPT, MOMENTUM, normal, signs, uniform
+from tsam_ext.walk import Jitter
 
 COVARIANCE = torch.tensor([[1.0, 0.9], [0.9, 1.5]], dtype=torch.float64)
 PRECISION, FACTOR = COVARIANCE.inverse(), torch.linalg.cholesky(COVARIANCE)
@@ -175,6 +176,11 @@ def factor(seed: int, transition: int, jitter: float) -> float:
     bits = (signs(32, 32 * transition, seed, 0, 0) < 0.0).tolist()
     u = sum(bit * 0.5 ** (k + 1) for k, bit in enumerate(bits)) + 0.5**33
     return 1.0 + jitter * (2.0 * u - 1.0)
+
+
+@pytest.mark.parametrize("transition", [0, 511, 512, 2**32 - 2])
+def test_the_jitter_of_a_transition_is_its_formula(transition: int) -> None:
+    assert Jitter(0.5, 9).at(transition) == factor(9, transition, 0.5)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])

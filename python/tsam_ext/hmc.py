@@ -24,7 +24,7 @@ from .engine.checks import check_flag, check_int, check_list, check_number, chec
 from .engine.notices import warn
 from .integrators import LEAPFROG, MCLACHLAN
 from .trace import STATE_VERSION, Rows, Trace
-from .walk import Options, Walk, check_options, place_of
+from .walk import Options, Walk, check_options
 
 __all__ = ["LEAPFROG", "MCLACHLAN", "Trace", "resume", "sample"]
 
@@ -148,7 +148,7 @@ def sample(
         >>> trace.draws.shape, bool((trace.draws.mean(0) - 3.0).abs().max() < 0.5)
         (torch.Size([200, 2]), True)
     """
-    tensors, bare = _check_position(OP, position)
+    tensors, bare = _check_position(OP, "position", position)
     num_samples = check_int(OP, "num_samples", num_samples, 1, 1 << 31)
     log_step = math.log(check_positive(OP, "step_size", step_size))
     values = {
@@ -240,13 +240,13 @@ def resume(
     """
     before = trace if isinstance(trace, Trace) else None
     state = _check_state(trace)
-    tensors, bare = _check_position(RESUME, state["position"])
+    tensors, bare = _check_position(RESUME, "trace['position']", state["position"])
     values = {field.name: state[field.name] for field in fields(Options)}
     if on_error is not None:
         values["on_error"] = on_error
     options = check_options(RESUME, tensors, bare, values)
     transitions = check_int(RESUME, "trace['transitions']", state["transitions"], 0, (1 << 32) - 1)
-    x, like = _check_position(RESUME, state["x"])
+    x, like = _check_position(RESUME, "trace['x']", state["x"])
     if (like, [part.shape for part in x]) != (bare, [tensor.shape for tensor in tensors]):
         raise refuse(RESUME, "trace['x']", "tensors of other shapes", "those of trace['position']")
     if num_samples is None:
@@ -336,23 +336,23 @@ def _with_bar(op: str, transitions: range) -> Iterable[int]:
     return bar
 
 
-def _check_position(op: str, position: object) -> tuple[list[Tensor], bool]:
+def _check_position(op: str, argument: str, position: object) -> tuple[list[Tensor], bool]:
     """The tensors of a position, and whether it is one without a list around it."""
     bare = isinstance(position, Tensor)
-    if isinstance(position, Trace):
-        raise refuse(
-            op, "position", "a Trace", "a tensor or a list of tensors (hmc.resume goes on from a trace)", TypeError
-        )
     if not isinstance(position, (Tensor, list, tuple)):
-        raise refuse(op, "position", type(position).__name__, "a tensor or a list of tensors", TypeError)
-    tensors = [check_tensor(op, "position", position)] if bare else check_list(op, "position", position)
+        expected = "a tensor or a list of tensors"
+        if isinstance(position, Trace):
+            expected += " (hmc.resume goes on from a trace)"
+        raise refuse(op, argument, type(position).__name__, expected, TypeError)
+    tensors = [check_tensor(op, argument, position)] if bare else check_list(op, argument, position)
     if not any(tensor.numel() for tensor in tensors):
-        raise refuse(op, "position", "no elements", "a tensor, or a list of tensors, with at least one element")
+        raise refuse(op, argument, "no elements", "a tensor, or a list of tensors, with at least one element")
     for i, tensor in enumerate(tensors):
+        place, home = argument if bare else f"{argument}[{i}]", tensors[0].device
         if (cause := why_not(tensor.device)) is not None:
-            raise refuse(op, place_of(i, bare), f"a tensor on {tensor.device}", f"one that kernels run on ({cause})")
-        if tensor.device != (home := tensors[0].device):
-            raise refuse(op, f"position[{i}]", f"a tensor on {tensor.device}", f"one on {home}, as position[0] is")
+            raise refuse(op, place, f"a tensor on {tensor.device}", f"one that kernels run on ({cause})")
+        if tensor.device != home:
+            raise refuse(op, place, f"a tensor on {tensor.device}", f"one on {home}, as {argument}[0] is")
     return tensors, bare
 
 

@@ -38,7 +38,8 @@ class Trace(Generic[Draws]):
         energy_error: ``[num_samples]``, float64: the change of the Hamiltonian along the trajectory.
         rounding: ``[num_samples]``, float64: about how far the rounding of the log density moves the energy error:
             |log density| times the relative spacing of the dtype that ``log_density`` returns (2⁻²³ for float32, 2⁻⁵²
-            for float64, 2⁻⁷ for bfloat16, 2⁻¹⁰ for float16). Above 0.3 the accept test is rounding noise.
+            for float64, 2⁻⁷ for bfloat16, 2⁻¹⁰ for float16). Above 0.3 the accept test is rounding noise. It
+            knows nothing of a coarser dtype inside ``log_density``.
         step_size: the step size of all draws (after burn-in), before jitter.
         errors: in how many transitions, of the burn-in too, ``log_density`` raised an exception that rejected.
         interrupted: whether the run ended before its last draw, by Ctrl-C or an exception; the tensors then have fewer

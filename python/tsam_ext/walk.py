@@ -64,7 +64,9 @@ def check_options(op: str, position: list[Tensor], bare: bool, values: dict[str,
     """Options in Python's own numbers; TypeError or ValueError for a bad one, naming it."""
     for name in ("adapt_step_size", "metropolis"):
         check_flag(op, name, values[name])
-    jitter = check_number(op, "step_size_jitter", values["step_size_jitter"], "a number from 0 to 1", 0.0)
+    jitter = check_number(
+        op, "step_size_jitter", values["step_size_jitter"], "a number from 0 to 1", 0.0, or_tensor=False
+    )
     if jitter > 1.0:
         raise refuse(op, "step_size_jitter", jitter, "a number from 0 to 1")
     check_seed(op, values["seed"])
