@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +22,19 @@ def density(x: list[Tensor]) -> Tensor:
 
 X = [torch.ones(2)]
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"position": X[0]}, TypeError, "position: got Tensor, expected a list of tensors"),
+    ({"position": 1.0}, TypeError, "position: got float, expected a tensor or a list of tensors$"),
+    ({"position": np.ones(2)}, TypeError, "position: got ndarray, expected a tensor or a list of tensors$"),
+    ({"position": X[0].int()}, ValueError, "position: got a torch.strided tensor of torch.int32"),
+    ({"position": X[0].to("meta")}, ValueError, "position: got a tensor on meta, expected one that kernels run on"),
+    ({"position": X[0], "log_density": 3}, TypeError, "log_density: got int, expected a function of a tensor$"),
+    (
+        {"position": X[0], "log_density": lambda x: torch.zeros(())},
+        ValueError,
+        "a value that does not depend on position, expected one that",
+    ),
+    ({"position": X[0], "inverse_mass": 1e300}, ValueError, r"inverse_mass: got 1e\+300, .* as position is scaled by"),
     ({"position": [1.0]}, TypeError, r"position\[0\]: got float, expected a tensor"),
-    ({"position": []}, ValueError, "position: got no elements, expected a list of tensors with at least one element"),
+    ({"position": []}, ValueError, "position: got no elements, expected a tensor, or a list of tensors, with at least"),
     ({"position": [torch.ones(0)]}, ValueError, "position: got no elements"),
     ({"position": [X[0], X[0].int()]}, ValueError, r"position\[1\]: got a torch.strided tensor of torch.int32"),
     ({"position": [X[0].cfloat()]}, ValueError, r"position\[0\]: got a torch.strided tensor of torch.complex64"),
@@ -77,6 +88,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "inverse_mass: got an integer of 1329 bits, expected a finite number",
     ),
+    ({"step_size_jitter": -0.1}, ValueError, "step_size_jitter: got -0.1, expected a number from 0 to 1$"),
+    ({"step_size_jitter": 1.5}, ValueError, "step_size_jitter: got 1.5, expected a number from 0 to 1$"),
+    ({"step_size_jitter": math.nan}, ValueError, "step_size_jitter: got nan, expected a number from 0 to 1$"),
+    ({"step_size_jitter": True}, TypeError, "step_size_jitter: got True, expected a number from 0 to 1$"),
+    ({"on_error": "ignore"}, ValueError, "on_error: got 'ignore', expected 'raise' or 'reject'"),
+    ({"on_error": None}, TypeError, "on_error: got None, expected 'raise' or 'reject'"),
     ({"adapt_step_size": 1}, TypeError, "adapt_step_size: got 1, expected True or False"),
     ({"metropolis": None}, TypeError, "metropolis: got None, expected True or False"),
     ({"progress": "yes"}, TypeError, "progress: got 'yes', expected True or False"),
@@ -98,6 +115,12 @@ def test_refusals(arguments: dict[str, Any], error: type[Exception], message: st
     arguments = {"log_density": density, "position": X, "num_samples": 2, "burn_in": 0, **arguments}
     with pytest.raises(error, match=rf"^tsam\.hmc\.sample: .*{message}"):
         hmc.sample(arguments.pop("log_density"), arguments.pop("position"), **arguments)
+
+
+def test_a_trace_is_for_resume() -> None:
+    trace = hmc.sample(density, X, num_samples=1, burn_in=0)
+    with pytest.raises(TypeError, match=r"position: got Trace, expected .* \(hmc.resume goes on from a trace\)"):
+        hmc.sample(density, trace)  # type: ignore[call-overload]
 
 
 def test_a_log_density_that_changes_its_mind_is_refused_when_it_does() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tsam_ext import hmc
 from tsam_ext.integrators import substeps
-from tsam_ext.reference.noise import ACCEPT, MOMENTUM, normal, uniform
+from tsam_ext.reference.noise import ACCEPT, MOMENTUM, normal, signs, uniform
+from tsam_ext.walk import Jitter
 
 COVARIANCE = torch.tensor([[1.0, 0.9], [0.9, 1.5]], dtype=torch.float64)
 PRECISION, FACTOR = COVARIANCE.inverse(), torch.linalg.cholesky(COVARIANCE)
@@ -170,14 +171,27 @@ def textbook(
     return x, energy(x, p) - before
 
 
+def factor(seed: int, transition: int, jitter: float) -> float:
+    """Of the step size, 1 + jitter (2u - 1): u has 32 random signs as its bits, the first one as the highest."""
+    bits = (signs(32, 32 * transition, seed, 0, 0) < 0.0).tolist()
+    u = sum(bit * 0.5 ** (k + 1) for k, bit in enumerate(bits)) + 0.5**33
+    return 1.0 + jitter * (2.0 * u - 1.0)
+
+
+@pytest.mark.parametrize("transition", [0, 511, 512, 2**32 - 2])
+def test_the_jitter_of_a_transition_is_its_formula(transition: int) -> None:
+    assert Jitter(0.5, 9).at(transition) == factor(9, transition, 0.5)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("integrator", [hmc.LEAPFROG, hmc.MCLACHLAN, (0.1, 0.3, 0.4, 0.4, 0.4, 0.3, 0.1)])
-def test_a_transition_is_the_textbook_s(integrator: tuple[float, ...]) -> None:
+def test_a_transition_is_the_textbook_s(integrator: tuple[float, ...], jitter: float) -> None:
     x, h, seed = torch.tensor([0.4, -0.3], dtype=torch.float64), 0.3, 9
     settings = {**FIXED, "num_samples": 6, "num_leapfrog_steps": 3, "step_size": h, "seed": seed}
-    trace = hmc.sample(banana, [x], integrator=integrator, **settings)
+    trace = hmc.sample(banana, [x], integrator=integrator, step_size_jitter=jitter, **settings)
     for k in range(6):
         p = normal(2, 0, seed, k, 0, MOMENTUM)
-        proposal, error = textbook(banana, x, p, h, integrator, 3)
+        proposal, error = textbook(banana, x, p, factor(seed, k, jitter) * h, integrator, 3)
         assert float(trace.energy_error[k]) == pytest.approx(error, abs=1e-5)  # momenta are float32
         assert float(trace.acceptance_rate[k]) == pytest.approx(min(1.0, math.exp(-error)), abs=1e-5)
         x = proposal if math.log(uniform(seed, k, 0, ACCEPT)) < -error else x
@@ -187,7 +201,8 @@ def test_a_transition_is_the_textbook_s(integrator: tuple[float, ...]) -> None:
 def energy_error(**options: Any) -> float:
     """Root mean square over 40 trajectories of length 1.6 from one point each."""
     x = torch.tensor([0.5, -0.8], dtype=torch.float64)
-    errors = [hmc.sample(banana, [x], num_samples=1, seed=i, **FIXED, **options).energy_error for i in range(40)]
+    settings = {**FIXED, **options, "num_samples": 1, "step_size_jitter": 0.0}
+    errors = [hmc.sample(banana, [x], seed=i, **settings).energy_error for i in range(40)]
     return float(torch.cat(errors).square().mean().sqrt())
 
 
@@ -340,7 +355,7 @@ def test_one_gradient_for_several_tensors_and_none_for_what_drops_out() -> None:
 
     h = 0.125
     settings = {**FIXED, "num_samples": 1, "num_leapfrog_steps": 3, "step_size": h, "metropolis": False}
-    trace = hmc.sample(density, [torch.ones(4), torch.ones(4)], seed=2, **settings)
+    trace = hmc.sample(density, [torch.ones(4), torch.ones(4)], seed=2, step_size_jitter=0.0, **settings)
     p = torch.stack([normal(4, base, 2, 0, 0, MOMENTUM) for base in (0, 4)])
     x, p = torch.ones(2, 4, dtype=torch.float64), p - 0.5 * h * 2.0 * 8.0
     x = x + h * p

@@ -45,6 +45,8 @@ ORDER = [
     "module_state",
     "history",
     "hmc",
+    "trace",
+    "walk",
     "phase_space",
     "integrators",
     "functional",
