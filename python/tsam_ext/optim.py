@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
+from ._compile import outside_graphs, outside_graphs_but_for_callees
 from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
@@ -157,6 +158,7 @@ class TSAM(WrappingOptimizer):
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 
+    @outside_graphs_but_for_callees
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
@@ -177,15 +179,21 @@ class TSAM(WrappingOptimizer):
                 "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
                 "or the samples() loop before it. Nothing was updated."
             )
-        self.base_optimizer.step()
+        self._step_base()
         self._progress.pending = False
         self._progress.step += 1
         return loss
 
+    @outside_graphs
+    def _step_base(self) -> None:
+        self.base_optimizer.step()  # Dynamo's version of it has other bits
+
+    @outside_graphs
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
 
+    @outside_graphs_but_for_callees
     def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
@@ -199,6 +207,7 @@ class TSAM(WrappingOptimizer):
         assert estimate is not None and estimate.first_loss is not None
         return estimate.first_loss
 
+    @outside_graphs
     def samples(self) -> Iterator[Sample]:
         """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
@@ -255,6 +264,7 @@ class TSAM(WrappingOptimizer):
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 
+    @outside_graphs
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
 
@@ -278,6 +288,7 @@ class TSAM(WrappingOptimizer):
         return parts[0] if len(parts) == 1 else parts
 
     @contextmanager
+    @outside_graphs
     def perturbed(self, sample: int = 0) -> Iterator[None]:
         """The parameters at θ+ε inside the block, θ bit for bit after it, exceptions included.
 
@@ -297,6 +308,7 @@ class TSAM(WrappingOptimizer):
             self._progress.inside_perturbed = False
             estimate.undo()
 
+    @outside_graphs
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
 
@@ -311,6 +323,7 @@ class TSAM(WrappingOptimizer):
         if self._progress.inside_perturbed:
             raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
 
+    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
@@ -330,6 +343,7 @@ class TSAM(WrappingOptimizer):
         if zero_grad:
             self.zero_grad()
 
+    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
 
@@ -354,6 +368,7 @@ class TSAM(WrappingOptimizer):
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
 
+    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
 
@@ -365,6 +380,7 @@ class TSAM(WrappingOptimizer):
         numbers = {"step": int(progress.step), "seed": progress.seed}
         return checkpoint.pack(self.base_optimizer, progress.sampler_state, self.group_names, **numbers)
 
+    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 
