@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from . import checkpoint
 from ._compile import outside_graphs, outside_graphs_but_for_callees
 from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
+from .closures import stands_for_none
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
@@ -172,6 +173,9 @@ class TSAM(WrappingOptimizer):
                 closures fails instead of training without perturbations.
         """
         loss = None
+        if closure is not None and stands_for_none(closure):
+            closure()  # the hooks of Lightning
+            closure = None
         if closure is not None:
             loss = self.estimate_gradient(closure)
         elif not self._progress.pending:
