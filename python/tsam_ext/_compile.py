@@ -1,24 +1,95 @@
-"""Lets torch.compile trace the functions of _C: Dynamo is told that each stands for its torch.ops object.
+"""What torch.compile is told of this package: which functions it may trace, and which it leaves to Python.
 
-Dynamo knows no function of an extension module by itself, and importing it takes longer than the rest of this package;
-so this waits until somebody imports it. Without Dynamo nothing here runs.
+Each function of _C stands for its torch.ops object: Dynamo knows no function of an extension module by itself. A step
+of the optimizer breaks the graph (outside_graphs). Importing Dynamo takes longer than the rest of this package, so this
+waits until somebody imports it. Without Dynamo nothing here runs, and no call of a marked function costs more.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
 
 from . import _C, _ops
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Function = TypeVar("Function", bound="type[torch.autograd.Function]")
+
+
+def kept_whole(function: Function) -> Function:
+    """Class decorator: Dynamo puts the Function itself into its graphs where it would put one that torch.func refuses.
+
+    That is what it does before torch 2.11 (its own has no setup_context); later ones trace what the Function does.
+    """
+    if torch.__version__ < "2.11":  # a comparison of versions, not of strings
+        allow: Callable[[Any], Any] = torch.compiler.allow_in_graph
+        _once_imported(lambda: allow(function))
+    return function
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Has torch.compile break the graph at a call of ``function`` and trace nothing that it calls, as decorator.
+
+    Models and functions that were compiled themselves stay so. A generator is wrapped: Dynamo looks anew each time that
+    one goes on.
+    """
+    if not inspect.isgeneratorfunction(function):
+        return _mark(function, and_below=True)
+
+    @functools.wraps(function)
+    def start(*args: P.args, **kwargs: P.kwargs) -> T:
+        return cast("T", _Resumed(cast("Iterator[Any]", function(*args, **kwargs))))
+
+    return _mark(start, and_below=True)
+
+
+def outside_graphs_but_for_callees(function: Callable[P, T]) -> Callable[P, T]:
+    """The same for a function that runs code of the user's, which Dynamo may compile."""
+    return _mark(function, and_below=False)
+
+
+def _mark(function: Callable[P, T], *, and_below: bool) -> Callable[P, T]:
+    # Dynamo's own sign of torch.compiler.disable, which is a wrapper of 1 us a call and needs Dynamo to be imported.
+    signed = cast("Any", function)
+    signed._torchdynamo_disable = True
+    signed._torchdynamo_disable_msg = "a step of TSAM moves the parameters between passes"
+    code: CodeType = signed.__code__
+    _once_imported(lambda: _leave_to_python(code, and_below))
+    return function
+
+
+def _leave_to_python(code: CodeType, and_below: bool) -> None:
+    """Tells Dynamo to compile no frame of this code, nor, ``and_below``, those that it calls."""
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # a torch without these: Dynamo tries to compile such frames where it meets them
+        return
+    below = _FrameAction.SKIP if and_below else _FrameAction.DEFAULT
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, below))
+
+
+def _once_imported(tell: Callable[[], Any]) -> None:
+    """Tells Dynamo something: now, or when it has been imported."""
+    if "torch._dynamo" in sys.modules and _finder not in sys.meta_path:
+        tell()
+    else:
+        _waiting.append(tell)
 
 
 def _register() -> None:
     from torch.compiler import substitute_in_graph
 
+    while _waiting:
+        _waiting.pop()()
     for name in _ops.NAMES:
         op = getattr(_ops, name)
 
@@ -81,8 +152,36 @@ class _Loader(importlib.abc.Loader):
 
 
 if "_finder" not in globals():  # a reload keeps the one that is there: Dynamo refuses to be told twice
+    _waiting: list[Callable[[], Any]] = []
     _finder = _Finder()
     if "torch._dynamo" in sys.modules:
         _register()
     else:
         sys.meta_path.insert(0, _finder)
+
+
+class _Resumed(Generic[T]):
+    """A generator each of whose turns is a call that Dynamo leaves alone."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    @outside_graphs
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    @outside_graphs
+    def __next__(self) -> T:
+        return cast("T", next(self._generator))
+
+    @outside_graphs
+    def throw(self, *error: Any) -> T:
+        return cast("T", self._generator.throw(*error))
+
+    @outside_graphs
+    def close(self) -> None:
+        self._generator.close()
+
+    @outside_graphs
+    def __del__(self) -> None:
+        self._generator.close()

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
+from ._compile import outside_graphs, outside_graphs_but_for_callees
 from .base import base_of, make_capturable
+from .closures import stands_for_none
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
@@ -173,6 +175,7 @@ class TSAM(PersistentOptimizer):
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 
+    @outside_graphs_but_for_callees
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
@@ -189,6 +192,9 @@ class TSAM(PersistentOptimizer):
                 ``scaler``; for a closure that never calls backward(), or that writes parameters.
         """
         progress, loss = self._progress, None
+        if closure is not None and stands_for_none(closure):
+            closure()  # the hooks of Lightning
+            closure = None
         if closure is not None:
             refuse_closure(self.scaler)
             with progress.whole_step():
@@ -201,20 +207,27 @@ class TSAM(PersistentOptimizer):
             return None
         else:
             progress.check_pending(self.scaler)
-        with progress.taken():
-            self.base_optimizer.step()
-            drop_derived()
+        self._step_base()
         return loss
 
+    @outside_graphs
+    def _step_base(self) -> None:
+        with self._progress.taken():
+            self.base_optimizer.step()  # Dynamo's version of it has other bits
+            drop_derived()
+
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
         super().zero_grad(set_to_none)
         self._progress.pending = False
 
+    @outside_graphs
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
 
+    @outside_graphs_but_for_callees
     def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor | None:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
@@ -236,6 +249,7 @@ class TSAM(PersistentOptimizer):
         passes.close()
         return None
 
+    @outside_graphs
     def samples(self) -> Generator[Sample]:
         """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
@@ -298,6 +312,7 @@ class TSAM(PersistentOptimizer):
     def _table(self) -> Table:
         return Table.of(self.param_groups, self.group_names, self._progress.step)
 
+    @outside_graphs
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
 
@@ -321,6 +336,7 @@ class TSAM(PersistentOptimizer):
         return parts[0] if len(parts) == 1 else parts
 
     @contextmanager
+    @outside_graphs
     def perturbed(self, sample: int = 0) -> Iterator[None]:
         """The parameters at θ+ε inside the block, θ bit for bit after it, exceptions included.
 
@@ -342,6 +358,7 @@ class TSAM(PersistentOptimizer):
             estimate.undo()
             self._progress.leave()
 
+    @outside_graphs
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
 
@@ -356,6 +373,7 @@ class TSAM(PersistentOptimizer):
         if self._progress.inside_perturbed:
             raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
 
+    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
@@ -377,6 +395,7 @@ class TSAM(PersistentOptimizer):
         if zero_grad:
             self.zero_grad()
 
+    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
 

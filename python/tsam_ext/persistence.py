@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, hooks
+from ._compile import outside_graphs
 from .base import WrappingOptimizer, with_capturable
 from .engine.checks import TSAM, refuse, shown
 from .progress import Progress
@@ -49,6 +50,7 @@ class PersistentOptimizer(WrappingOptimizer):
         kept = self._own.sampler_state.kept(parameter)
         return {f"{checkpoint.PREFIX}{name}": tensor for name, tensor in kept.items()}
 
+    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
 
@@ -66,6 +68,7 @@ class PersistentOptimizer(WrappingOptimizer):
         numbers = {"step": int(own.step), "seed": own.seed}
         return checkpoint.pack(self.base_optimizer, own.sampler_state, self.group_names, **numbers)
 
+    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 
@@ -89,6 +92,7 @@ class PersistentOptimizer(WrappingOptimizer):
             own.set_step(step)
             own.sampler_state.load(kept, [p for group in base.param_groups for p in group["params"]])
 
+    @outside_graphs
     def original_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` as it was before the step, or :meth:`perturbed` block, that is under way.
 

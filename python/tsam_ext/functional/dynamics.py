@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tsam_ext import _ops
+from tsam_ext._compile import kept_whole
 from tsam_ext.engine.checks import (
     check_alike,
     check_int,
@@ -229,6 +230,7 @@ def _vmap(function: Any, reverse: Any, info: Any, in_dims: tuple[int | None, ...
     return results, (0,) * len(results) if isinstance(results, tuple) else 0
 
 
+@kept_whole
 class _LeapfrogReverse(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -270,6 +272,7 @@ class _Leapfrog(_LeapfrogReverse):
         return moved.to(position.dtype), half_dot.to(momentum.dtype)
 
 
+@kept_whole
 class _KickReverse(torch.autograd.Function):
     @staticmethod
     def forward(momentum: Tensor, grad: Tensor, a: Tensor) -> Tensor:
@@ -302,6 +305,7 @@ class _Kick(_KickReverse):
         return moved.to(grad.dtype)
 
 
+@kept_whole
 class _PerturbReverse(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, radius: Tensor, seed: int, draw: int, base: int, kind: int) -> Tensor:

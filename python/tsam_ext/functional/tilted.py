@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tsam_ext import _ops
+from tsam_ext._compile import kept_whole
 from tsam_ext.engine.checks import check_alike, check_tensor, check_tilt, refuse
 
 from .transforms import apply, loop_of_vmap
@@ -116,6 +117,7 @@ class _Tilted(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
 
+@kept_whole
 class _TiltedLossReverse(_Tilted):
     @staticmethod
     def forward(losses: Tensor, tilt: float) -> Tensor:
@@ -138,6 +140,7 @@ class _TiltedLoss(_TiltedLossReverse):
         return (tilted_weights(losses, ctx.tilt) * losses_dot).sum()
 
 
+@kept_whole
 class _TiltedWeightsReverse(_Tilted):
     @staticmethod
     def forward(losses: Tensor, tilt: float) -> Tensor:
@@ -161,6 +164,7 @@ class _TiltedWeights(_TiltedWeightsReverse):
         return _ops.weights_backward(tilted_weights(losses, ctx.tilt), losses_dot, ctx.tilt)
 
 
+@kept_whole
 class _TiltedReduceReverse(_Tilted):
     @staticmethod
     def forward(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
