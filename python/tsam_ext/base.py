@@ -223,7 +223,11 @@ class WrappingOptimizer(Optimizer):
 
     @property
     def base_optimizer(self) -> Optimizer:
-        """The wrapped optimizer."""
+        """The wrapped optimizer.
+
+        Hooks registered on it run with it, once, when it is stepped, saved or loaded, by TSAM or alone; those of its
+        state see no entry of TSAM's. torch's global step hooks run there too.
+        """
         assert self._base is not None
         return self._base
 
