@@ -34,6 +34,7 @@ ORDER = [
     "estimates.hamiltonian",
     "estimates.perturbation",
     "estimates.estimate",
+    "estimates.parts",
     "estimates.item",
     "chain",
     "sampler_state",

@@ -22,14 +22,14 @@ from .closures import stands_for_none
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
-from .estimates import Estimate, PlainEstimate, Sample, Step
+from .estimates import Estimate, PlainEstimate, Sample, Step, part_of
 from .loss_scale import Scaler, check_scaler, refuse_closure
 from .module_state import ModuleWatch, drawn_seed, drop_derived
 from .persistence import PersistentOptimizer
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
-from .table import Table, others_of
+from .table import Table, first_device, others_of
 
 RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
@@ -147,9 +147,7 @@ class TSAM(PersistentOptimizer):
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
         self.model, self.scaler = model, check_scaler(scaler)
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        device = torch.device("cpu") if device.type == "meta" else device
-        key = drawn_seed() if seed is None else seed
+        device, key = first_device(self.param_groups), drawn_seed() if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
         self.keep(self._progress)
 
@@ -217,12 +215,6 @@ class TSAM(PersistentOptimizer):
             drop_derived()
 
     @outside_graphs
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
-        super().zero_grad(set_to_none)
-        self._progress.pending = False
-
-    @outside_graphs
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
@@ -269,7 +261,7 @@ class TSAM(PersistentOptimizer):
                 :meth:`perturbed`.
             TypeError, ValueError: if what comes is no loss, naming it.
         """
-        self._refuse_inside_perturbed("a step")
+        self._progress.refuse_inside_perturbed("a step")
         progress, settings = self._progress, self._settings
         progress.abort()
         plain = settings.is_plain(progress.step)
@@ -324,16 +316,7 @@ class TSAM(PersistentOptimizer):
             TypeError: for no argument.
             ValueError: for arguments of different lengths, or of another length than in the step's earlier passes.
         """
-        if not batch:
-            raise TypeError("TSAM: part: got no argument, expected the tensors of one batch")
-        rows = len(batch[0])
-        for i, rest in enumerate(batch):
-            if len(rest) != rows:
-                raise refuse(OPTIMIZER, f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
-        running = self._progress.running
-        begin, end = (0, rows) if running is None else running.take_part(rows)
-        parts = batch if (begin, end) == (0, rows) else tuple(item[begin:end] for item in batch)
-        return parts[0] if len(parts) == 1 else parts
+        return part_of(batch, self._progress.running)
 
     @contextmanager
     @outside_graphs
@@ -344,7 +327,7 @@ class TSAM(PersistentOptimizer):
         ascent along them as well; where it keeps a chain, where that stands. ``p.grad`` is left alone.
         """
         check_int(OPTIMIZER, "sample", sample, 0, self._settings.num_samples - 1)
-        self._refuse_inside_perturbed("perturbed()")
+        self._progress.refuse_inside_perturbed("perturbed()")
         if self._progress.running is not None:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
         estimate = self._new_estimate()
@@ -369,10 +352,6 @@ class TSAM(PersistentOptimizer):
             raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
         return self._progress.sampler_state.perturbations(self._table())
 
-    def _refuse_inside_perturbed(self, what: str) -> None:
-        if self._progress.inside_perturbed:
-            raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
-
     @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
@@ -381,7 +360,7 @@ class TSAM(PersistentOptimizer):
             RuntimeError: with other settings (use :meth:`samples`), or without a gradient.
         """
         self._check_two_steps("first_step")
-        self._refuse_inside_perturbed("first_step()")
+        self._progress.refuse_inside_perturbed("first_step()")
         self._progress.abort()
         estimate = self._progress.estimate = self._new_estimate()
         self._progress.enter(estimate)
@@ -414,11 +393,7 @@ class TSAM(PersistentOptimizer):
             self.zero_grad()
 
     def _check_two_steps(self, name: str) -> None:
-        if not self._settings.two_steps or self._table().draws:
-            raise RuntimeError(
-                f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
-                "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
-            )
+        self._settings.check_two_steps(name, draws=self._table().draws)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model", "scaler")}

@@ -93,6 +93,12 @@ class PersistentOptimizer(WrappingOptimizer):
             own.sampler_state.load(kept, [p for group in base.param_groups for p in group["params"]])
 
     @outside_graphs
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
+        super().zero_grad(set_to_none)
+        self._own.pending = False
+
+    @outside_graphs
     def original_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` as it was before the step, or :meth:`perturbed` block, that is under way.
 

@@ -87,6 +87,11 @@ class Progress:
             self.pending = False
             raise RuntimeError(f"TSAM: step() without a closure {cause}. Nothing was updated.")
 
+    def refuse_inside_perturbed(self, what: str) -> None:
+        """RuntimeError inside perturbed()."""
+        if self.inside_perturbed:
+            raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
+
     def abort(self) -> None:
         """Undoes what is left of an estimate that was not finished, or not used."""
         self.pending = False

@@ -80,10 +80,14 @@ class Settings:
             num_samples=self.num_samples, batch=self.batch, same_masks=self.same_masks, capturable=self.capturable
         )
 
-    @property
-    def two_steps(self) -> bool:
-        """Whether a step is one ascent and one gradient on the whole batch, as SAM's two-step form has it."""
-        return self.sampler.two_steps and self.num_samples == 1 and self.batch == "whole" and self.every == 1
+    def check_two_steps(self, name: str, *, draws: bool) -> None:
+        """RuntimeError unless a step is one ascent and one gradient on the whole batch; ``draws``: there is noise."""
+        alike = self.sampler.two_steps and self.num_samples == 1 and self.batch == "whole" and self.every == 1
+        if draws or not alike:
+            raise RuntimeError(
+                f"TSAM: {name}() is SAM's two-step form and needs num_samples=1, radius=0, the default sampler, "
+                "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
+            )
 
     @property
     def split(self) -> bool:

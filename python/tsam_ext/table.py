@@ -140,3 +140,9 @@ def others_of(modules: Iterable[nn.Module], groups: list[dict[str, Any]]) -> lis
                 seen.add(id(parameter))
                 others.append(parameter)
     return others
+
+
+def first_device(groups: list[dict[str, Any]]) -> torch.device:
+    """Where the first parameter lies; the CPU if there is none, or if it lies nowhere yet."""
+    device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device

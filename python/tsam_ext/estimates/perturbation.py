@@ -8,7 +8,6 @@ Invariant: a parameter is at θ₀, or its bits at θ₀ are with the origin.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -16,38 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
-from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.table import taken
 
 from .estimate import Estimate, Step
 from .item import Sample
-
-
-class Parts:
-    """How the rows of one batch are shared by its samples: of n rows sample j of s has those from ⌊jn/s⌋ on."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-        self.rows: int | None = None
-        self.asked = False  # whether the current pass has asked for its rows
-
-    def take(self, rows: int, index: int) -> tuple[int, int]:
-        """First and last row (exclusive) of sample ``index``; the first call says how many rows the batch has."""
-        if rows < 1:
-            raise refuse(TSAM, "part", "an empty batch", "at least one row")
-        if self.rows is None:
-            self.rows, self.num_samples = rows, min(self.num_samples, rows)
-        elif rows != self.rows:
-            raise refuse(TSAM, "part", f"{rows} rows", f"{self.rows}, as in the earlier passes of this step")
-        self.asked = True
-        return index * rows // self.num_samples, (index + 1) * rows // self.num_samples
-
-    def log_size(self, index: int) -> float:
-        """log of the rows of sample ``index``, relative to the first: parts of equal size leave exponents untouched."""
-        if self.rows is None:
-            return 0.0
-        begin, end = ((index + k) * self.rows // self.num_samples for k in (0, 1))
-        return math.log((end - begin) / (self.rows // self.num_samples))
+from .parts import Parts
 
 
 class PlainEstimate(Estimate):
