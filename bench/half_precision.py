@@ -27,7 +27,7 @@ from .run import accuracy
 from .train_report import mean_and_error
 
 WIDTHS = {"small": 256, "wide": 3072}
-EPOCHS = {"small": 40, "wide": 10}
+EPOCHS = {"small": 40, "wide": 6}
 FIRST_SEED, BATCH, RATE, MOMENTUM, LABEL_NOISE = 31, 64, 0.05, 0.9, 0.3
 METHODS = ("nearest", "stochastic", "float32")
 
@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--nets", nargs="+", choices=[*WIDTHS], default=[*WIDTHS], metavar="NAME",
                         help=f"nets, of {', '.join(WIDTHS)}")  # fmt: skip
-    parser.add_argument("--seeds", type=positive, default=4, help="how many seeds")
+    parser.add_argument("--seeds", type=positive, default=6, help="how many seeds")
     parser.add_argument("--epochs", type=positive, help=f"epochs per run (default: {EPOCHS})")
     parser.add_argument("--rho", type=float, default=0.05, help="length of the ascent")
 

@@ -74,8 +74,10 @@ class TSAM(PersistentOptimizer):
         capturable: count steps on the device, so that each replay of a CUDA graph of a step draws anew. Needs
             ``same_masks=False`` (a capture rewinds no generator), ``every=1``, a tilt that is no function, and of a
             base instance its own ``capturable=True`` if it has that option. Default False.
-        rounding: how θ+ε is rounded where a parameter is bfloat16 or float16, ``"nearest"`` (default) or
-            ``"stochastic"``: right in the mean, with random noise of its own. See :attr:`Diagnostics.realised_norm`.
+        rounding: how θ+ε is rounded where a parameter is bfloat16 or float16; float32 and float64 do not look.
+            ``"stochastic"`` (default): right in the mean, with random noise of its own. ``"nearest"`` loses what is
+            below half a unit in the last place. Better than both: float32 parameters under autocast. See
+            :attr:`Diagnostics.realised_norm`.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -115,7 +117,7 @@ class TSAM(PersistentOptimizer):
         scaler: Scaler = None,
         seed: int | None = None,
         capturable: bool = False,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding: Literal["nearest", "stochastic"] = "stochastic",
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}

@@ -50,7 +50,7 @@ class Settings:
     same_masks: bool
     generators: tuple[torch.Generator, ...]
     capturable: bool
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
 
     def __post_init__(self) -> None:
         set_own = object.__setattr__  # Python's own numbers in place of NumPy's, objects in place of names

@@ -106,7 +106,7 @@ class ReferenceTSAM:
         chain: str = "persistent",
         burn_in: int = 0,
         recycle: bool = False,
-        rounding: str = "nearest",
+        rounding: str = "stochastic",
         **base_kwargs: Any,
     ) -> None:
         make: Any = base_optimizer
