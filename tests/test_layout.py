@@ -25,6 +25,7 @@ ORDER = [
     "diagnostics",
     "checkpoint",
     "base",
+    "closures",
     "settings",
     "samplers",
     "estimates",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._compile import outside_graphs
 from ._cuda import why_not
 from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
 from .samplers import Sampler, owner_of
@@ -212,6 +213,11 @@ class WrappingOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         if self._base is not None:
             self._base.defaults = defaults
+
+    @outside_graphs
+    def step_base(self) -> None:
+        """The base optimizer's own step: one that torch.compile has traced may have other bits."""
+        self.base_optimizer.step()
 
     def _set_group_keys(self) -> None:
         """Our keys in the base's defaults, and in the groups that do not have them."""

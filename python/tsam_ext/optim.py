@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from ._compile import outside_graphs, outside_graphs_but_for_callees
+from ._compile import graphs_break_at, outside_graphs
 from .base import WrappingOptimizer, base_of, make_capturable, with_capturable
-from .closures import stands_for_none
+from .closures import closure_of_user
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
@@ -34,6 +34,8 @@ RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
+@graphs_break_at("step", "estimate_gradient", and_below=False)
+@graphs_break_at("apply", "samples", "part", "first_step", "second_step", "state_dict", "load_state_dict")
 class TSAM(WrappingOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
@@ -159,7 +161,6 @@ class TSAM(WrappingOptimizer):
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 
-    @outside_graphs_but_for_callees
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
@@ -172,10 +173,8 @@ class TSAM(WrappingOptimizer):
             RuntimeError: without a closure when no estimate is pending, so that a training loop which ignores
                 closures fails instead of training without perturbations.
         """
+        closure = closure_of_user(closure)
         loss = None
-        if closure is not None and stands_for_none(closure):
-            closure()  # the hooks of Lightning
-            closure = None
         if closure is not None:
             loss = self.estimate_gradient(closure)
         elif not self._progress.pending:
@@ -183,21 +182,15 @@ class TSAM(WrappingOptimizer):
                 "TSAM: step() without a closure needs an estimate: call step(closure), or estimate_gradient(closure) "
                 "or the samples() loop before it. Nothing was updated."
             )
-        self._step_base()
+        self.step_base()
         self._progress.pending = False
         self._progress.step += 1
         return loss
 
-    @outside_graphs
-    def _step_base(self) -> None:
-        self.base_optimizer.step()  # Dynamo's version of it has other bits
-
-    @outside_graphs
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
 
-    @outside_graphs_but_for_callees
     def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
@@ -211,7 +204,6 @@ class TSAM(WrappingOptimizer):
         assert estimate is not None and estimate.first_loss is not None
         return estimate.first_loss
 
-    @outside_graphs
     def samples(self) -> Iterator[Sample]:
         """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
@@ -268,7 +260,6 @@ class TSAM(WrappingOptimizer):
         )
         return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 
-    @outside_graphs
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
 
@@ -327,7 +318,6 @@ class TSAM(WrappingOptimizer):
         if self._progress.inside_perturbed:
             raise RuntimeError(f"TSAM: {what} inside perturbed(): it has moved the parameters; leave its block first.")
 
-    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
@@ -347,7 +337,6 @@ class TSAM(WrappingOptimizer):
         if zero_grad:
             self.zero_grad()
 
-    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
 
@@ -372,7 +361,6 @@ class TSAM(WrappingOptimizer):
                 "batch='whole' and every=1; use the samples() loop or step(closure) with these settings."
             )
 
-    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
 
@@ -384,7 +372,6 @@ class TSAM(WrappingOptimizer):
         numbers = {"step": int(progress.step), "seed": progress.seed}
         return checkpoint.pack(self.base_optimizer, progress.sampler_state, self.group_names, **numbers)
 
-    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _cuda, _ops
-from tsam_ext._compile import outside_graphs
+from tsam_ext._compile import graphs_break_at
 from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
@@ -64,6 +64,7 @@ class Report:
     dimension_over_rho: float = float("nan")
 
 
+@graphs_break_at("record", "__enter__", "__exit__")
 class Sample:
     """One gradient of a step: a context manager around the forward and backward passes that compute it.
 
@@ -83,7 +84,6 @@ class Sample:
         self.loss: Tensor | None = None
         self.done = False
 
-    @outside_graphs
     def record(self, loss: Tensor | float) -> None:
         """Records the loss (one element, any floating-point dtype) of this pass, once, inside ``with``.
 
@@ -105,13 +105,11 @@ class Sample:
             raise refuse(TSAM, "loss", f"a tensor on {loss.device}", f"one on {spread}, as the parameters are")
         self.loss = loss.detach()
 
-    @outside_graphs
     def __enter__(self) -> Sample:
         if self.done or self._estimate.closed:
             raise RuntimeError("TSAM: this item of samples() is over; enter each item once, as the loop yields it.")
         return self
 
-    @outside_graphs
     def __exit__(
         self,
         kind: type[BaseException] | None,
