@@ -28,6 +28,7 @@ ORDER = [
     "base",
     "hooks",
     "checkpoint",
+    "closures",
     "settings",
     "samplers",
     "estimates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import runpy
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,13 @@ NEEDS = {
 }
 
 
+def forget_accelerators() -> None:
+    """accelerate keeps one state a process, and refuses another precision later."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 @cache
 def run(name: str, *edits: tuple[str, str]) -> dict[str, Any]:
     """The recipe's names, and beside them what it has ``printed``; ``edits`` are made to its text first."""
@@ -42,6 +50,7 @@ def run(name: str, *edits: tuple[str, str]) -> dict[str, Any]:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     printed, threads, here = io.StringIO(), torch.get_num_threads(), os.getcwd()
+    forget_accelerators()
     torch.set_num_threads(1)  # the nets are small: a second thread would mostly wait
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"{name}.py")
@@ -55,6 +64,7 @@ def run(name: str, *edits: tuple[str, str]) -> dict[str, Any]:
         finally:
             os.chdir(here)
             torch.set_num_threads(threads)
+            forget_accelerators()
     return {**scope, "printed": printed.getvalue(), "left": left}
 
 

@@ -22,6 +22,7 @@ from . import _C, _ops
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Class = TypeVar("Class", bound=type)
 Function = TypeVar("Function", bound="type[torch.autograd.Function]")
 
 
@@ -52,9 +53,19 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return _mark(start, and_below=True)
 
 
-def outside_graphs_but_for_callees(function: Callable[P, T]) -> Callable[P, T]:
-    """The same for a function that runs code of the user's, which Dynamo may compile."""
-    return _mark(function, and_below=False)
+def graphs_break_at(*names: str, and_below: bool = True) -> Callable[[Class], Class]:
+    """Class decorator: :func:`outside_graphs` for these methods.
+
+    Not ``and_below``: they run code of the user's, which Dynamo may compile.
+    """
+
+    def marked(kind: Class) -> Class:
+        for name in names:
+            method = vars(kind)[name]
+            setattr(kind, name, outside_graphs(method) if and_below else _mark(method, and_below=False))
+        return kind
+
+    return marked
 
 
 def _mark(function: Callable[P, T], *, and_below: bool) -> Callable[P, T]:

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint
-from ._compile import outside_graphs, outside_graphs_but_for_callees
+from ._compile import graphs_break_at, outside_graphs
 from .base import base_of, make_capturable
-from .closures import stands_for_none
+from .closures import closure_of_user
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
 from .estimates import Estimate, PlainEstimate, Sample, Step, part_of
 from .loss_scale import Scaler, check_scaler, refuse_closure
-from .module_state import ModuleWatch, drawn_seed, drop_derived
+from .module_state import ModuleWatch, drawn_seed
 from .persistence import PersistentOptimizer
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
@@ -35,6 +35,8 @@ RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
+@graphs_break_at("step", "estimate_gradient", and_below=False)
+@graphs_break_at("apply", "samples", "part", "first_step", "second_step", "chain_position")
 class TSAM(PersistentOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
@@ -175,7 +177,6 @@ class TSAM(PersistentOptimizer):
             lines.append(f"    param_groups[{g}]: {len(group['params'])} parameters, {', '.join(options)}")
         return "\n".join(["TSAM (", *lines, ")"])
 
-    @outside_graphs_but_for_callees
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """With ``closure``: one whole step; returns the first pass's loss, detached. Without: :meth:`apply`.
 
@@ -191,10 +192,7 @@ class TSAM(PersistentOptimizer):
                 torch.distributed.checkpoint makes the base's state passes, and counts for nothing); with one beside
                 ``scaler``; for a closure that never calls backward(), or that writes parameters.
         """
-        progress, loss = self._progress, None
-        if closure is not None and stands_for_none(closure):
-            closure()  # the hooks of Lightning
-            closure = None
+        progress, loss, closure = self._progress, None, closure_of_user(closure)
         if closure is not None:
             refuse_closure(self.scaler)
             with progress.whole_step():
@@ -207,21 +205,13 @@ class TSAM(PersistentOptimizer):
             return None
         else:
             progress.check_pending(self.scaler)
-        self._step_base()
+        self.step_base()
         return loss
 
-    @outside_graphs
-    def _step_base(self) -> None:
-        with self._progress.taken():
-            self.base_optimizer.step()  # Dynamo's version of it has other bits
-            drop_derived()
-
-    @outside_graphs
     def apply(self) -> None:
         """The base optimizer's step with the gradient that an estimate has left in ``p.grad``."""
         self.step()
 
-    @outside_graphs_but_for_callees
     def estimate_gradient(self, closure: Callable[[], Any]) -> Tensor | None:
         """Fills ``p.grad`` with the tilted gradient and leaves the parameters as they are, bit for bit.
 
@@ -243,7 +233,6 @@ class TSAM(PersistentOptimizer):
         passes.close()
         return None
 
-    @outside_graphs
     def samples(self) -> Generator[Sample]:
         """The same estimate as a loop, one item per gradient, the same body for each; then :meth:`apply`.
 
@@ -306,7 +295,6 @@ class TSAM(PersistentOptimizer):
     def _table(self) -> Table:
         return Table.of(self.param_groups, self.group_names, self._progress.step)
 
-    @outside_graphs
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
 
@@ -343,7 +331,6 @@ class TSAM(PersistentOptimizer):
             estimate.undo()
             self._progress.leave()
 
-    @outside_graphs
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
 
@@ -354,7 +341,6 @@ class TSAM(PersistentOptimizer):
             raise RuntimeError("TSAM: chain_position() inside a step: the chain is moving.")
         return self._progress.sampler_state.perturbations(self._table())
 
-    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> None:
         """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
 
@@ -376,7 +362,6 @@ class TSAM(PersistentOptimizer):
         if zero_grad:
             self.zero_grad()
 
-    @outside_graphs
     def second_step(self, zero_grad: bool = False) -> None:
         """SAM's second half: puts the parameters back and steps with the gradient now in ``p.grad``.
 

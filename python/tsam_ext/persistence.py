@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, hooks
-from ._compile import outside_graphs
+from ._compile import graphs_break_at
 from .base import WrappingOptimizer, with_capturable
 from .engine.checks import TSAM, refuse, shown
+from .module_state import drop_derived
 from .progress import Progress
 from .sampler_state import JoinedState
 
 
+@graphs_break_at("state_dict", "load_state_dict", "zero_grad", "original_state_dict", "step_base", "train", "eval")
 class PersistentOptimizer(WrappingOptimizer):
     """Adds to the wrapping optimizer all that a checkpoint needs of what changes between its steps, its progress."""
 
@@ -50,7 +52,6 @@ class PersistentOptimizer(WrappingOptimizer):
         kept = self._own.sampler_state.kept(parameter)
         return {f"{checkpoint.PREFIX}{name}": tensor for name, tensor in kept.items()}
 
-    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with entries named ``tsam_...`` in each group and no scratch.
 
@@ -68,7 +69,6 @@ class PersistentOptimizer(WrappingOptimizer):
         numbers = {"step": int(own.step), "seed": own.seed}
         return checkpoint.pack(self.base_optimizer, own.sampler_state, self.group_names, **numbers)
 
-    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
 
@@ -92,13 +92,17 @@ class PersistentOptimizer(WrappingOptimizer):
             own.set_step(step)
             own.sampler_state.load(kept, [p for group in base.param_groups for p in group["params"]])
 
-    @outside_graphs
+    def step_base(self) -> None:
+        """The base optimizer's own step, which counts: one that torch.compile has traced may have other bits."""
+        with self._own.taken():
+            self.base_optimizer.step()
+            drop_derived()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as any optimizer does, and with them an estimate that no step has used."""
         super().zero_grad(set_to_none)
         self._own.pending = False
 
-    @outside_graphs
     def original_state_dict(self, model: nn.Module) -> dict[str, Any]:
         """``model.state_dict()`` as it was before the step, or :meth:`perturbed` block, that is under way.
 

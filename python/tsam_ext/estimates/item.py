@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tsam_ext._compile import outside_graphs
+from tsam_ext._compile import graphs_break_at
 from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.loss_scale import is_product
@@ -38,6 +38,7 @@ class Running(Protocol):
         """Puts everything back to before the step."""
 
 
+@graphs_break_at("record", "__enter__", "__exit__")
 class Sample:
     """One gradient of a step: a context manager around the forward and backward passes that compute it.
 
@@ -58,7 +59,6 @@ class Sample:
         self.done = False
         self.differentiable = False  # whether what was recorded is still part of a graph
 
-    @outside_graphs
     def record(self, loss: Tensor | float) -> None:
         """Records the loss (one element, any floating-point dtype) of this pass, once, inside ``with``.
 
@@ -94,13 +94,11 @@ class Sample:
         """Whether the pass has left a gradient anywhere so far."""
         return any(parameter.grad is not None for parameter in self._estimate.table.parameters)
 
-    @outside_graphs
     def __enter__(self) -> Sample:
         if self.done or self._estimate.closed:
             raise RuntimeError("TSAM: this item of samples() is over; enter each item once, as the loop yields it.")
         return self
 
-    @outside_graphs
     def __exit__(
         self,
         kind: type[BaseException] | None,
