@@ -198,7 +198,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 class Placed:
     """What check_parameters looks at of a parameter, on a device that need not be there."""
 
-    layout, dtype = torch.strided, torch.float32
+    layout, dtype, requires_grad = torch.strided, torch.float32, True
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -247,8 +247,8 @@ def test_the_oldest_gpu_is_the_first_that_the_build_names() -> None:
 def test_parameters_may_lie_on_several_devices_that_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "cause", None)
     check_parameters(named("cuda:0", "cuda:1", "cpu"))
-    with pytest.raises(ValueError, match="p1: got a tensor on meta, expected one that kernels run on"):
-        check_parameters(named("cuda:0", "meta"))
+    with pytest.raises(ValueError, match="p1: got a tensor on mps:0, expected one that kernels run on"):
+        check_parameters(named("cuda:0", "mps:0"))
     monkeypatch.setattr(_cuda, "cause", "there is a cause")
     with pytest.raises(ValueError, match=r"p1: got a tensor on cuda:0, expected one .*there is a cause"):
         check_parameters(named("cpu", "cuda:0"))

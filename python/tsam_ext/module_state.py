@@ -217,6 +217,11 @@ class ModuleWatch:
             self._tell()
 
     def _look(self, module: nn.Module, _inputs: Any) -> None:
+        norm = isinstance(module, _NormBase) and module.training and module.track_running_stats
+        if torch.compiler.is_compiling():  # into the graph of a model that was compiled, which may not break here
+            if norm:
+                self._norms = True
+            return
         if module in self._seen:
             return
         self._seen.add(module)
@@ -225,7 +230,7 @@ class ModuleWatch:
                 gradient = parameter.grad
                 version = -1 if gradient is None else gradient._version
                 self._others.setdefault(id(parameter), (parameter, gradient, version))
-        if module.training and isinstance(module, _NormBase) and module.track_running_stats:
+        if norm:
             self._norms = True
         elif module.training:
             for name, tensor in module._buffers.items():

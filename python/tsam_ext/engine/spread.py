@@ -62,6 +62,11 @@ class Spread:
         """Whether there is one device."""
         return len(self.devices) == 1
 
+    @property
+    def has_meta(self) -> bool:
+        """Whether any of the tensors has no memory."""
+        return any(device.type == "meta" for device in self.devices)
+
     def follow(self, scalars: Tensor, totals: slice = TOTAL) -> None:
         """Copies a tensor of scalars from the first device to the others; an op that gets it gets its device's."""
         if not self.alone:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tsam_ext import _cuda, _ops
 from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse
@@ -99,7 +100,8 @@ class Estimate(ABC):
         self.table, self.step = step.table, step
         self.num_samples, self.states_per_sample = step.num_samples, states_per_sample
         self.spread = Spread(step.table.parameters)
-        if any(device.type == "meta" for device in self.spread.devices):
+        nowhere = [p for p in step.table.parameters if p.is_meta] if self.spread.has_meta else []
+        if any(not isinstance(parameter, FakeTensor) for parameter in nowhere):
             raise refuse(TSAM, "params", "tensors on meta", "tensors in memory (build TSAM after module.to_empty())")
         self.state = new_state(self.num_samples * states_per_sample, self.spread.home)
         self.spread.follow(self.state)
