@@ -354,8 +354,8 @@ void hmc_place(DType dtype, void* position, void* saved, void* x, double scale, 
   for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_rounding<T>(round, [&](const auto& write) {
-      place_run(static_cast<T*>(position), static_cast<T*>(saved), static_cast<compute_t<T>*>(x), scale, adaptive,
-                draw, draw_scale, stream, element, n, past_caches, write);
+      place_run(static_cast<T*>(position), static_cast<T*>(saved), static_cast<compute_t<T>*>(x), scale, adaptive, draw,
+                draw_scale, stream, element, n, past_caches, write);
     });
   });
 }

@@ -39,9 +39,9 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // Lists: position, saved. As the CPU's perturb (save: read 1, write 2; otherwise read 1, write 1). The scale is the
 // state's noise scale times the tensor's.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted,
-                                                            const double* state, bool negate, bool save,
-                                                            CountedStream rounding) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted, const double* state, bool negate, bool save,
+                   CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
