@@ -129,7 +129,7 @@ template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     displacement_chunks(TSAM_PARAMETER(TableTriple) table, bool along, double* partial, int64_t n) {
   using C = compute_t<T>;
-  constexpr int W = kLanes<T>;
+  constexpr int W = 16 / sizeof(C);  // the sums take the other registers
   const Chunk chunk = chunk_of(table);
   const bool adaptive = table.adaptive[chunk.tensor];
   const T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
