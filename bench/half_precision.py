@@ -109,12 +109,12 @@ def run(options: argparse.Namespace) -> int:
         + "|"
     )
     for net in options.nets:
-        print("\n".join(_rows(net, [r for r in runs if r.net == net])))
+        print("\n".join(rows_of(net, [r for r in runs if r.net == net])))
     wrong = [f"{r.net}, {r.method}, seed {r.seed}: a loss that is not finite" for r in runs if not r.finite]
     return conclude(wrong, [], strict=False)
 
 
-def _rows(net: str, runs: list[Run]) -> list[str]:
+def rows_of(net: str, runs: list[Run]) -> list[str]:
     """A line for each method."""
     by = {method: [r for r in runs if r.method == method] for method in METHODS}
     base = [r.accuracy for r in by["nearest"]]

@@ -23,6 +23,7 @@ WORDS = {
     "perturb_chunks<float>": (1, 2),
     "grad_sum_squares<float>": (2, 0),
     "ascend_chunks<float>": (3, 2),
+    "displacement_chunks<float>": (3, 0),
     "accumulate_chunks<float>": (2, 1),
     "copy_chunks<float>": (1, 1),
     "weighted_sum<float>": (1, 1),

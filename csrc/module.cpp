@@ -92,8 +92,8 @@ PYBIND11_MODULE(_C, m) {
   expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool, List<int64_t>, int64_t, int64_t,
          int64_t>(m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save",
                   py::arg("base") = py::list(), py::arg("seed") = 0, py::arg("step") = 0, rounding);
-  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>>(m, ops, "displacement_", "position",
-                                                                            "saved", "grads", "sums", "rho", "adaptive");
+  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>>(
+      m, ops, "displacement_", "position", "saved", "grads", "sums", "rho", "adaptive");
   expose<void, Tensor, Tensor>(m, ops, "tilt_begin_", "state", "tilt");
   expose<void, Tensor, Tensor, double, int64_t, bool, bool>(m, ops, "tilt_update_", "state", "loss", "log_size", "row",
                                                             "skip_nonfinite", "last");

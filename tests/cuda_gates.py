@@ -26,7 +26,12 @@ TABLE = Path(__file__).with_name("cuda_accesses.txt")
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 REGISTERS = 64  # four blocks of 256 threads on an SM
 # Three blocks, rather than a spill (csrc/cuda/device.cuh).
-MORE_REGISTERS = {"hmc_pass<double": (("sm_100", "sm_120"), 80)}
+MORE_REGISTERS = {
+    "hmc_pass<double": (("sm_100", "sm_120"), 80),
+    "hmc_pass<tsam::StochasticBFloat16": (("sm_100", "sm_120"), 80),
+    "hmc_pass<tsam::StochasticFloat16": (("sm_100", "sm_120"), 80),
+    "perturb_chunks<tsam::StochasticFloat16>": (("sm_75",), 72),
+}
 
 
 def resources(library: Path) -> dict[Key, dict[str, int]]:

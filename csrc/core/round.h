@@ -9,8 +9,6 @@
 // rounding to nearest is and nowhere else: at the largest value nothing is rounded up; NaN as from_compute has it.
 #pragma once
 
-#include <type_traits>
-
 #include "dtype.h"
 
 namespace tsam {
@@ -30,7 +28,11 @@ constexpr bool kRounds = sizeof(T) == 2;
 struct StochasticBFloat16 : BFloat16 {};
 struct StochasticFloat16 : Float16 {};
 template <typename T>
-constexpr bool kStochastic = std::is_same_v<T, StochasticBFloat16> || std::is_same_v<T, StochasticFloat16>;
+constexpr bool kStochastic = false;
+template <>
+constexpr bool kStochastic<StochasticBFloat16> = true;
+template <>
+constexpr bool kStochastic<StochasticFloat16> = true;
 
 }  // namespace tsam
 

@@ -172,8 +172,8 @@ TSAM_HD void for_noise(int64_t n, uint64_t element, const Stream& stream, Body b
   }
 }
 
-// A sum whose rounding is part of its definition: element i of a run goes to lane i mod kLanes, and the lanes are folded
-// in halves. Float64 throughout, so that no gradient scale over- or underflows it.
+// A sum whose rounding is part of its definition: element i of a run goes to lane i mod kLanes, and the lanes are
+// folded in halves. Float64 throughout, so that no gradient scale over- or underflows it.
 struct LaneSum {
   double lane[kLanes] = {};
 

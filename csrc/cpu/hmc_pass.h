@@ -150,7 +150,7 @@ static HmcSums hmc_run(const cpu::HmcRun& run, const cpu::HmcPass& pass, int64_t
 // Saves the position and moves it by T x, x being drawn or what is there.
 template <typename T, typename Write>
 static void place_run(T* position, T* saved, compute_t<T>* x, double scale, bool adaptive, bool draw, double draw_scale,
-               const Stream& stream, uint64_t element, int64_t n, bool past_caches, const Write& write) {
+                      const Stream& stream, uint64_t element, int64_t n, bool past_caches, const Write& write) {
   using C = compute_t<T>;
   constexpr int W = 4 * kQuads;
   const HmcScale<C> functor{static_cast<C>(scale), adaptive};

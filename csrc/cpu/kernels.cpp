@@ -113,16 +113,18 @@ template <typename T, typename Write>
 void ascend_run(T* p, const T* o, T* kept, const T* g, int64_t n, double scale, bool past_caches, uint64_t element,
                 const Write& write) {
   using C = compute_t<T>;
+  // A draw of words is vectorised at its own width.
+  constexpr int W = std::is_same_v<Write, ToNearest> ? kLanes : 4 * kQuads;
   const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
-  for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-    if (kept != nullptr) save_block<kLanes>(p + i, count, kept + i, past_caches);
-    C x[kLanes], d[kLanes], gradient[kLanes];
+  for_blocks<W>(n, [&](int64_t i, auto count) {
+    if (kept != nullptr) save_block<W>(p + i, count, kept + i, past_caches);
+    C x[W], d[W], gradient[W];
     load(p + i, count, x);
     load(g + i, count, gradient);
     if (o != nullptr) {
       load(o + i, count, d);
     } else {
-      for (int k = 0; k < kLanes; ++k) d[k] = C(0);
+      for (int k = 0; k < W; ++k) d[k] = C(0);
     }
     functor(d, gradient, x);
     write(x, element + static_cast<uint64_t>(i), count, p + i);
@@ -354,8 +356,8 @@ void hmc_place(DType dtype, void* position, void* saved, void* x, double scale, 
   for_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_rounding<T>(round, [&](const auto& write) {
-      place_run(static_cast<T*>(position), static_cast<T*>(saved), static_cast<compute_t<T>*>(x), scale, adaptive,
-                draw, draw_scale, stream, element, n, past_caches, write);
+      place_run(static_cast<T*>(position), static_cast<T*>(saved), static_cast<compute_t<T>*>(x), scale, adaptive, draw,
+                draw_scale, stream, element, n, past_caches, write);
     });
   });
 }

@@ -58,9 +58,9 @@ TSAM_DEVICE void draw_lanes(const Stream& stream, uint64_t element, Lanes lanes,
 // Saves theta_0, and moves to the chain's state or (draw_scale not null) to a draw, which then is that state. Words:
 // read 2, write 2; a draw read 1, write 3.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, CountedStream counted,
-                                                              const double* chain, const double* draw_scale,
-                                                              CountedStream rounding) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    hmc_place_chunks(TSAM_PARAMETER(PlaceTable) table, CountedStream counted, const double* chain,
+                     const double* draw_scale, CountedStream rounding) {
   const Stream stream = stream_now(counted), words = kStochastic<T> ? stream_now(rounding) : Stream{};
   using C = compute_t<T>;
   const Chunk chunk = chunk_of(table);

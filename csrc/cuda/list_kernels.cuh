@@ -39,9 +39,9 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 // Lists: position, saved. As the CPU's perturb (save: read 1, write 2; otherwise read 1, write 1). The scale is the
 // state's noise scale times the tensor's.
 template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted,
-                                                            const double* state, bool negate, bool save,
-                                                            CountedStream rounding) {
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted, const double* state, bool negate, bool save,
+                   CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
@@ -129,7 +129,7 @@ template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     displacement_chunks(TSAM_PARAMETER(TableTriple) table, bool along, double* partial, int64_t n) {
   using C = compute_t<T>;
-  constexpr int W = kLanes<T>;
+  constexpr int W = 16 / sizeof(C);  // the sums take the other registers
   const Chunk chunk = chunk_of(table);
   const bool adaptive = table.adaptive[chunk.tensor];
   const T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);

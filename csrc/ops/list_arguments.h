@@ -39,7 +39,8 @@ struct Counter {
   CountedStream stream(Purpose purpose) const { return {make_stream(seed, step, purpose, draw), held}; }
 };
 
-// `number`: kToNearest, or the sample of the rounding's counter (core/round.h). `base` says where each tensor lies there.
+// `number`: kToNearest, or the sample of the rounding's counter (core/round.h). `base` says where each tensor lies
+// there.
 inline Rounding checked_rounding(const Op& op, int64_t number, int64_t seed, int64_t step, const double* held) {
   in_range({op, "rounding"}, number, kToNearest, kMaxSample);
   const bool stochastic = number != kToNearest;
