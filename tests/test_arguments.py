@@ -70,6 +70,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "dimension": 7,
         "negate": False,
         "save": True,
+        "rounding": "stochastic",
     },
     "grad_norm_": lambda: {"grads": pair(), "origin": pair(), "state": begun(), "adaptive": False, "row": 1},
     "ascend_": lambda: {
@@ -80,6 +81,11 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "rho": 0.1,
         "adaptive": False,
         "save": True,
+        "rounding": "stochastic",
+        "seed": 1,
+        "step": 0,
+        "sample": 0,
+        "base": [0, 4],
     },
     "tilt_begin_": lambda: {"state": begun(), "tilt": 1.0},
     "tilt_update_": lambda: {
@@ -102,10 +108,11 @@ def kind_of(op: str, name: str, value: object) -> str:
         "tilt": "tilt",
         "base": "integer" if op == "perturb" else "integers",
         "adaptive": "flags",
-        "rho": "lengths",
+        "rho": "numbers",
     }
     named |= {"loss": "number", "log_size": "plain number", "kind": "word", "device": "word", "step_size": "factor"}
     named |= {"a": "factor", "inverse_mass": "positive factor", "radius": "lengths" if op == "perturb_" else "length"}
+    named |= {"rounding": "word"}
     if name in named:
         return named[name]
     if isinstance(value, Tensor):
@@ -188,6 +195,7 @@ BAD: dict[str, dict[str, Any]] = {
     "positive factor": {**SCALARS, **NOT_FINITE, **BAD_FACTORS, **BELOW_ZERO, "0": 0},
     "length": {**SCALARS, **NOT_FINITE, **BELOW_ZERO, "two": lambda: torch.ones(2)},
     "lengths": {**NOT_NUMBERS, **TOO_LARGE, **NOT_FINITE, **BELOW_ZERO, **TENSOR_IN_NUMBERS},
+    "numbers": {**NOT_NUMBERS, **TOO_LARGE, **NOT_FINITE, **TENSOR_IN_NUMBERS},
     "flag": {**NOT_FLAGS, "list": [True]},
     "flags": NOT_FLAGS,
     "integer": {**NOT_INTEGERS, **OUT_OF_RANGE, "list": [1]},
@@ -198,10 +206,11 @@ BAD: dict[str, dict[str, Any]] = {
 BAD_ITEMS: dict[str, dict[str, Any]] = {
     "list": {**NOT_TENSORS, **BAD_TENSORS, "on another device": lambda: torch.ones(3, device="meta")},
     "lengths": {**BAD["lengths"], "list": [0.5]},
+    "numbers": {**BAD["numbers"], "list": [0.5]},
     "flags": {**NOT_FLAGS, "list": [True]},
     "integers": {**NOT_INTEGERS, **OUT_OF_RANGE, "list": [1]},
 }
-FIRST: dict[str, Any] = {"lengths": 0.5, "flags": True, "integers": 0}
+FIRST: dict[str, Any] = {"lengths": 0.5, "numbers": 0.5, "flags": True, "integers": 0}
 
 
 def rows() -> Iterator[Any]:
@@ -210,6 +219,7 @@ def rows() -> Iterator[Any]:
         for name, value in good().items():
             kind = kind_of(op, name, value)
             optional = {("accumulate_", "grads"), *(("perturb_", name) for name in ("base", "dimension", "step"))}
+            optional |= {("ascend_", name) for name in ("base", "step")}
             for label, bad in BAD[kind].items():
                 if not (label == "None" and (op, name) in optional):
                     yield pytest.param(op, name, None, bad, re.escape(name), id=f"{op}-{name}-{label}")
