@@ -7,6 +7,7 @@ not undone silently.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -235,12 +236,24 @@ def unused(task: Any, optimizer: TSAM) -> None:
         parameter.grad.mul_(2.0)
 
 
+def by_another(task: Any, optimizer: TSAM) -> None:
+    """What the optimizer of an earlier phase, or the original of a copy, has left in p.grad."""
+    earlier = TSAM(task.parameters, lr=0.1)
+    task.train(earlier, 1)
+    task.train(TSAM(task.parameters, lr=0.1), 2)
+    original = task.net
+    task.net, copied = copy.deepcopy((original, optimizer))
+    task.train(copied, 2)
+    task.net = original
+
+
 CLEARS: dict[str, Callable[[Any, TSAM], Any]] = {
     "to none": lambda task, optimizer: (optimizer.zero_grad(), task.train(optimizer, 1)),
     "to zero": lambda task, optimizer: (optimizer.zero_grad(set_to_none=False), task.train(optimizer, 1)),
     "never": lambda task, optimizer: task.train(optimizer, 1),
     "clipped": clipped,
     "unused": unused,
+    "by another": by_another,
     "by the model": lambda task, optimizer: (task.net.zero_grad(), task.train(optimizer, 1)),
 }
 

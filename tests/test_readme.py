@@ -48,7 +48,7 @@ def test_the_readme_s_code_runs_without_a_warning() -> None:
                     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), line
     assert run > 8
     assert all(p.isfinite().all() for p in scope["model"].parameters())
-    assert scope["trace"].draws[0].shape == (100, 2)
+    assert scope["trace"].draws.shape == (100, 2)
 
 
 def test_the_readme_s_blocks_are_python_or_plain() -> None:

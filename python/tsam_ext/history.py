@@ -46,7 +46,7 @@ class History:
         self._told: set[str] = set()
         self._left: list[weakref.ref[Tensor]] = []  # the gradients that the last estimate has left in p.grad
         self._versions: list[int] = []  # theirs, once the base optimizer has used them
-        self._has_looked = False
+        self._has_looked = self._knows_none = False
 
     def tell(self, message: str) -> None:
         """Warns of this once."""
@@ -58,6 +58,15 @@ class History:
         """Notes the gradients that an estimate has left in p.grad."""
         self._left, self._versions = list(map(weakref.ref, gradients)), []
 
+    def find(self, gradients: Iterable[Tensor | None]) -> None:
+        """Notes the gradients that are there before the first step: another optimizer's, which nobody accumulates."""
+        self.leave(gradient for gradient in gradients if gradient is not None)
+        self.used()
+
+    def copied(self) -> None:
+        """This is a copy's: the gradients that it finds in its first step are copies too."""
+        self._knows_none = True
+
     def used(self) -> None:
         """The base optimizer has stepped: whoever writes to these gradients from now on accumulates."""
         left = [gradient for ref in self._left if (gradient := ref()) is not None]
@@ -66,7 +75,8 @@ class History:
 
     def check_found(self, found: list[Tensor | None]) -> None:
         """Warns of gradients that are neither ours nor cleared; their values are looked at once, if ever."""
-        if self._has_looked or not any(gradient is not None for gradient in found):
+        knows_none, self._knows_none = self._knows_none, False
+        if knows_none or self._has_looked or not any(gradient is not None for gradient in found):
             return
         ours: dict[int, int | None] = {id(ref()): None for ref in self._left}
         ours |= zip((id(ref()) for ref in self._left), self._versions, strict=False)

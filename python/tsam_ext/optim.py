@@ -36,7 +36,7 @@ OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 
 
 @graphs_break_at("step", "estimate_gradient", and_below=False)
-@graphs_break_at("apply", "samples", "part", "first_step", "second_step", "chain_position")
+@graphs_break_at("apply", "samples", "part", "first_step", "second_step")
 class TSAM(PersistentOptimizer):
     """Tilted sharpness-aware minimization around a base optimizer.
 
@@ -153,6 +153,7 @@ class TSAM(PersistentOptimizer):
         self.model, self.scaler = model, check_scaler(scaler)
         device, key = first_device(self.param_groups), drawn_seed() if seed is None else seed
         self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
+        self._progress.history.find(p.grad for group in self.param_groups for p in group["params"])
         self.keep(self._progress)
 
     @property
@@ -331,6 +332,7 @@ class TSAM(PersistentOptimizer):
             estimate.undo()
             self._progress.leave()
 
+    @outside_graphs
     def chain_position(self) -> list[Tensor]:
         """ε where the sampler's Markov chain stands, one tensor per perturbed parameter, like it.
 

@@ -174,3 +174,4 @@ class Progress:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget()
+        self.history.copied()
