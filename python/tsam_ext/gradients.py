@@ -27,9 +27,8 @@ class Gradients:
         self._strides = list(map(STRIDE, table.parameters))
         self._has_looked = False  # at the dtypes: what torch allows in p.grad does not change within a step
 
-    @torch.no_grad()
     def gather(self) -> dict[int, Tensor]:
-        """What p.grad holds now; ValueError for a sparse gradient of a parameter that is ours."""
+        """What p.grad holds now; ValueError for a sparse gradient of a parameter that is ours. Under no_grad()."""
         table = self._table
         found = {i: gradient for i, gradient in enumerate(map(GRAD, table.parameters)) if gradient is not None}
         try:

@@ -19,6 +19,7 @@ from .engine.spread import Spread
 from .table import Table, as_real, taken
 
 GRAD = attrgetter("grad")
+WIDE = (torch.float32, torch.float64)
 _storage_users = torch._C._storage_Use_Count
 
 
@@ -41,15 +42,11 @@ HOLDERS, USERS = _alone()
 def owned(gradients: dict[int, Tensor]) -> set[int]:
     """Which of the gradients are nobody's but p.grad's and this dict's, memory included.
 
-    A view, a gradient inside a larger storage (a reducer's bucket), or one that a closure or a hook keeps would be
-    overwritten, by the next backward pass or by us.
+    A view, a gradient in a reducer's bucket, or one that a closure or a hook keeps would be overwritten, by the next
+    backward pass or by us.
     """
-    found = set()
-    for i, holders in zip(gradients, _holders(gradients), strict=True):
-        storage = gradients[i].untyped_storage()
-        if holders <= HOLDERS and _storage_users(storage._cdata) <= USERS and storage.nbytes() == gradients[i].nbytes:
-            found.add(i)
-    return found
+    found = {i for i, holders in zip(gradients, _holders(gradients), strict=True) if holders <= HOLDERS}
+    return {i for i in found if _storage_users(gradients[i].untyped_storage()._cdata) <= USERS}
 
 
 class Mean:
@@ -125,25 +122,34 @@ class Mean:
         """Whose memory may become the mean's: that of a gradient in full precision, where there was no p.grad."""
         found, own = self.found, self._table.own
         free = {i for i in owned(gradients) if found[i] is None or i >= own}
-        return {i for i in free if gradients[i].dtype in (torch.float32, torch.float64)}
+        return {i for i in free if gradients[i].dtype in WIDE}
 
-    def hand_over(self) -> None:
-        """The mean becomes p.grad: in the memory that p.grad had before, where there was any."""
-        for i, parameter in enumerate(self._table.parameters):
-            total, found = self.sums.get(i), self.found[i]
-            if i >= self._table.own:
+    def hand_over(self, *, mixed: bool) -> list[Tensor]:
+        """The mean becomes p.grad: in the memory that p.grad had before, where there was any. Returns what is there.
+
+        ``mixed``: whether gradients are in other dtypes than their parameters.
+        """
+        table, left = self._table, []
+        for i, (parameter, dtype, found) in enumerate(zip(table.parameters, table.dtypes, self.found, strict=True)):
+            total = self.sums.get(i)
+            if i >= table.own:
                 parameter.grad = found
                 if total is not None:
                     self._add_to_other(i, parameter, total)
-            elif found is not None:
+                continue
+            if found is not None:
                 room = as_real(found)
                 if total is None:
                     found.zero_()
                 elif total.data_ptr() != room.data_ptr():
                     room.copy_(total)
-                parameter.grad = found
-            else:
-                parameter.grad = None if total is None else self._as_gradient(i, parameter, total)
+                total = found
+            elif total is not None and (mixed or dtype not in WIDE):
+                total = self._as_gradient(i, parameter, total)
+            parameter.grad = total
+            if total is not None:
+                left.append(total)
+        return left
 
     def _as_gradient(self, index: int, parameter: Tensor, total: Tensor) -> Tensor:
         """The mean in the form that torch wants p.grad to have."""

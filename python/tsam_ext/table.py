@@ -130,8 +130,10 @@ def maximizes(groups: list[dict[str, Any]]) -> bool:
     return found == {True}
 
 
-def others_of(modules: Iterable[nn.Module], groups: list[dict[str, Any]]) -> list[Tensor]:
+def others_of(modules: Sequence[nn.Module], groups: list[dict[str, Any]]) -> list[Tensor]:
     """The parameters of these modules that another optimizer holds."""
+    if not modules:
+        return []
     seen = {id(parameter) for group in groups for parameter in group["params"]}
     others: list[Tensor] = []
     for module in modules:

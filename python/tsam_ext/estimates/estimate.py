@@ -23,7 +23,7 @@ from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
 from tsam_ext.history import NO_BATCH, NO_GRADIENT, TWO_GRADIENTS, VERSION, History
 from tsam_ext.loss_scale import Scaler, scale_now
-from tsam_ext.mean import GRAD, Mean
+from tsam_ext.mean import Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin, Scratch
 from tsam_ext.table import Table, taken
@@ -305,8 +305,7 @@ class Estimate(ABC):
         """θ₀ back, and the mean into p.grad."""
         self.origin.restore()
         drop_derived()
-        self.mean.hand_over()
-        self.step.history.leave(g for g in map(GRAD, self.table.parameters[: self.table.own]) if g is not None)
+        self.step.history.leave(self.mean.hand_over(mixed=self.gradients.mixed))
         self.closed = True
         self.forget()
 
