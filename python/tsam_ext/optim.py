@@ -46,8 +46,8 @@ class TSAM(PersistentOptimizer):
 
     Args:
         params: parameters or parameter groups, as for the base class; or a base optimizer itself; ``None`` if
-            ``base_optimizer`` is an instance. Dense float32, float64, bfloat16 or float16 tensors on the CPU, a GPU or
-            several devices. A group may set ``rho``, ``radius`` and ``adaptive`` of its own; where the base has an
+            ``base_optimizer`` is an instance. Dense float32, float64, bfloat16, float16 or complex tensors on the CPU,
+            a GPU or several devices; frozen ones may be anything. A group may set ``rho``, ``radius`` and ``adaptive`` of its own; where the base has an
             option of that name, ours is ``tsam_rho`` and so on.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. A number, or a
@@ -183,8 +183,8 @@ class TSAM(PersistentOptimizer):
 
         The closure computes the loss, calls ``backward()`` and returns the loss (one element). It runs once per
         gradient: as often as the sampler's page says, and once on plain steps of ``every``. ``p.grad`` is cleared
-        before each run. If the first run returns ``None`` and makes no gradient there was no batch: nothing changes, no
-        step is counted, and ``None`` comes back.
+        before each run. If the first run returns ``None`` and makes no gradient there was no batch: nothing changes
+        but what the closure did, no step is counted, and ``None`` comes back.
 
         Raises:
             TypeError, ValueError: if what comes is no loss, naming it. The closure's exceptions pass through.

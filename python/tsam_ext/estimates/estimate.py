@@ -310,19 +310,21 @@ class Estimate(ABC):
         self.forget()
 
     @torch.no_grad()
-    def abort(self) -> None:
-        """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
-        self._end(zero=True)
-
     def skip(self) -> None:
-        """As :meth:`abort`, and p.grad keeps its values: the batch was no batch."""
-        self.skipped = True
+        """The batch was no batch: parameters go back, and p.grad with its values.
+
+        Generators and buffers stay as the closure has left them: who skips at random would draw the same again.
+        """
+        self.closed = self.skipped = True
+        self.undo()
+        self.mean.give_back(zero=False)
+        self.forget()
         if not self.step.history.gradient_seen:
             self.step.history.tell(NO_BATCH)
-        self._end(zero=False)
 
     @torch.no_grad()
-    def _end(self, *, zero: bool) -> None:
+    def abort(self) -> None:
+        """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
         if self.closed:
             return
         self.closed = True
@@ -332,7 +334,7 @@ class Estimate(ABC):
         finally:
             drop_derived()
             if self._masks is not None and self._kept_buffers is not None:
-                self.mean.give_back(zero=zero and not self.capturing)
+                self.mean.give_back(zero=not self.capturing)
                 self._masks.rewind()
                 if not self.capturing:
                     self._kept_buffers.rewind()
