@@ -47,8 +47,8 @@ class TSAM(PersistentOptimizer):
     Args:
         params: parameters or parameter groups, as for the base class; or a base optimizer itself; ``None`` if
             ``base_optimizer`` is an instance. Dense float32, float64, bfloat16, float16 or complex tensors on the CPU,
-            a GPU or several devices; frozen ones may be anything. A group may set ``rho``, ``radius`` and ``adaptive`` of its own; where the base has an
-            option of that name, ours is ``tsam_rho`` and so on.
+            a GPU or several devices; frozen ones may be anything. A group may set ``rho``, ``radius`` and ``adaptive``
+            of its own; where the base has an option of that name, ours is ``tsam_rho`` and so on.
         base_optimizer: optimizer class (it gets ``base_kwargs``) or instance. Default: ``torch.optim.SGD``.
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. A number, or a
             function of the step, as ``radius`` may be. Default 0.05.
