@@ -257,7 +257,9 @@ def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 60  # 7 s on the clock of an idle machine
+    assert (
+        end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 300
+    )  # 7 s on the clock of one idle machine, 40 on that of another
     assert "no targets" in done.stdout
     assert (tmp_path / "ops-quick.md").read_text() in done.stdout
     assert (tmp_path / "ops-quick.png").stat().st_size > 10_000
