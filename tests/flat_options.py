@@ -11,6 +11,13 @@ from typing import Any
 from tsam_ext import HMC, TSAM, Ascent, Noise
 
 SAMPLERS = {"ascent": Ascent, "noise": Noise, "hmc": HMC}
+# One setting for each way to sample, as flat options.
+WAYS: dict[str, dict[str, Any]] = {
+    "ascent": {},
+    "noise": {"sampler": "noise"},
+    "hmc": {"sampler": "hmc", "delta": 4.0},
+    "sam": {"num_samples": 1, "radius": 0.0},
+}
 
 
 def nested(options: dict[str, Any]) -> dict[str, Any]:

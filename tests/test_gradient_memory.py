@@ -9,20 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from flat_options import tsam
+from flat_options import WAYS, tsam
 from torch import Tensor
-
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "ascent": {},
-    "noise": {"sampler": "noise"},
-    "hmc": {"sampler": "hmc", "delta": 4.0},
-    "sam": {"num_samples": 1, "radius": 0.0},
-}
 
 
 def test_a_closure_with_buffers_of_its_own_for_gradients(problem) -> None:
     """A graph's replay writes the same memory in every pass: nothing of it may become the mean."""
-    for name, options in SAMPLERS.items():
+    for name, options in WAYS.items():
         ours, theirs = problem(), problem()
         optimizer, twin = (tsam(t.parameters, lr=0.1, seed=3, **options) for t in (ours, theirs))
         sizes = [p.numel() for p in ours.parameters]

@@ -8,13 +8,14 @@ not undone silently.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from flat_options import tsam
+from flat_options import WAYS, tsam
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
@@ -22,26 +23,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tsam_ext import TSAM
 
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "ascent": {},
-    "noise": {"sampler": "noise"},
-    "hmc": {"sampler": "hmc", "delta": 4.0},
-    "sam": {"num_samples": 1, "radius": 0.0},
-}
-
 
 def bf16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("form", ["step", "loop", "two steps"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "form"), [*itertools.product(WAYS, ("step", "loop")), ("sam", "two steps")])
 def test_autocast_around_the_step_is_autocast_inside(problem, name: str, form: str) -> None:
     """Autocast keeps its copies of the weights until its outermost block ends; no pass may see those of another."""
-    if form == "two steps" and name != "sam":
-        pytest.skip("a form of SAM's")
     outside, inside = (problem(dtype=torch.float32, rows=32) for _ in range(2))
-    ours, twin = (tsam(t.parameters, lr=0.1, rho=0.5, seed=1, **SAMPLERS[name]) for t in (outside, inside))
+    ours, twin = (tsam(t.parameters, lr=0.1, rho=0.5, seed=1, **WAYS[name]) for t in (outside, inside))
 
     def closure() -> Tensor:
         loss = outside.loss()
@@ -88,12 +79,12 @@ def test_autocast_around_perturbed_shows_the_perturbation(problem) -> None:
         assert torch.equal(task.loss(), before)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", WAYS)
 def test_cached_parametrizations_around_the_step(problem, name: str) -> None:
     outside, inside = problem(), problem()
     for task in (outside, inside):
         weight_norm(task.net[0])
-    ours, twin = (tsam(t.parameters, lr=0.1, rho=0.5, seed=1, **SAMPLERS[name]) for t in (outside, inside))
+    ours, twin = (tsam(t.parameters, lr=0.1, rho=0.5, seed=1, **WAYS[name]) for t in (outside, inside))
     for _ in range(2):
         with parametrize.cached():
             ours.step(outside.closure(ours))
@@ -101,11 +92,11 @@ def test_cached_parametrizations_around_the_step(problem, name: str) -> None:
         assert outside.holds(inside.copies())
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_loop_that_never_calls_backward_fails(problem, name: str) -> None:
     """The base would decay the weights and train nothing."""
     task = problem()
-    optimizer = tsam(task.parameters, torch.optim.AdamW, weight_decay=0.5, **SAMPLERS[name])
+    optimizer = tsam(task.parameters, torch.optim.AdamW, weight_decay=0.5, **WAYS[name])
     copies, loss = task.copies(), task.loss()
     for closure in (task.loss, lambda: loss, lambda: 1.0):
         with pytest.raises(RuntimeError, match=r"no parameter has got a gradient: .* call backward\(\)"):
@@ -123,7 +114,7 @@ def test_a_loop_that_never_calls_backward_fails(problem, name: str) -> None:
 
 def test_the_first_half_of_sam_needs_a_gradient(problem) -> None:
     task = problem()
-    optimizer = tsam(task.parameters, lr=0.1, **SAMPLERS["sam"])
+    optimizer = tsam(task.parameters, lr=0.1, **WAYS["sam"])
     with pytest.raises(RuntimeError, match="no parameter has got a gradient"):
         optimizer.first_step()
     task.loss().backward()
@@ -315,11 +306,11 @@ class Bounded(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["max_norm", "clamp_"])
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", WAYS)
 def test_a_parameter_that_forward_writes_is_refused(name: str, how: str) -> None:
     net = Bounded(how)
     index = torch.arange(6)
-    optimizer = tsam(net.parameters(), lr=0.1, **SAMPLERS[name])
+    optimizer = tsam(net.parameters(), lr=0.1, **WAYS[name])
 
     def closure() -> Tensor:
         loss = net(index).square().mean()

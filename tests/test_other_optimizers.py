@@ -7,21 +7,14 @@ exception p.grad is what it was; they are not perturbed.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import pytest
 import torch
-from flat_options import tsam
+from flat_options import WAYS, tsam
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "ascent": {},
-    "noise": {"sampler": "noise"},
-    "hmc": {"sampler": "hmc", "delta": 4.0},
-    "sam": {"num_samples": 1, "radius": 0.0},
-    "split": {"batch": "split"},
-}
+SAMPLERS = WAYS | {"split": {"batch": "split"}}
 
 
 class Halves(nn.Module):

@@ -36,7 +36,7 @@ ON_ERROR = ("raise", "reject")
 
 
 def place_of(index: int, bare: bool) -> str:
-    """What a message calls a tensor of the position."""
+    """The name of one tensor of ``position`` in error messages."""
     return "position" if bare else f"position[{index}]"
 
 
