@@ -79,6 +79,20 @@ def test_autocast_around_perturbed_shows_the_perturbation(problem) -> None:
         assert torch.equal(task.loss(), before)
 
 
+def test_autocast_around_an_estimate_and_its_use_shows_the_weights_of_each_moment(problem) -> None:
+    """After the estimate those that it has put back, after apply() those of the step."""
+    task = problem(dtype=torch.float32)
+    optimizer = tsam(task.parameters, lr=0.5, rho=1.0, seed=0)
+    with bf16():
+        before = task.loss()
+        optimizer.estimate_gradient(task.closure(optimizer))
+        assert torch.equal(task.loss(), before)
+        optimizer.apply()
+        after = task.loss()
+    with bf16():
+        assert torch.equal(after, task.loss())
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_cached_parametrizations_around_the_step(problem, name: str) -> None:
     outside, inside = problem(), problem()
