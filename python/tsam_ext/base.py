@@ -23,8 +23,10 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks
 from ._cuda import why_not
 from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
+from .replicas import refuse_hidden
 from .samplers import Sampler, owner_of
 from .settings import GROUP_KEYS, check_group_options, check_group_values
+from .shards import as_local, sharding_of_all
 from .table import COMPLEX, maximizes
 
 OPTIMIZER = "a torch.optim.Optimizer class or instance"
@@ -115,9 +117,11 @@ def check_parameters(named: Iterator[tuple[str, Tensor]]) -> None:
     Frozen ones may be anything, and fake ones or those on meta come to lie somewhere later: ops look again.
     """
     spans: list[tuple[int, int, str]] = []
-    for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    sharding_of_all(trainable)
+    for name, parameter in trainable:
+        refuse_hidden(name, parameter)
+        parameter = as_local(parameter)
         if parameter.layout is not torch.strided:
             raise refuse(TSAM, name, f"a {parameter.layout} tensor", "a dense tensor")
         if parameter.dtype not in DTYPES and parameter.dtype not in COMPLEX:

@@ -20,7 +20,8 @@ from .engine.checks import TSAM, check_choice, refuse, shown
 from .engine.state import CHAIN_SLOTS, ChainSlot
 from .phase_space import PRIORS
 from .sampler_state import SamplerState, Saved
-from .table import Table, as_real
+from .shards import as_local, as_parameter, rows_of
+from .table import Table, kernel_form
 
 # What one step leaves for the next beside positions, by its name in a checkpoint.
 KEPT = {
@@ -64,7 +65,7 @@ class Chain(SamplerState):
         held = self._held(parameter)
         if held is None:
             self.started = False
-            tensor = as_real(parameter)
+            tensor = kernel_form(parameter)
             held = [torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False) for _ in range(3)]
             self.positions[parameter] = held
             self.momenta.pop(parameter, None)
@@ -75,7 +76,7 @@ class Chain(SamplerState):
         held = self.positions.get(parameter)
         if held is None:
             return None
-        first, tensor = held[0], as_real(parameter)
+        first, tensor = held[0], kernel_form(parameter)
         alike = first.shape == tensor.shape and first.stride() == tensor.stride()
         return held if alike and first.dtype == _wide(tensor) and first.device == tensor.device else None
 
@@ -144,11 +145,11 @@ class Chain(SamplerState):
     def kept(self, parameter: Tensor) -> dict[str, Tensor]:
         """Its position; zeros where it rests, as who loads a checkpoint in place needs room for one."""
         if self._goes_on(parameter):
-            return {POSITION: self._position(parameter, self._as_saved[0])}
+            return {POSITION: as_parameter(parameter, self._position(parameter, self._as_saved[0]))}
         if not parameter.requires_grad:
             return {}
-        tensor = as_real(parameter)
-        return {POSITION: torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False)}
+        tensor = kernel_form(parameter)
+        return {POSITION: as_parameter(parameter, torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False))}
 
     def check(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
         """ValueError unless ``saved`` is a chain's, or nothing's."""
@@ -162,19 +163,19 @@ class Chain(SamplerState):
             resting = numbers.get(RESTING)
             if not isinstance(resting, str) or not all(i.isdecimal() for i in resting.split()):
                 raise refuse(TSAM, f"{where}: {RESTING}", shown(resting), "the numbers of parameters in a string")
-        tensors = map(as_real, parameters)
-        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), tensors, strict=False)):
+        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
             if position is None:
                 continue
+            shape, dtype = (*parameter.shape, *(2,) * parameter.is_complex()), _wide(kernel_form(parameter))
             got: str | None = shown(position)
             if isinstance(position, Tensor):
                 got = f"a {position.layout} {position.dtype} tensor of shape {tuple(position.shape)}"
                 got += f" on {position.device.type}"
                 dense = position.layout is torch.strided and position.device.type != "meta"
-                if dense and position.dtype == _wide(parameter) and position.shape == parameter.shape:
-                    got = None if bool(position.isfinite().all()) else "a position that is not finite"
+                if dense and position.dtype == dtype and position.shape == shape:
+                    got = None if bool(as_local(position).isfinite().all()) else "a position that is not finite"
             if got is not None:
-                expected = f"a finite {_wide(parameter)} tensor of shape {tuple(parameter.shape)}"
+                expected = f"a finite {dtype} tensor of shape {shape}"
                 raise refuse(TSAM, f"{where}: {POSITION} of parameter {i}", got, expected)
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ class Chain(SamplerState):
             if position is not None and i not in resting:
                 if parameter in held:  # the same memory, which a captured step may know
                     self.positions[parameter] = held[parameter]
-                self.buffers(parameter)[0].copy_(position)
+                self.buffers(parameter)[0].copy_(rows_of(parameter, position))
         self.started = bool(self.positions)
 
     def perturbations(self, table: Table) -> list[Tensor]:
@@ -216,5 +217,6 @@ class Chain(SamplerState):
             tensor = table.tensors[i].detach()
             moved = table.rho[i] / unit * self.position(table.parameters[i])
             moved = (moved * tensor.abs() if table.adaptive[i] else moved).to(tensor.dtype)
-            found.append(torch.view_as_complex(moved) if table.dtypes[i].is_complex else moved)
+            moved = torch.view_as_complex(moved) if table.dtypes[i].is_complex else moved
+            found.append(as_parameter(table.parameters[i], moved))
         return found

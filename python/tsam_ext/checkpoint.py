@@ -21,6 +21,7 @@ from .engine.checks import TSAM, check_int, refuse, shown
 from .sampler_state import SamplerState, Saved
 from .samplers import Sampler
 from .settings import check_group_values
+from .shards import as_local
 from .table import length_at
 
 PREFIX = "tsam_"
@@ -77,7 +78,7 @@ def is_priming(base: Optimizer) -> bool:
     rates = [group.get("lr") for group in base.param_groups]
     gradients = [p.grad for p in _parameters(base) if p.grad is not None]
     bare = not base.state and all(rate is not None and float(rate) == 0.0 for rate in rates)
-    return bare and not any(bool(gradient.any()) for gradient in gradients)
+    return bare and not any(bool(as_local(gradient).any()) for gradient in gradients)
 
 
 def pack(

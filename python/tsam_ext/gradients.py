@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .engine.checks import DTYPES, TSAM, refuse
 from .mean import GRAD, Mean
-from .table import Table, as_real, taken
+from .shards import as_local
+from .table import Table, kernel_form, taken
 
 STRIDE = Tensor.stride
 
@@ -51,11 +52,12 @@ class Gradients:
                 raise refuse(TSAM, f"{table.name(index)}.grad", f"a {gradient.layout} tensor", "a dense gradient")
             self._mean.goes_back_sparse(index)
             gradient = gradient.to_dense()
-        if gradient.stride() != self._strides[index] or gradient.is_conj() or gradient.is_neg():
-            gradient = torch.empty_like(table.parameters[index], dtype=gradient.dtype).copy_(gradient)
+        gradient, like = as_local(gradient), as_local(table.parameters[index])
+        if gradient.stride() != like.stride() or gradient.is_conj() or gradient.is_neg():
+            gradient = torch.empty_like(like, dtype=gradient.dtype).copy_(gradient)
         if not gradient.is_complex() and gradient.dtype not in DTYPES:
             gradient = gradient.float()
-        return as_real(gradient)
+        return kernel_form(gradient)
 
     def as_moved(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
         """Those of what this optimizer holds in the dtypes of their parameters, as ops that move those want them."""

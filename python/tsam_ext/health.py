@@ -119,8 +119,8 @@ def _rounding(seen: Seen) -> float | None:
     """delta |L| eps: the state has it for float32, the loss's own dtype is known."""
     if seen.chain is None:
         return None
-    loss = seen.report.first_loss
-    wider = 1.0 if loss is None else torch.finfo(loss.dtype).eps * 2.0**23
+    report = seen.report
+    wider = 1.0 if report.first_loss is None else torch.finfo(report.loss_dtype).eps * 2.0**23
     return seen.chain[ChainSlot.ROUNDING] * wider
 
 

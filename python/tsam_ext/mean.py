@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import sys
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _ops
+from .engine.checks import TSAM, refuse
+from .engine.ranks import Ranks
 from .engine.spread import Spread
-from .table import Table, as_real, taken
+from .flat import Flat
+from .shards import as_parameter
+from .table import Table, kernel_form, taken
 
 GRAD = attrgetter("grad")
 WIDE = (torch.float32, torch.float64)
@@ -52,11 +57,13 @@ def owned(gradients: dict[int, Tensor]) -> set[int]:
 class Mean:
     """The mean of one step: ``sums`` has an entry for each parameter that has had a gradient, real where it is complex.
 
-    ``found``: p.grad of each parameter before the step.
+    ``found``: p.grad of each parameter before the step. ``flat``: where the mean is to lie in one run of memory, as
+    ranks add theirs up.
     """
 
     def __init__(self, table: Table, spread: Spread, state: Tensor) -> None:
         self.sums: dict[int, Tensor] = {}
+        self.flat: Flat | None = None
         self.found: list[Tensor | None] = []
         self._table, self._spread, self._state = table, spread, state
         self._sparse: set[int] = set()  # whose gradients came sparse, and so go back
@@ -97,29 +104,57 @@ class Mean:
         for i, gradient in gradients.items():
             if i not in self.sums:
                 wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-                room = self._room(i)
-                apart = room is not None and room.data_ptr() != gradient.data_ptr()
+                room = self._flat_room(i, wide) if self.flat is not None else self._room(i)
+                apart = self.flat is not None or (room is not None and room.data_ptr() != gradient.data_ptr())
                 if room is None or not apart or room.dtype != wide or room.stride() != gradient.stride():
                     room = torch.empty_like(gradient, dtype=wide)
                 self.sums[i] = room.zero_() if zero else room
 
+    def _flat_room(self, index: int, wide: torch.dtype) -> Tensor:
+        """The parameter's part of the run that ranks add up, whose dtype is the same on all."""
+        assert self.flat is not None
+        room = self.flat.views[index]
+        if room.dtype != wide:
+            got = f"a gradient that takes a {wide} mean"
+            raise refuse(TSAM, f"{self._table.name(index)}.grad", got, f"one that takes a {room.dtype} mean")
+        return room
+
     def _room(self, index: int) -> Tensor | None:
         """The memory that p.grad had before the step, if the mean may be written there."""
         found = self.found[index]
-        return None if found is None or index >= self._table.own else as_real(found)
+        return None if found is None or index >= self._table.own else kernel_form(found)
+
+    def start_sum(self, ranks: Ranks) -> list[Any]:
+        """The sum over ranks of their means, which are complete so far, under way; nothing is written meanwhile."""
+        assert self.flat is not None
+        self.flat.close(set(self.sums))
+        return self.flat.start(ranks)
+
+    def finish_sum(self, ranks: Ranks, works: list[Any], factor: float) -> None:
+        """The sums have arrived: ``factor`` times each is the mean from here on."""
+        flat = self.flat
+        assert flat is not None
+        for work in works:
+            ranks.finish(work)
+        flat.scale_(factor)
+        missing = set(range(len(flat.views))) - self.sums.keys()
+        missing -= flat.absent(missing) if missing else set()
+        self.sums |= {i: flat.views[i] for i in missing}
 
     def begins_in(self, gradients: dict[int, Tensor], indices: list[int], *, keep: bool) -> bool:
         """Whether a mean that has not begun can begin in the memory of these gradients, at all of the indices.
 
         ``keep``: it does; otherwise their memory only stands for it in an op that counts nothing.
         """
-        begins = not self.sums and self._adoptable(gradients).issuperset(indices)
+        begins = not self.sums and self.flat is None and self._adoptable(gradients).issuperset(indices)
         if begins and keep:
             self.sums = {i: gradients[i] for i in indices}
         return begins
 
     def _adoptable(self, gradients: dict[int, Tensor]) -> set[int]:
         """Whose memory may become the mean's: that of a gradient in full precision, where there was no p.grad."""
+        if self.flat is not None:
+            return set()
         found, own = self.found, self._table.own
         free = {i for i in owned(gradients) if found[i] is None or i >= own}
         return {i for i in free if gradients[i].dtype in WIDE}
@@ -138,7 +173,7 @@ class Mean:
                     self._add_to_other(i, parameter, total)
                 continue
             if found is not None:
-                room = as_real(found)
+                room = kernel_form(found)
                 if total is None:
                     found.zero_()
                 elif total.data_ptr() != room.data_ptr():
@@ -156,7 +191,7 @@ class Mean:
         if self._table.dtypes[index].is_complex:
             total = torch.view_as_complex(total)
         wanted = parameter.grad_dtype if hasattr(parameter, "grad_dtype") else parameter.dtype
-        return total if wanted is None or total.dtype == wanted else total.to(wanted)
+        return as_parameter(parameter, total if wanted is None or total.dtype == wanted else total.to(wanted))
 
     def _add_to_other(self, index: int, parameter: Tensor, total: Tensor) -> None:
         gradient = self._as_gradient(index, parameter, total)
@@ -177,4 +212,4 @@ class Mean:
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters."""
-        self.sums, self.found = {}, []
+        self.sums, self.found, self.flat = {}, [], None

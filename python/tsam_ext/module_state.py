@@ -21,16 +21,18 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .history import VERSION, History
+from .shards import drop_gathered
 
 STILL, COUNTED, SILENT = "still", "counted", "silent"  # how a buffer moves: with its version, or without
 
 
-def drop_derived() -> None:
+def drop_derived(sharded: Sequence[Any] = ()) -> None:
     """Drops what was made from the parameters where they were: they have moved, or are about to.
 
     Autocast keeps the low-precision copy of each weight until its outermost block ends, parametrize.cached() each
-    parametrized tensor.
+    parametrized tensor, and a module of fully_shard (``sharded``) the weights that it has gathered.
     """
+    drop_gathered(sharded)
     torch.clear_autocast_cache()
     if parametrize._cache_enabled:
         parametrize._cache.clear()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from . import checkpoint
@@ -22,14 +23,17 @@ from .closures import closure_of_user
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
 from .engine.checks import check_int, refuse, shown
-from .estimates import Estimate, PlainEstimate, Sample, Step, part_of
+from .estimates import Estimate, Sample, part_of
 from .loss_scale import Scaler, check_scaler, refuse_closure
-from .module_state import ModuleWatch, drawn_seed
+from .module_state import ModuleWatch
 from .persistence import PersistentOptimizer
+from .planning import Kind, planned
+from .processes import Processes
 from .progress import Progress
 from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
-from .table import Table, first_device, others_of
+from .table import Table, first_device
+from .together import Reduction, Sync
 
 RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
@@ -80,6 +84,15 @@ class TSAM(PersistentOptimizer):
             ``"stochastic"`` (default): right in the mean, with random noise of its own. ``"nearest"`` loses what is
             below half a unit in the last place. Better than both: float32 parameters under autocast. See
             :attr:`Diagnostics.realised_norm`.
+        process_group: the ranks that train this model with each other. ``"auto"`` (default): those of the
+            DistributedDataParallel that is ``model`` or runs in the first pass, or of parameters that are DTensors;
+            a group where neither says it (its backward passes reduce gradients); ``None``: this process trains alone.
+        sync: over several ranks, ``"global"`` (default): as one process on all their rows; ``"local"``: each rank
+            perturbs and tilts on its own rows, by noise of its own, and the gradients are averaged, once;
+            ``"samples"``: ranks have the same batch and share the samples.
+        reduction: of ``"global"``, ``"tail"`` (default): the mean so far travels beneath the last backward pass;
+            ``"manual"``: after it, one reduction less.
+        weigh_rows: of ``"manual"``: a rank counts by its rows, which it passes through :meth:`part`. Default False.
         **base_kwargs: go to the base class (``lr``, ``momentum``, ...).
 
     Raises:
@@ -120,6 +133,10 @@ class TSAM(PersistentOptimizer):
         seed: int | None = None,
         capturable: bool = False,
         rounding: Literal["nearest", "stochastic"] = "stochastic",
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
+        sync: Sync = "global",
+        reduction: Reduction = "tail",
+        weigh_rows: bool = False,
         **base_kwargs: Any,
     ) -> None:
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
@@ -143,6 +160,8 @@ class TSAM(PersistentOptimizer):
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
             raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
+        self._processes = Processes(process_group, sync=sync, reduction=reduction, weigh_rows=weigh_rows)
+        self._processes.check_model(model)
         if seed is not None:
             seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)
         base = base_of(params, base_optimizer, base_kwargs, chosen)
@@ -151,8 +170,8 @@ class TSAM(PersistentOptimizer):
             make_capturable(base, own=built)
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
         self.model, self.scaler = model, check_scaler(scaler)
-        device, key = first_device(self.param_groups), drawn_seed() if seed is None else seed
-        self._progress = Progress(chosen.init(device), key, device, capturable=capturable)
+        device = first_device(self.param_groups)
+        self._progress = Progress(chosen.init(device), seed, device, capturable=capturable)
         self._progress.history.find(p.grad for group in self.param_groups for p in group["params"])
         self.keep(self._progress)
 
@@ -229,8 +248,8 @@ class TSAM(PersistentOptimizer):
                 sample.record(loss)
         else:
             estimate = self._progress.estimate
-            assert estimate is not None and estimate.first_loss is not None
-            return estimate.first_loss
+            assert estimate is not None
+            return estimate.loss
         passes.close()
         return None
 
@@ -254,11 +273,10 @@ class TSAM(PersistentOptimizer):
             TypeError, ValueError: if what comes is no loss, naming it.
         """
         self._progress.refuse_inside_perturbed("a step")
-        progress, settings = self._progress, self._settings
+        progress = self._progress
         progress.abort()
-        plain = settings.is_plain(progress.step)
-        tilt = 0.0 if plain else settings.tilt_at(progress.step)
-        estimate = self._new_estimate(plain=plain, tilt=tilt)
+        plain = self._settings.is_plain(progress.step)
+        estimate = self._planned("plain" if plain else "sampled")
         progress.begin(estimate)
         looks = self.model is None and estimate.repeats and not progress.history.watched
         try:
@@ -269,29 +287,17 @@ class TSAM(PersistentOptimizer):
             if not progress.pending:
                 progress.leave(estimate)
 
-    def _new_estimate(self, *, plain: bool = False, tilt: float | Tensor = 0.0) -> Estimate:
-        progress, settings = self._progress, self._settings
-        modules = [] if self.model is None else list(self.model.modules())
-        table = Table.of(self.param_groups, self.group_names, progress.step, others_of(modules, self.param_groups))
-        if table.own:
-            progress.step_to(table.parameters[0].device)  # the model may have moved since
-        step = Step(
-            table=table,
-            scratch=progress.scratch,
-            seed=progress.signed_seed,
-            count=progress.step,
-            num_samples=1 if plain else settings.num_samples,
-            tilt=tilt,
-            split=settings.split and not plain,
-            skip_nonfinite_loss=settings.skip_nonfinite_loss,
-            same_masks=settings.same_masks,
-            modules=modules,
-            generators=settings.generators,
+    def _planned(self, kind: Kind) -> Estimate:
+        return planned(
+            kind,
+            self.param_groups,
+            self.group_names,
+            settings=self._settings,
+            progress=self._progress,
+            processes=self._processes,
+            model=self.model,
             scaler=self.scaler,
-            rounding=settings.rounding,
-            history=progress.history,
         )
-        return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 
     def _table(self) -> Table:
         return Table.of(self.param_groups, self.group_names, self._progress.step)
@@ -321,7 +327,7 @@ class TSAM(PersistentOptimizer):
         self._progress.refuse_inside_perturbed("perturbed()")
         if self._progress.running is not None:
             raise RuntimeError("TSAM: perturbed() inside a step: the parameters are perturbed already.")
-        estimate = self._new_estimate()
+        estimate = self._planned("visit")
         try:
             self._progress.inside_perturbed = True
             self._progress.enter(estimate)
@@ -352,7 +358,7 @@ class TSAM(PersistentOptimizer):
         self._check_two_steps("first_step")
         self._progress.refuse_inside_perturbed("first_step()")
         self._progress.abort()
-        estimate = self._progress.estimate = self._new_estimate()
+        estimate = self._progress.estimate = self._planned("two steps")
         self._progress.enter(estimate)
         try:
             estimate.first_half()
@@ -385,5 +391,5 @@ class TSAM(PersistentOptimizer):
         self._settings.check_two_steps(name, draws=self._table().draws)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "model", "scaler")}
+        own = {key: self.__dict__[key] for key in ("_settings", "_progress", "_processes", "model", "scaler")}
         return super().__getstate__() | own

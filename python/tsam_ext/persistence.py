@@ -19,6 +19,7 @@ from .engine.checks import TSAM, refuse, shown
 from .module_state import drop_derived
 from .progress import Progress
 from .sampler_state import JoinedState
+from .shards import as_local, as_parameter
 
 
 @graphs_break_at("state_dict", "load_state_dict", "zero_grad", "original_state_dict", "step_base", "train", "eval")
@@ -87,8 +88,10 @@ class PersistentOptimizer(WrappingOptimizer):
         base.load_state_dict(with_capturable(rest, base.param_groups) if isinstance(own.step, Tensor) else rest)
         self.set_group_keys()  # for a base that runs no hooks
         own.abort()
+        own.loads += 1
         if numbers is not None:
             step, own.seed, kept = numbers
+            own.seed_given = True
             own.set_step(step)
             own.sampler_state.load(kept, [p for group in base.param_groups for p in group["params"]])
 
@@ -122,16 +125,19 @@ class PersistentOptimizer(WrappingOptimizer):
         state: dict[str, Any] = model.state_dict()
         written: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for live, before in self._own.originals():
+            live = as_local(live)
             if live.numel():
                 written.setdefault(live.untyped_storage().data_ptr(), []).append((live, before))
         copies: dict[Any, Tensor] = {}  # tied entries share one, as they share their memory
         for name, value in state.items() if written else ():
             if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
-                memory = value.untyped_storage().data_ptr()
-                place = (memory, value.storage_offset(), value.shape, value.stride(), value.dtype)
-                original = copies[place] if place in copies else _original(value, written.get(memory, []))
+                held = as_local(value)
+                memory = held.untyped_storage().data_ptr()
+                place = (memory, held.storage_offset(), held.shape, held.stride(), held.dtype)
+                original = copies[place] if place in copies else _original(held, written.get(memory, []))
                 if original is not None:
-                    state[name] = copies[place] = original
+                    copies[place] = original
+                    state[name] = as_parameter(value, original)
         return state
 
     def train(self) -> None:

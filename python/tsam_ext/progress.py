@@ -20,6 +20,7 @@ from .estimates import Estimate
 from .health import Health
 from .history import History
 from .loss_scale import Scaler, has_moved_on
+from .module_state import drawn_seed
 from .origin import Scratch
 from .sampler_state import SamplerState
 
@@ -27,15 +28,19 @@ from .sampler_state import SamplerState
 class Progress:
     """``step`` counts completed steps, on the device where ``capturable``; ``sampler_state`` is the sampler's own."""
 
-    def __init__(self, sampler_state: SamplerState, seed: int, device: torch.device, *, capturable: bool) -> None:
+    def __init__(
+        self, sampler_state: SamplerState, seed: int | None, device: torch.device, *, capturable: bool
+    ) -> None:
         self.step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0
-        self.seed, self.sampler_state = seed, sampler_state
+        self.seed_given = seed is not None  # else it may become another rank's
+        self.seed, self.sampler_state = drawn_seed() if seed is None else seed, sampler_state
         self.forget()
 
     def forget(self) -> None:
         """Drops what no copy has: scratch, the running estimate, what describes the last steps."""
         self.scratch: Scratch = {}
         self.estimate: Estimate | None = None  # the last one, also while it runs
+        self.loads = 0  # checkpoints taken
         self.pending = False  # whether p.grad holds an estimate that no step has used
         self.left = False  # whether that estimate has left any gradient
         self.inside_perturbed = False
@@ -169,7 +174,7 @@ class Progress:
         self.step = self.step.fill_(step) if isinstance(self.step, Tensor) else step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "seed": self.seed, "sampler_state": self.sampler_state}
+        return {key: self.__dict__[key] for key in ("step", "seed", "seed_given", "sampler_state")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

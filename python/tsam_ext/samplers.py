@@ -41,7 +41,7 @@ MAX_SAMPLES = 1 << 16
 def shown_setting(value: object) -> str:
     """A setting for a repr; of a tensor the form alone, so that nothing waits for a device."""
     if isinstance(value, Tensor):
-        return f"<{value.dtype} tensor on {value.device}>"
+        return f"<{value.dtype} tensor on {value.device.type}>"
     return getattr(value, "__name__", "a function") if callable(value) else repr(value)
 
 

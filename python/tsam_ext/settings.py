@@ -33,7 +33,7 @@ Length = float | Callable[[int], float]
 BATCHES = ("whole", "split")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = {"tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators"}
-FOR_ALL |= {"seed", "model", "scaler", "rounding"}
+FOR_ALL |= {"seed", "model", "scaler", "rounding", "process_group", "sync", "reduction", "weigh_rows"}
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -110,6 +110,12 @@ class Settings:
     def shown(self) -> str:
         """The settings in a line; of tensors the form alone."""
         return ", ".join(f"{field.name}={shown_setting(getattr(self, field.name))}" for field in fields(self))
+
+    @property
+    def compared(self) -> str:
+        """The settings as ranks compare them: without generators, which are objects of each."""
+        names = (field.name for field in fields(self) if field.name != "generators")
+        return ", ".join(f"{name}={shown_setting(getattr(self, name))}" for name in names)
 
     def __repr__(self) -> str:
         return f"Settings({self.shown()})"

@@ -1,8 +1,9 @@
 """The parameters of a step in one list, and where each lies in the noise.
 
 Layout: element index = offset in the concatenation of all parameters in storage order, each base rounded up to a
-multiple of 4, frozen ones keeping theirs (csrc/core/philox.h); a complex parameter is two real ones per element.
-Parameters that another optimizer holds come last: they are not perturbed and take no element index.
+multiple of 4, frozen ones keeping theirs (csrc/core/philox.h); a complex parameter is two real ones per element. Of a
+sharded one the local rows lie where they do in the whole. Parameters that another optimizer holds come last: they are
+not perturbed and take no element index.
 Invariant: made afresh each step from the groups, so a changed rho, group or requires_grad is never missed.
 """
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .engine.checks import TSAM, check_length, refuse
+from .shards import PLAIN, Sharding, as_local, is_sharded
 
 Value = TypeVar("Value")
 COMPLEX = {torch.complex64, torch.complex128}
+PLAIN_TYPES = frozenset(PLAIN)
 
 
 def taken(values: Sequence[Value] | Mapping[int, Value], indices: Iterable[int]) -> list[Value]:
@@ -27,8 +30,10 @@ def taken(values: Sequence[Value] | Mapping[int, Value], indices: Iterable[int])
     return list(map(values.__getitem__, indices))
 
 
-def as_real(tensor: Tensor) -> Tensor:
-    """A tensor as kernels take it: a complex one as pairs of reals in the same memory, shape ``[..., 2]``."""
+def kernel_form(tensor: Tensor) -> Tensor:
+    """A tensor as kernels take it, in the same memory: of a sharded one this rank's rows, complex as ``[..., 2]``."""
+    if type(tensor) not in PLAIN:
+        tensor = as_local(tensor)
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
@@ -45,9 +50,9 @@ def length_at(value: Any, step: int | Tensor, where: str) -> float:
 class Table:
     """The trainable parameters of a step in order, and what each group says about them.
 
-    ``parameters``: as the user has them; ``tensors``: as kernels take them, see :func:`as_real`. ``moves``: indices of
-    the perturbed ones; ``own``: how many belong to the optimizer, the others being another's; ``base``: element index
-    of the first element; ``dimension``: how many real elements are perturbed.
+    ``parameters``: as the user has them; ``tensors``: as kernels take them, see :func:`kernel_form`. ``moves``: indices
+    of the perturbed ones; ``own``: how many belong to the optimizer, the others being another's; ``base``: element
+    index of the first element; ``dimension``: how many real elements are perturbed, over all ranks.
     """
 
     parameters: list[Tensor] = field(default_factory=list)
@@ -99,9 +104,17 @@ class Table:
         table.parameters += others
         table.dtypes += [parameter.dtype for parameter in table.parameters[table.own :]]
         table.tensors = table.parameters
-        if not COMPLEX.isdisjoint(table.dtypes):
-            table.tensors = list(map(as_real, table.parameters))
+        if not (COMPLEX.isdisjoint(table.dtypes) and PLAIN_TYPES.issuperset(map(type, table.parameters))):
+            table.tensors = list(map(kernel_form, table.parameters))
+            table._find_shards()
         return table
+
+    def _find_shards(self) -> None:
+        """Where the local rows of sharded parameters begin in the noise."""
+        for i, parameter in enumerate(self.parameters[: self.own]):
+            if is_sharded(parameter):
+                first = Sharding.of(parameter, self.name(i)).first_element(parameter)
+                self.base[i] += first * (1 + parameter.is_complex())
 
     def name(self, index: int) -> str:
         """Where a parameter stands in the groups."""

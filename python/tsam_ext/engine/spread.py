@@ -1,7 +1,7 @@
-"""A list over several devices: one call of an op per device; where all lie on one, the call itself.
+"""A list over several devices, or ranks: one call of an op per device; where all lie on one, the call itself.
 
 An op whose sums go over the whole list is called in stages (csrc/ops/list_arguments.h): stage n on each device, their
-sums added on the first device and copied to all, stage n + 1.
+sums added on the first device, then over the ranks that hold the other rows, and copied to all, stage n + 1.
 Layout: the step's scalars (``state``, a chain's) once per device, the first device's being the one that others read.
 Invariant: no device gets a tensor of another; all do the same scalar work on the same totals, so that the copies of the
 scalars stay alike, but for what a device counts of its own (saves).
@@ -10,13 +10,14 @@ scalars stay alike, but for what a device counts of its own (saves).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
-from tsam_ext import _ops
+from tsam_ext import _C, _ops
 
+from .ranks import Ranks
 from .state import Slot
 
 P = ParamSpec("P")
@@ -31,6 +32,20 @@ STAGES: dict[Callable[..., None], int] = {
 }
 TOTAL = slice(Slot.TOTAL, Slot.TOTAL + 1)  # where a state has the sums of a stage
 
+NORMED = tuple(normed for _, normed in _C.__noises__)  # whether a kind of noise needs the norm of the whole draw
+BALL = 1  # a prior, as csrc/core/hmc.h numbers them
+# Which stages of an op, but for the last, have sums that it needs, from its arguments by position, as
+# csrc/ops/schema.cpp has them. For the others no rank waits for another.
+SUMS: dict[Callable[..., None], Callable[..., tuple[bool, ...]]] = {
+    _ops.perturb_: lambda *a: (NORMED[a[9]],),
+    _ops.accumulate_perturb_: lambda *a: (NORMED[a[11]],),
+    _ops.grad_norm_: lambda *a: (True,),
+    _ops.hmc_place_: lambda *a: (a[14] and a[13] == BALL,),
+    _ops.hmc_begin_: lambda *a: (a[7],),
+    _ops.hmc_leapfrog_: lambda *a: (True, a[15] == BALL and a[19]),
+    _ops.hmc_end_: lambda *a: (True,),
+}
+
 
 def place_of(tensor: Tensor) -> Hashable:
     """What tells the devices of a list apart."""
@@ -42,9 +57,11 @@ class Spread:
 
     ``run(op, indices, *args)`` calls ``op(*args)`` for those tensors of the list: each list among the arguments has one
     entry per index, or none. Arguments by position, as a dispatcher's keywords cost a third of a short call.
+    ``shards``: the ranks that hold the other rows of the tensors; None where this process holds all.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], shards: Ranks | None = None) -> None:
+        self._shards = shards
         self._of = [place_of(tensor) for tensor in tensors]
         found = dict(zip(self._of, tensors, strict=True))
         self.devices = [tensor.device for tensor in found.values()] or [torch.device("cpu")]
@@ -63,14 +80,20 @@ class Spread:
         return len(self.devices) == 1
 
     @property
+    def complete(self) -> bool:
+        """Whether one device of this process holds all."""
+        return self.alone and self._shards is None
+
+    @property
     def has_meta(self) -> bool:
         """Whether any of the tensors has no memory."""
         return any(device.type == "meta" for device in self.devices)
 
     def follow(self, scalars: Tensor, totals: slice = TOTAL) -> None:
         """Copies a tensor of scalars from the first device to the others; an op that gets it gets its device's."""
-        if not self.alone:
+        if not self.alone or self._shards is not None:
             others = [torch.empty_like(scalars, device=device).copy_(scalars) for device in self.devices[1:]]
+            self._copies = [known for known in self._copies if known[1][0] is not scalars]
             self._copies.append((totals, [scalars, *others]))
 
     def saves(self, state: Tensor) -> list[int]:
@@ -81,9 +104,9 @@ class Spread:
 
     def total(self, scalars: Tensor) -> Tensor:
         """What all devices have left in their copies of a tensor of sums, added up, on the first."""
-        if self.alone:
-            return scalars
-        return torch.stack([own.to(self.home) for own in self._followed(scalars)[1]]).sum(0)
+        if not self.alone:
+            scalars = torch.stack([own.to(self.home) for own in self._followed(scalars)[1]]).sum(0)
+        return scalars if self._shards is None else self._shards.sum_(scalars)
 
     def at(self, device: int, index: int) -> bool:
         """Whether the list's tensor ``index`` lies on the device of that number."""
@@ -92,7 +115,14 @@ class Spread:
     def run(self, op: Callable[P, None], indices: Iterable[int], *args: P.args, **none: P.kwargs) -> None:
         """See the class."""
         if self.alone:
-            op(*args, **none)
+            sums = () if self._shards is None or op not in SUMS else SUMS[op](*args)
+            if not any(sums):
+                op(*args, **none)
+                return
+            for stage, summed in enumerate((*sums, False)):
+                cast(Callable[..., None], op)(*args, stage)
+                if summed:
+                    self._add_up(next(value for value in args if isinstance(value, Tensor)))
             return
         self._run_apart(op, indices, args)
 
@@ -126,8 +156,13 @@ class Spread:
         return value.to(self.devices[device])
 
     def _add_up(self, scalars: Tensor) -> None:
-        """The sums that a stage has left with the first of an op's scalars: of all devices, to each."""
+        """The sums that a stage has left with the first of an op's scalars: of all devices and ranks, to each."""
         totals, copies = self._followed(scalars)
-        sums = torch.stack([own[totals].to(self.home) for own in copies]).sum(0)
-        for own in copies:
-            own[totals].copy_(sums)
+        sums = copies[0][totals]
+        if not self.alone:
+            sums = torch.stack([own[totals].to(self.home) for own in copies]).sum(0)
+        if self._shards is not None:
+            self._shards.sum_(sums)
+        if not self.alone:
+            for own in copies:
+                own[totals].copy_(sums)

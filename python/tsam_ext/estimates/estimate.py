@@ -8,12 +8,12 @@ cleared. A leaf moves the parameters (passes it yields) and takes gradients; it 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tsam_ext import _cuda, _ops
@@ -21,73 +21,22 @@ from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
-from tsam_ext.history import NO_BATCH, NO_GRADIENT, TWO_GRADIENTS, VERSION, History
-from tsam_ext.loss_scale import Scaler, scale_now
+from tsam_ext.history import NO_BATCH, NO_GRADIENT, TWO_GRADIENTS, VERSION
+from tsam_ext.loss_scale import scale_now
 from tsam_ext.mean import Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
-from tsam_ext.origin import Origin, Scratch
-from tsam_ext.table import Table, taken
+from tsam_ext.origin import Origin
+from tsam_ext.shards import begin_anew
+from tsam_ext.table import taken
 
+from .displacement import realised
 from .item import Sample
+from .step import Report, Step
 
 BACKWARD = (
     "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
 )
 HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What an estimate is given.
-
-    ``seed``: signed 64-bit. ``count``: steps before this one; a tensor where steps are counted on the device.
-    ``scratch``: memory for copies that lasts between steps. ``modules``: of the model, whose buffers are looked after.
-    """
-
-    table: Table
-    scratch: Scratch
-    seed: int
-    count: int | Tensor
-    num_samples: int = 1
-    tilt: float | Tensor = 0.0
-    split: bool = False
-    skip_nonfinite_loss: bool = False
-    same_masks: bool = True
-    modules: Sequence[nn.Module] = ()
-    generators: Sequence[torch.Generator] = ()
-    scaler: Scaler = None
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    history: History = field(default_factory=History)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a completed step leaves for diagnostics and health; ``names`` are the diagnostics that say something of it.
-
-    ``state``: its scalars (engine/state.py); ``chain``: a copy of the chain's. ``tilt_weighs``: whether a tilt makes
-    the weights differ if it acts. ``dimension_over_rho``: d/ρ, NaN where groups differ in rho. ``first_loss``: of the
-    first pass. ``moved``: whether noise or a chain has moved the parameters. ``split``: whether samples saw parts.
-    ``scale``: of the closure's gradients, if any; then ``rho``: the largest, and ``product``: whether a recorded loss
-    looks like a scaled one.
-    ``realised``: of half-precision parameters, where any are perturbed: float64 [3], how far they were from θ₀ at the
-    last counted sample. ‖(θ-θ₀)/D‖; the same over the largest rho or radius of theirs; and of the ascent along the
-    gradient the share that is left, (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)², NaN where there is no ascent.
-    """
-
-    state: Tensor
-    num_samples: int
-    names: tuple[str, ...]
-    states_per_sample: int = 1
-    tilt_weighs: bool = False
-    chain: Tensor | None = None
-    dimension_over_rho: float = float("nan")
-    first_loss: Tensor | None = None
-    moved: bool = False
-    split: bool = False
-    scale: Tensor | None = None
-    rho: float = 0.0
-    product: bool = False
-    realised: Tensor | None = None
 
 
 class Estimate(ABC):
@@ -99,7 +48,8 @@ class Estimate(ABC):
     def __init__(self, step: Step, states_per_sample: int = 1) -> None:
         self.table, self.step = step.table, step
         self.num_samples, self.states_per_sample = step.num_samples, states_per_sample
-        self.spread = Spread(step.table.parameters)
+        self.together = step.together
+        self.spread = Spread(step.table.tensors, step.together.shards)
         nowhere = [p for p in step.table.parameters if p.is_meta] if self.spread.has_meta else []
         if any(not isinstance(parameter, FakeTensor) for parameter in nowhere):
             raise refuse(TSAM, "params", "tensors on meta", "tensors in memory (build TSAM after module.to_empty())")
@@ -107,9 +57,9 @@ class Estimate(ABC):
         self.spread.follow(self.state)
         self.capturing = any(map(_cuda.capturing, self.spread.devices))
         if isinstance(step.count, Tensor):  # counted on the device, where a captured step finds it at each replay
-            if not self.spread.alone:
-                got = f"True with parameters on {self.spread}"
-                raise refuse(TSAM, "capturable", got, "False, or parameters on one device")
+            if not self.spread.alone or self.together.several:
+                got = f"True with parameters on {self.spread}" + " of several ranks" * self.together.several
+                raise refuse(TSAM, "capturable", got, "False, or parameters on one device of one process")
             self.state[Slot.STEP] = step.count
             self.noise_step = STEP_HELD
         elif self.capturing:
@@ -118,7 +68,8 @@ class Estimate(ABC):
             self.noise_step = step.count % (1 << 32)
         self.scale = scale_now(step.scaler, self.spread.home)
         self.product = False
-        self.first_loss: Tensor | None = None
+        self.first_loss: Tensor | None = None  # of all ranks, where there are several
+        self._loss_dtype = torch.float64  # as it was recorded
         self.current: Sample | None = None
         self.closed = self.skipped = False
         self.tilt = self.state[Slot.TILT]
@@ -149,7 +100,7 @@ class Estimate(ABC):
     def visit(self, sample: int) -> None:
         """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back."""
         self.move_to(sample)
-        drop_derived()
+        drop_derived(self.step.sharded)
 
     @torch.no_grad()
     def first_half(self) -> None:
@@ -181,12 +132,19 @@ class Estimate(ABC):
         """Notes that the current pass asks for its rows of a batch; first and last row (exclusive): all of them."""
         return 0, rows
 
+    def saw(self, batch: tuple[Any, ...]) -> None:
+        """Takes note of the batch that the current pass asks for; other ranks' may count by their rows."""
+        self.together.saw(batch)
+
     def passes(self) -> Iterator[Sample]:
         """One item per gradient. Ending early, by break or exception, puts everything back."""
         try:
             self._begin()
             yield from self.moves()
             self.complete()
+        except Exception as error:
+            self.together.fail(error)
+            raise
         finally:
             self.current = None
             self.abort()
@@ -194,6 +152,7 @@ class Estimate(ABC):
     @torch.no_grad()
     def _begin(self) -> None:
         step, capturing = self.step, self.capturing
+        self.together.begin(self.spread.home, self._restart)
         self.mean.begin()
         if not capturing:
             step.history.check_found(self.mean.found[: self.table.own])
@@ -202,6 +161,30 @@ class Estimate(ABC):
         self.tilt = self.scalar(step.tilt)
         self.spread.run(_ops.tilt_begin_, (), self.state, self.tilt)
 
+    @property
+    def counts_apart(self) -> bool:
+        """Whether passes that count steer nothing, so that ranks may add up their means instead of their gradients."""
+        return False
+
+    @torch.no_grad()
+    def _restart(self, seed: int) -> None:
+        """Ranks have come to know each other in the first pass, whose model has not run yet: its place may change."""
+        self.step = replace(self.step, seed=seed)
+        self.origin.restore()
+        assert self.current is not None
+        if self.current.index != self.together.first:
+            self.current.index = self.together.first
+            if self.current.index >= self.num_samples:
+                got = f"{self.num_samples} with sync='samples' and more ranks than that"
+                raise refuse(TSAM, "num_samples", got, "as many as ranks, or model=ddp, by which ranks know each other")
+        self.move_again(self.current.index)
+        self._note_versions()
+        drop_derived(self.step.sharded)
+
+    @abstractmethod
+    def move_again(self, sample: int) -> None:
+        """Moves the parameters from θ₀ to where the step's first gradient is taken; they have been moved already."""
+
     def scalar(self, value: float | Tensor) -> Tensor:
         """What a loss is multiplied by, as the kernels take it: negative where the base optimizer maximizes."""
         maximize = self.table.maximize
@@ -209,21 +192,32 @@ class Estimate(ABC):
             return value.detach().neg() if maximize else value.detach()
         return torch.full((), -value if maximize else value, dtype=torch.float64, device=self.state.device)
 
-    def one_pass(self, index: int, *, probe: bool) -> Iterator[Sample]:
-        """Yields one item, with no gradients and the random numbers of the step's first pass."""
-        self.current = Sample(self, index, probe)
+    def one_pass(self, index: int, *, probe: bool, steers: bool, last: bool) -> Iterator[Sample]:
+        """Yields one item, with no gradients and the random numbers of the step's first pass.
+
+        ``steers``: its gradient moves the parameters. ``last``: it is the last of the step.
+        """
+        self.current = Sample(self, index, probe, steers=steers, last=last)
         if self.first_loss is not None and self.step.same_masks and self._masks is not None:
             self._masks.rewind()
         for parameter in self.table.parameters:
             parameter.grad = None
-        drop_derived()
+        drop_derived(self.step.sharded)
         self._passes += 1
+        self._note_versions()
+        if last:
+            with torch.no_grad():
+                self.together.before_last(self.mean)
+        self.together.begin_pass(steers=steers, last=last)
+        yield self.current
+        self.together.end_pass()
+        if not self.current.done:
+            raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
+
+    def _note_versions(self) -> None:
         # A forward that writes parameters does so early; two passes of a step are looked at, as it takes some time.
         moved = taken(self.table.tensors, self.table.moves) if self._passes <= 2 and self.repeats else []
         self._versions = list(map(VERSION, moved))
-        yield self.current
-        if not self.current.done:
-            raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
 
     @torch.no_grad()
     def end_pass(self, sample: Sample, loss: Tensor) -> None:
@@ -238,8 +232,14 @@ class Estimate(ABC):
             self.step.history.gradient_seen = True
         elif self.table.own:
             self._without_gradients(sample)
+        self._loss_dtype = loss.dtype
+        loss = self.together.meet(loss)
+        gradients = self.together.weigh(gradients, steers=sample.steers)
         if self.first_loss is None:
             self.first_loss = loss.clone()
+            self.together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
+        if sample.last:
+            self.together.after_last(self.mean)
         self.take(sample, loss, gradients)
 
     def _check_unwritten(self) -> None:
@@ -270,41 +270,20 @@ class Estimate(ABC):
 
     @torch.no_grad()
     def measure(self, gradients: dict[int, Tensor]) -> None:
-        """Notes how far the half-precision parameters are from θ₀, and how far along these gradients, for the report.
-
-        Words of half precision: read 3, without gradients 2; of wider parameters none.
-        """
-        if not self.half:
-            return
-        table = self.table
-        sums = torch.zeros(3, dtype=torch.float64, device=self.spread.home)
-        self.spread.follow(sums)
-        along = [i for i in self.half if i in gradients]
-        for chosen, known in ((along, True), ([i for i in self.half if i not in gradients], False)):
-            chosen = [i for i in chosen if i in self.origin.copies]
-            if chosen:
-                self.spread.run(
-                    _ops.displacement_,
-                    chosen,
-                    taken(table.tensors, chosen),
-                    taken(self.origin.copies, chosen),
-                    taken(gradients, chosen) if known else [],
-                    sums,
-                    taken(table.rho, chosen),
-                    taken(table.adaptive, chosen),
-                )
-        sums = self.spread.total(sums)
-        longest = max(max(table.rho[i], table.radius[i]) for i in self.half)
-        # Where the base optimizer maximizes, the ascent goes downhill.
-        downhill = -1.0 if table.maximize else 1.0
-        norm, share = sums[0].sqrt(), downhill * sums[1] * self.state[Slot.GRAD_NORM] / sums[2]
-        self._realised = torch.stack([norm, norm / longest, share])
+        """Notes for the report how far half-precision parameters are from θ₀, and how far along these gradients."""
+        if self.half:
+            norm = self.state[Slot.GRAD_NORM]
+            self._realised = realised(self.table, self.spread, self.origin.copies, self.half, gradients, norm)
 
     @torch.no_grad()
     def complete(self) -> None:
-        """θ₀ back, and the mean into p.grad."""
+        """θ₀ back, and the mean of all ranks into p.grad."""
+        together = self.together
+        if self.first_loss is None:  # no sample was this rank's
+            together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
+        self.first_loss = together.finish(self.mean, self.state, self.first_loss, self.states_per_sample)
         self.origin.restore()
-        drop_derived()
+        drop_derived(self.step.sharded)
         self.step.history.leave(self.mean.hand_over(mixed=self.gradients.mixed))
         self.closed = True
         self.forget()
@@ -315,6 +294,7 @@ class Estimate(ABC):
 
         Generators and buffers stay as the closure has left them: who skips at random would draw the same again.
         """
+        self.together.skip()
         self.closed = self.skipped = True
         self.undo()
         self.mean.give_back(zero=False)
@@ -322,9 +302,17 @@ class Estimate(ABC):
         if not self.step.history.gradient_seen:
             self.step.history.tell(NO_BATCH)
 
+    def fail(self, error: BaseException | None) -> None:
+        """As :meth:`abort`, by an exception, which other ranks get to know of."""
+        try:
+            self.together.fail(error)
+        finally:
+            self.abort()
+
     @torch.no_grad()
     def abort(self) -> None:
         """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
+        self.together.end_pass()
         if self.closed:
             return
         self.closed = True
@@ -332,7 +320,8 @@ class Estimate(ABC):
             if not self.capturing:  # under capture nothing has run, and what ends takes no more launches
                 self.undo()
         finally:
-            drop_derived()
+            drop_derived(self.step.sharded)
+            begin_anew(self.step.sharded)
             if self._masks is not None and self._kept_buffers is not None:
                 self.mean.give_back(zero=not self.capturing)
                 self._masks.rewind()
@@ -345,7 +334,7 @@ class Estimate(ABC):
         """θ₀ back, after an exception too."""
         self.origin.undo()
         self.origin.forget()
-        drop_derived()
+        drop_derived(self.step.sharded)
 
     @torch.no_grad()
     def originals(self) -> list[tuple[Tensor, Tensor]]:
@@ -366,6 +355,12 @@ class Estimate(ABC):
         return any(parameter.grad is not None for parameter in self.table.parameters[: self.table.own])
 
     @property
+    def loss(self) -> Tensor:
+        """The loss of the step's first pass, over all ranks."""
+        assert self.first_loss is not None
+        return self.first_loss.to(self._loss_dtype)
+
+    @property
     def report(self) -> Report:
         """What diagnostics and health of the completed step are computed from."""
         return Report(
@@ -376,6 +371,7 @@ class Estimate(ABC):
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
             first_loss=self.first_loss,
+            loss_dtype=self._loss_dtype,
             moved=self.table.draws,
             split=self.step.split,
             scale=self.scale,

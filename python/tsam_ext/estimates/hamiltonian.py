@@ -24,8 +24,9 @@ from tsam_ext.mean import owned
 from tsam_ext.phase_space import PhaseSpace
 from tsam_ext.table import taken
 
-from .estimate import Estimate, Report, Step
+from .estimate import Estimate
 from .item import Sample
+from .step import Report, Step
 
 INNER, START, END = 0, 1, 2  # the parts of a trajectory, as csrc/core/recycle.h has them
 
@@ -70,25 +71,35 @@ class HamiltonianEstimate(Estimate):
         self._zeros: dict[int, Tensor] = {}
 
     def moves(self) -> Iterator[Sample]:
-        """1 + N (burn_in + s) passes."""
-        phase = self._place(fresh=self._fresh_start)
-        yield from self._pass(0, counted=False)
+        """1 + N (burn_in + s) passes, s being this rank's samples; none where it has none."""
+        if self.together.first >= self.num_samples:
+            return
+        self._place(fresh=self._fresh_start)
+        yield from self._pass(self.together.first, counted=False)
+        phase = self._phase  # placed anew where ranks came to know each other in that pass
+        assert phase is not None
         self._take_start(phase)
-        for trajectory in range(self._burn_in + self.num_samples):
-            sample = trajectory - self._burn_in
+        own = range(self.together.first, self.num_samples, self.together.stride)
+        for trajectory, sample in enumerate([-1] * self._burn_in + list(own)):
             for n in range(len(self._substeps)):
                 self._leapfrog(phase, trajectory, n)
                 if self._recycles and n > 0 and sample >= 0:
                     self._recycle(phase, INNER, sample, n - 1, self._fresh)
-                yield from self._pass(max(sample, 0), counted=sample >= 0)
+                last = sample == own[-1] and n == len(self._substeps) - 1
+                yield from self._pass(max(sample, own[0]), counted=sample >= 0, last=last)
             self._end_trajectory(phase, trajectory, sample)
         self.measure({})
         if self.chain.adapts:
             phase.adapt(self.chain.highest_log_step)
 
-    def _pass(self, index: int, *, counted: bool) -> Iterator[Sample]:
+    def _pass(self, index: int, *, counted: bool, last: bool = False) -> Iterator[Sample]:
         self._fresh = {}  # the closure is about to make others
-        yield from self.one_pass(index, probe=not counted)
+        yield from self.one_pass(index, probe=not counted, steers=True, last=last)
+
+    def move_again(self, sample: int) -> None:
+        """The chain begins again from where the step found it, or from another draw."""
+        self.chain.go_back()
+        self._place(fresh=self._fresh_start)
 
     def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
         """Keeps the pass's loss and gradients; what they are for is the trajectory's to know."""
@@ -130,7 +141,7 @@ class HamiltonianEstimate(Estimate):
             rho=taken(table.rho, table.moves),
             adaptive=taken(table.adaptive, table.moves),
             base=taken(table.base, table.moves),
-            seed=self.step.seed,
+            seed=self.together.chain_seed(self.step.seed),
             step=self.noise_step,
             dimension=table.dimension,
             prior=chain.prior_number,
@@ -148,6 +159,8 @@ class HamiltonianEstimate(Estimate):
         delta = self.tilt if self._delta is None else self.scalar(self._delta)
         gradients = self._of_moved(self._carried)
         phase.begin(gradients, self._loss, tilt=self.tilt, delta=delta, automatic=self._automatic)
+        if self._automatic:
+            self.together.decided(phase.scalars, self.state)
         if self._scaling is not None:
             self._scaling.spoiled(self._loss)  # the step, but no trajectory of it
             make_finite(self._carried.values())
@@ -181,8 +194,9 @@ class HamiltonianEstimate(Estimate):
             row=-1 if self._recycles else max(sample, -1),
             metropolis=self._metropolis,
             skip_nonfinite=self.step.skip_nonfinite_loss,
-            last=sample == self.num_samples - 1,
+            last=self._closes(sample),
         )
+        self.together.decided(phase.scalars, self.state)
         for i in self._fresh.keys() - self._carried.keys():
             self._carried[i] = torch.zeros_like(self._fresh[i])
         indices = sorted(self._carried)
@@ -190,15 +204,15 @@ class HamiltonianEstimate(Estimate):
             n = len(self._substeps)
             self._recycle(phase, START, sample, n, self._carried)
             self._recycle(phase, END, sample, n - 1, self._fresh)
-        counted = sample >= 0 and not self._recycles
+        counted, first = sample >= 0 and not self._recycles, self.together.first
         # Before and at the first counted sample the proposal's memory may stand for the mean; once counted it is.
-        begins = sample <= 0 and self.mean.begins_in(self._fresh, indices, keep=counted)
+        begins = sample <= first and self.mean.begins_in(self._fresh, indices, keep=counted)
         fresh = [self._fresh[i] if i in self._fresh else self._zero(i) for i in indices]
         carried = taken(self._carried, indices)
         if begins:
             phase.carry(indices, fresh, carried, [], count=counted)
         else:
-            self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > 0)
+            self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > first)
             phase.carry(indices, taken(self.mean.sums, indices), carried, fresh, count=counted)
 
     @torch.no_grad()
@@ -211,17 +225,22 @@ class HamiltonianEstimate(Estimate):
             part=part,
             metropolis=self._metropolis,
             skip_nonfinite=self.step.skip_nonfinite_loss,
-            last=part == END and sample == self.num_samples - 1,
+            last=part == END and self._closes(sample),
         )
-        self.mean.add(gradients, adopt=False, zero=part != INNER or (sample, row) != (0, 0))
+        self.mean.add(gradients, adopt=False, zero=part != INNER or (sample, row) != (self.together.first, 0))
+
+    def _closes(self, sample: int) -> bool:
+        """Whether the weights are complete with this sample; those of several ranks may not be."""
+        return self.together.closes and sample == self.num_samples - 1
 
     def complete(self) -> None:
         """As the base class's, and the chain goes on from where it is."""
         if self._scaling is not None:
             self._scaling.put_back(self.mean.sums.values())
         super().complete()
-        self.chain.step_ends(taken(self.table.parameters, self.table.moves))
-        self._under_way = False
+        if self._under_way:  # not where this rank had no sample
+            self.chain.step_ends(taken(self.table.parameters, self.table.moves))
+            self._under_way = False
 
     def undo(self) -> None:
         """As the base class's, and the chain is where the step found it."""

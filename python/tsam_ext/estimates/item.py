@@ -34,8 +34,8 @@ class Running(Protocol):
     def end_pass(self, sample: Sample, loss: Tensor) -> None:
         """The passes are over: their loss, and their gradients in p.grad."""
 
-    def abort(self) -> None:
-        """Puts everything back to before the step."""
+    def fail(self, error: BaseException | None) -> None:
+        """Puts everything back to before the step, after an exception."""
 
 
 @graphs_break_at("record", "__enter__", "__exit__")
@@ -51,8 +51,12 @@ class Sample:
         done: whether the pass is over.
     """
 
-    def __init__(self, estimate: Running, index: int, probe: bool) -> None:
+    def __init__(self, estimate: Running, index: int, probe: bool, *, steers: bool, last: bool) -> None:
         self._estimate = estimate
+        self.steers, self.last = (
+            steers,
+            last,
+        )  # whether its gradient moves the parameters; whether it is the step's last
         self.index = index
         self.probe = probe
         self.loss: Tensor | None = None
@@ -106,7 +110,7 @@ class Sample:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
-            self._estimate.abort()
+            self._estimate.fail(error)
             return
         if self._estimate.skipped:
             return
@@ -114,8 +118,8 @@ class Sample:
             if self.loss is None:
                 raise RuntimeError("TSAM: sample.record(loss) was not called inside 'with sample:'.")
             self._estimate.end_pass(self, self.loss)
-        except BaseException:
-            self._estimate.abort()
+        except BaseException as failure:
+            self._estimate.fail(failure)
             raise
         self.done = True
 

@@ -18,6 +18,9 @@ class Splits(Protocol):
     def take_part(self, rows: int) -> tuple[int, int]:
         """First and last row (exclusive) of the current pass, of so many."""
 
+    def saw(self, batch: tuple[Any, ...]) -> None:
+        """Takes note of the batch that was asked for."""
+
 
 def part_of(batch: tuple[Any, ...], running: Splits | None) -> Any:
     """The current pass's rows of each entry: one object for one entry, a tuple for several; all where nothing runs."""
@@ -28,6 +31,8 @@ def part_of(batch: tuple[Any, ...], running: Splits | None) -> Any:
         if len(rest) != rows:
             raise refuse(TSAM, f"part: argument {i}", f"{len(rest)} rows", f"{rows}, as in argument 0")
     begin, end = (0, rows) if running is None else running.take_part(rows)
+    if running is not None:
+        running.saw(batch)
     parts = batch if (begin, end) == (0, rows) else tuple(item[begin:end] for item in batch)
     return parts[0] if len(parts) == 1 else parts
 

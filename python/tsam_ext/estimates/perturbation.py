@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
+from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.table import taken
 
-from .estimate import Estimate, Step
+from .estimate import Estimate
 from .item import Sample
 from .parts import Parts
+from .step import Step
 
 
 class PlainEstimate(Estimate):
@@ -34,7 +36,10 @@ class PlainEstimate(Estimate):
 
     def moves(self) -> Iterator[Sample]:
         """One pass, where the parameters are."""
-        yield from self.one_pass(0, probe=False)
+        yield from self.one_pass(0, probe=False, steers=False, last=True)
+
+    def move_again(self, sample: int) -> None:
+        """Nowhere but θ₀."""
 
     def take(self, sample: Sample, loss: Tensor, gradients: dict[int, Tensor]) -> None:
         """The gradient is the mean."""
@@ -69,15 +74,31 @@ class PerturbationEstimate(Estimate):
         return self.num_samples > 1 or self._ascends
 
     def moves(self) -> Iterator[Sample]:
-        """One pass per sample; with an ascent a probe before it."""
-        index = 0
+        """One pass per sample of this rank's; with an ascent a probe before it."""
+        together = self.together
+        index = together.first
         while index < self.num_samples:  # which part() may lower
             self._move_to(index)
             for probe in (True, False) if self._ascends else (False,):
                 if self.parts is not None:
                     self.parts.asked = False
-                yield from self.one_pass(index, probe=probe)
-            index += 1
+                last = not probe and index + together.stride >= self.num_samples
+                for sample in self.one_pass(index, probe=probe, steers=probe, last=last):
+                    yield sample
+                    index = sample.index  # ranks that come to know each other in the first pass may share the samples
+            index += together.stride
+
+    @property
+    def counts_apart(self) -> bool:
+        """All but probes."""
+        return True
+
+    def move_again(self, sample: int) -> None:
+        """As before the first pass, by what is known now; refused where that has taken another sample's rows."""
+        if self.parts is not None and self.parts.asked and self.together.stride > 1:
+            got = "'split' with sync='samples', and part() came before the model"
+            raise refuse(TSAM, "batch", got, "'whole', or model=ddp, by which ranks know each other before the pass")
+        self._move_to(sample)
 
     @torch.no_grad()
     def _move_to(self, index: int) -> None:
@@ -100,8 +121,9 @@ class PerturbationEstimate(Estimate):
         """Ascends along the gradients of a probe; weighs the others into the mean."""
         if self.parts is not None and not self.parts.asked:
             raise RuntimeError("TSAM: batch='split' needs opt.part(...) around the batch in each pass.")
-        index, skip = sample.index, self.step.skip_nonfinite_loss
-        last = index == self.num_samples - 1
+        index, skip, together = sample.index, self.step.skip_nonfinite_loss, self.together
+        next_one = index + together.stride
+        last = next_one >= self.num_samples
         if sample.probe:
             self._ascend(gradients, index)
         if last and sample.probe is self._ascends:
@@ -109,11 +131,12 @@ class PerturbationEstimate(Estimate):
         if sample.probe:
             return
         log_size = 0.0 if self.parts is None else self.parts.log_size(index)
-        self.spread.run(_ops.tilt_update_, (), self.state, loss, log_size, index, skip, last)
+        self.spread.run(_ops.tilt_update_, (), self.state, loss, log_size, index, skip, last and together.closes)
         if not last and self._merges(gradients):
-            self._add_and_perturb(gradients, index + 1)
+            self._add_and_perturb(gradients, next_one)
         else:
-            self.mean.add(gradients, adopt=index == 0, zero=index > 0)
+            first = index == together.first
+            self.mean.add(gradients, adopt=first, zero=not first)
 
     def move_to(self, sample: int) -> None:
         """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""
@@ -125,8 +148,12 @@ class PerturbationEstimate(Estimate):
     def _noise(self, index: int) -> tuple[list[float], list[bool], list[int], int, int, int, int, int, bool]:
         """What an op has to know of the noise of sample ``index``, as perturb_ and accumulate_perturb_ take it."""
         negate = self._antithetic and index % 2 == 1
-        counter = (self.step.seed, self.noise_step, index - negate, self._kind)
+        counter = (self.step.seed, self.noise_step, self._number(index) - negate, self._kind)
         return (self._radius, self._adaptive, self._base, *counter, self.table.dimension, negate)
+
+    def _number(self, index: int) -> int:
+        """A sample's place in the noise: of ranks that sample for themselves each has its own."""
+        return self.together.noise_offset + index
 
     def _perturb(self, index: int) -> None:
         """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
@@ -135,9 +162,8 @@ class PerturbationEstimate(Estimate):
         if saves:
             self.origin.save(moves)
         saved = taken(self.origin.copies, moves)
-        self.spread.run(
-            _ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves, self.rounding(2 * index)
-        )
+        rounding = self.rounding(2 * self._number(index))
+        self.spread.run(_ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves, rounding)
         increment_version(self._moved)
 
     def _merges(self, gradients: dict[int, Tensor]) -> bool:
@@ -157,7 +183,7 @@ class PerturbationEstimate(Estimate):
             taken(self.origin.copies, moves),
             self.state,
             *self._noise(index),
-            self.rounding(2 * index),
+            self.rounding(2 * self._number(index)),
         )
         increment_version(self._moved)
         self._drawn = index
@@ -195,6 +221,6 @@ class PerturbationEstimate(Estimate):
                     taken(table.base, chosen) if self.rounds else [],
                     self.step.seed,
                     self.noise_step,
-                    self.rounding(2 * row + 1),
+                    self.rounding(2 * self._number(row) + 1),
                 )
         increment_version(taken(table.tensors, moves))

@@ -1,0 +1,80 @@
+"""What a step will be, from the optimizer's groups and settings as they are now: its table, its ranks, its estimate.
+
+Invariant: nothing is moved here; ranks may compare themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from . import checkpoint
+from .estimates import Estimate, PlainEstimate, Step
+from .loss_scale import Scaler
+from .processes import Processes
+from .progress import Progress
+from .settings import Settings
+from .shards import drop_gathered, sharded_modules
+from .table import Table, others_of
+
+Kind = Literal["sampled", "plain", "visit", "two steps"]
+
+
+def planned(
+    kind: Kind,
+    groups: list[dict[str, Any]],
+    names: Mapping[str, str],
+    *,
+    settings: Settings,
+    progress: Progress,
+    processes: Processes,
+    model: nn.Module | None,
+    scaler: Scaler,
+) -> Estimate:
+    """The estimate of the coming step, or of what moves the parameters outside one: a visit, SAM's two steps."""
+    modules = [] if model is None else list(model.modules())
+    sharded = sharded_modules(modules)
+    drop_gathered(sharded)  # or its modules would show gathered copies in place of their parameters
+    table = Table.of(groups, names, progress.step, others_of(modules, groups))
+    if table.own:
+        progress.step_to(table.tensors[0].device)  # the model may have moved since
+    plain = kind == "plain"
+    num_samples = 1 if plain else settings.num_samples
+
+    def facts() -> list[tuple[str, str]]:
+        shapes = " ".join(f"{tuple(p.shape)} {p.dtype}" for p in table.parameters[: table.own])
+        options = [{k: v for k, v in group.items() if isinstance(v, (bool, int, float, str))} for group in groups]
+        return [
+            ("the number, shapes or dtypes of parameters", shapes),
+            ("settings", settings.compared),
+            ("options of parameter groups", repr([sorted(group.items()) for group in options])),
+            ("the step", str(int(progress.step))),
+            ("the noise scheme", checkpoint.NOISE_SCHEME),
+        ]
+
+    processes.look(table, (progress.loads, *(len(group["params"]) for group in groups)))
+    if kind in ("sampled", "plain"):
+        together = processes.step(table, modules, num_samples=num_samples, plain=plain, seeded=progress, facts=facts)
+    else:
+        together = processes.visit(table, modules, seeded=progress, facts=facts, steps=kind == "two steps")
+    step = Step(
+        table=table,
+        scratch=progress.scratch,
+        seed=progress.signed_seed,
+        count=progress.step,
+        num_samples=num_samples,
+        tilt=settings.tilt_at(progress.step) if kind == "sampled" else 0.0,
+        split=settings.split and not plain,
+        skip_nonfinite_loss=settings.skip_nonfinite_loss,
+        same_masks=settings.same_masks,
+        modules=modules,
+        generators=settings.generators,
+        scaler=scaler,
+        rounding=settings.rounding,
+        history=progress.history,
+        sharded=sharded,
+        together=together,
+    )
+    return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)

@@ -1,0 +1,251 @@
+"""Which processes train one model with an optimizer: given, read off the model or its parameters, or seen in a pass.
+
+DistributedDataParallel as model=, or one whose forward runs in the first pass; parameters that are DTensors; or
+process_group=. Never guessed: where torch.distributed has more ranks and nothing says which of them belong together,
+the step raises once its first pass has run.
+Invariant: before their first step, and after settings may have changed, ranks compare what they must have alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .agreement import agree
+from .engine.checks import TSAM, check_choice, check_flag, check_seed, refuse, shown
+from .engine.ranks import Ranks, members_of, world_size
+from .exchange import Exchange
+from .replicas import Replicas, ReplicaWatch, refuse_hiding, replicas_in
+from .shards import is_sharded, sharding_of_all
+from .table import Table
+from .together import ALONE, Alone, Cooperation, Reduction, Sync, Together
+
+SYNCS, REDUCTIONS = ("global", "local", "samples"), ("tail", "manual")
+Facts = Callable[[], Sequence[tuple[str, str]]]
+
+
+class Seeded(Protocol):
+    """What has the seed of the noise, which becomes that of all ranks."""
+
+    seed: int
+    seed_given: bool
+
+
+UNKNOWN = (
+    "TSAM: torch.distributed has {size} ranks, and nothing says which of them train this model: no "
+    "DistributedDataParallel with its parameters ran in the first pass, and none is a DTensor. Pass model=ddp, or "
+    "process_group= (the ranks whose gradients are reduced together: torch.distributed.group.WORLD with Lightning or "
+    "Accelerate), or process_group=None where this process trains alone. Nothing was updated."
+)
+
+
+class Processes:
+    """The ranks of one optimizer; made anew with a copy of it, as groups cannot be copied.
+
+    ``process_group``: "auto", None (this process trains alone) or a group. The other arguments: see TSAM.
+    """
+
+    def __init__(
+        self,
+        process_group: Any | Literal["auto"] | None = "auto",
+        *,
+        sync: Sync = "global",
+        reduction: Reduction = "tail",
+        weigh_rows: bool = False,
+    ) -> None:
+        check_choice(TSAM, "sync", sync, SYNCS)
+        check_choice(TSAM, "reduction", reduction, REDUCTIONS)
+        check_flag(TSAM, "weigh_rows", weigh_rows)
+        if process_group not in ("auto", None) and not (dist.is_available() and _is_group(process_group)):
+            expected = "'auto', None or a torch.distributed.ProcessGroup"
+            raise refuse(TSAM, "process_group", shown(process_group), expected, TypeError)
+        if weigh_rows and (sync, reduction) != ("global", "manual"):
+            got = f"True with sync={sync!r} and reduction={reduction!r}"
+            raise refuse(TSAM, "weigh_rows", got, "sync='global' and reduction='manual'")
+        self._group, self._sync, self._reduction, self._weighs_rows = process_group, sync, reduction, weigh_rows
+        self._known: Cooperation | None = None
+        self._agreed = False
+        self._form: tuple[int, ...] = ()
+
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Its settings, as ranks compare them."""
+        return (("sync", self._sync), ("reduction", f"{self._reduction} {self._weighs_rows}"))
+
+    @property
+    def chains_differ(self) -> bool:
+        """Whether each rank has a chain of its own."""
+        return self._sync != "global" and self._known is not None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank among those that train the model, and how many they are; (0, 1) before they know each other."""
+        return (0, 1) if self._known is None else (self._known.exchange.ranks.index, self._known.exchange.ranks.size)
+
+    def look(self, table: Table, form: tuple[int, ...]) -> None:
+        """A step is planned: ranks compare themselves again where groups or checkpoints have come since they did."""
+        form = (*form, table.own, len(table.parameters))
+        self._agreed &= form == self._form
+        self._form = form
+
+    def check_model(self, model: nn.Module | None) -> None:
+        """ValueError for a module whose parameters' gradients no optimizer sees, or with ranks against its own."""
+        if model is None:
+            return
+        modules = list(model.modules())
+        refuse_hiding(modules)
+        if self._group is None and replicas_in(modules, model.parameters()):
+            expected = "'auto' or a group, as model is a DistributedDataParallel"
+            raise refuse(TSAM, "process_group", "None", expected)
+
+    def step(
+        self,
+        table: Table,
+        modules: Sequence[nn.Module],
+        *,
+        num_samples: int,
+        plain: bool,
+        seeded: Seeded,
+        facts: Facts,
+    ) -> Alone:
+        """How the coming step works over ranks. A collective of theirs where they are to compare themselves.
+
+        ``seeded``: has this rank's seed, and gets that of all. ``facts``: what the optimizer must have alike.
+        """
+        if self._group is None or world_size() == 1:
+            return ALONE
+        home = table.tensors[0].device if table.tensors else torch.device("cpu")
+        if self._known is None or not self._agreed:
+            known = self._found(table, modules)
+            if known is not None:
+                if known.exchange.ranks.size == 1:
+                    return ALONE
+                self._settle(known, seeded, facts, home)
+        own = table.parameters[: table.own]
+
+        def watch(together: Together) -> Any:
+            return ReplicaWatch(own, lambda module: self._seen(module, together, seeded, facts, home))
+
+        return Together(
+            self._known,
+            sync="global" if plain else self._sync,
+            reduction=self._reduction,
+            weighs_rows=self._weighs_rows,
+            num_samples=num_samples,
+            watch=watch,
+            unknown=self._unknown,
+        )
+
+    def visit(
+        self, table: Table, modules: Sequence[nn.Module], *, seeded: Seeded, facts: Facts, steps: bool = False
+    ) -> Alone:
+        """How the parameters are moved outside a step: norms over all ranks that share their rows, and nothing else.
+
+        ``steps``: a step follows, by passes of the user's own, which reduce gradients.
+        """
+        if self._group is None or world_size() == 1:
+            return ALONE
+        if steps and self._sync != "global":
+            raise refuse(TSAM, "sync", repr(self._sync), "'global' with first_step(): use the samples() loop")
+        alone, sharded = Alone(), any(map(is_sharded, table.parameters[: table.own]))
+        if (sharded or steps) and (self._known is None or not self._agreed):
+            known = self._found(table, modules)
+            if known is None:
+                raise self._unknown()
+            if known.exchange.ranks.size > 1:
+                self._settle(known, seeded, facts, table.tensors[0].device)
+        alone.shards = None if self._known is None else self._known.shards
+        return alone
+
+    def _found(self, table: Table, modules: Sequence[nn.Module]) -> Cooperation | None:
+        """The ranks that train the model, as far as can be told before a pass."""
+        own = table.parameters[: table.own]
+        sharding = None
+        if any(map(is_sharded, own)):
+            sharding = sharding_of_all((table.name(i), parameter) for i, parameter in enumerate(own))
+        replicas = Replicas(replicas_in(modules, own))
+        if sharding is not None and len(sharding.everyone) > 1:
+            if not modules:
+                expected = "the module, as its parameters are DTensors: copies that it has gathered have to go"
+                raise refuse(TSAM, "model", "None", expected)
+            if self._sync != "global":
+                raise refuse(TSAM, "sync", repr(self._sync), "'global', as ranks share the parameters' rows")
+            if self._weighs_rows:
+                raise refuse(TSAM, "weigh_rows", "True", "False, as ranks share the parameters' rows")
+            members = sharding.everyone
+        elif replicas.modules:
+            members = replicas.members
+        elif self._group != "auto":
+            members = members_of(self._group)
+        else:
+            return None
+        if self._group != "auto" and set(members_of(self._group)) != set(members):
+            got = f"a group of ranks {list(members_of(self._group))}"
+            raise refuse(TSAM, "process_group", got, f"one of ranks {list(members)}, which share the model")
+        known = self._known
+        if known is not None and known.exchange.ranks.members == members:
+            for module in replicas.modules:
+                known.replicas.add(module)
+            return known
+        ranks = self._ranks(members, replicas.group if replicas.modules else None)
+        shard = None if sharding is None else sharding.shard
+        shards = None if shard is None else ranks if shard == members else self._ranks(shard, None)
+        return Cooperation(Exchange(ranks), replicas, sharded=sharding is not None, shards=shards)
+
+    def _ranks(self, members: Sequence[int], like: Any) -> Ranks:
+        return Ranks(members, like if like is not None else None if self._group == "auto" else self._group)
+
+    def _settle(self, known: Cooperation, seeded: Seeded, facts: Facts, home: torch.device) -> bool:
+        """The ranks compare themselves; whether this one's seed has become another."""
+        if self._sync != "global" and known.replicas.static:
+            expected = "False: no pass of its own is reduced, and a static graph wants the first to be"
+            raise refuse(
+                TSAM, "static_graph of the DistributedDataParallel", f"True with sync={self._sync!r}", expected
+            )
+        mine = seeded.seed
+        alike = agree(known.exchange.ranks, [*facts(), *self.facts], mine, given=seeded.seed_given, home=home)
+        known.exchange.begin_anew()
+        known.checked = False
+        self._known, self._agreed = known, True
+        seeded.seed = alike
+        return alike != mine
+
+    def _seen(self, module: Any, together: Together, seeded: Seeded, facts: Facts, home: torch.device) -> None:
+        """A DistributedDataParallel with our parameters is about to run."""
+        known, moved = self._known, False
+        if known is not None and module in known.replicas.modules:
+            return
+        replicas = Replicas([module])
+        replicas.check_ready()
+        if known is None:
+            if len(replicas.members) == 1:
+                return
+            known = Cooperation(Exchange(self._ranks(replicas.members, replicas.group)), replicas)
+            moved = self._settle(known, seeded, facts, home)
+        else:
+            known.replicas.add(module)
+        together.join(known, check_seed(TSAM, seeded.seed), moved=moved)
+
+    def _unknown(self) -> Exception:
+        if self._known is None:
+            return RuntimeError(UNKNOWN.format(size=world_size()))
+        return RuntimeError(
+            f"TSAM: sync={self._sync!r} needs to keep backward passes from reducing gradients, and no "
+            "DistributedDataParallel ran in the first pass: pass model=ddp. Nothing was updated."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        group = self._group if self._group is None else "auto"
+        names = {"sync": self._sync, "reduction": self._reduction, "weigh_rows": self._weighs_rows}
+        return {"group": group, "names": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["group"], **state["names"])  # type: ignore[misc]
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dist.ProcessGroup) or group is dist.group.WORLD

@@ -1,0 +1,365 @@
+"""One step of several ranks: which passes reduce gradients, what is summed when, and how the ranks' means become one.
+
+global   losses are means over ranks; probes are reduced by their backward pass; the other passes' mean stays local and
+         travels once: beneath the last backward pass (tail), or after it (manual).
+local    each rank takes its own step on its own rows; the mean over ranks of their tilted gradients, once.
+samples  each rank takes its share of the samples on the same rows; an exact log-sum-exp over ranks, once.
+Invariant: every rank makes the same collectives in the same order; a step of one process makes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .agreement import check_alike
+from .engine.checks import TSAM, check_seed
+from .engine.notices import warn
+from .engine.ranks import CollectiveError, Ranks
+from .exchange import Exchange, OtherRankError
+from .flat import Flat
+from .mean import Mean
+from .replicas import Replicas
+from .shared_tilt import checksum, join_states
+from .table import Table
+
+Sync = Literal["global", "local", "samples"]
+Reduction = Literal["tail", "manual"]
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: the seeds of ranks' chains lie far apart
+REDUCED = (
+    "gradients differ between ranks after the backward pass, so nothing has reduced them. Wrap the model in "
+    "DistributedDataParallel (pass it as model=, or call it in each pass), or use fully_shard."
+)
+HOOKS = (
+    "no DistributedDataParallel was seen in a step of several ranks, but their gradients are the same: something "
+    "reduces them in each backward pass. The result is right, at one reduction for each gradient."
+)
+SAME_BATCH = (
+    "sync='samples' needs the same batch on all ranks, and part() has seen different rows: a DistributedSampler gives "
+    "each rank its own. Use sync='global' or 'local', or a sampler that gives all ranks the same."
+)
+
+
+class Alone:
+    """A step of one process: no collective, all samples."""
+
+    first, stride, noise_offset = 0, 1, 0
+    closes = True  # whether the last sample closes the weights
+    shards: Ranks | None = None
+    several = False
+
+    def begin(self, home: torch.device, restart: Callable[[int], None]) -> None:
+        """The passes begin. ``restart``: moves the parameters anew, where ranks come to know each other in a pass."""
+
+    def begin_pass(self, *, steers: bool, last: bool) -> None:
+        """One gradient follows. ``steers``: it moves the parameters; ``last``: it is the step's last."""
+
+    def end_pass(self) -> None:
+        """It is there, or never will be. Idempotent."""
+
+    def meet(self, loss: Tensor) -> Tensor:
+        """The loss of a pass over all ranks."""
+        return loss
+
+    def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
+        """A pass's gradients, as they count over all ranks."""
+        return gradients
+
+    def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
+        """After the first pass: where the mean is to lie. ``counts_apart``: whether those that count steer nothing."""
+
+    def before_last(self, mean: Mean) -> None:
+        """The last pass that counts is about to run."""
+
+    def after_last(self, mean: Mean) -> None:
+        """It has run, and is about to count."""
+
+    def decided(self, *scalars: Tensor) -> None:
+        """A decision has been taken, on these scalars: it is the first rank's."""
+
+    def chain_seed(self, seed: int) -> int:
+        """The seed of a chain's noise."""
+        return seed
+
+    def saw(self, batch: Sequence[Any]) -> None:
+        """The rows that a pass asks for."""
+
+    def finish(self, mean: Mean, state: Tensor, first_loss: Tensor | None, states_per_sample: int) -> Tensor | None:
+        """All passes are over: the mean, and ``state``, become those of all ranks; returns the first loss of all."""
+        return first_loss
+
+    def skip(self) -> None:
+        """There was no batch."""
+
+    def fail(self, error: BaseException | None) -> None:
+        """This rank leaves the step by an exception."""
+
+
+ALONE = Alone()
+
+
+@dataclass
+class Cooperation:
+    """What lasts from step to step among the ranks of one optimizer.
+
+    ``sharded``: whether each rank holds a part of the parameters; ``shards``: the ranks that share the rows.
+    """
+
+    exchange: Exchange
+    replicas: Replicas
+    sharded: bool = False
+    shards: Ranks | None = None
+    flat: Flat | None = None
+    synced: bool = False  # whether any pass has ever been reduced, as a static graph wants of the first
+    looked: bool = False  # whether a whole pass has been watched for modules that reduce gradients
+    checked: bool = False  # whether a first step has shown that gradients are reduced, and batches the same
+
+
+class Together(Alone):
+    """A step of several ranks that know each other, or come to in its first pass.
+
+    ``watch``: a context in which ranks are looked for while the first pass runs; what it finds comes through
+    :meth:`join`, and after it ``unknown`` raises.
+    """
+
+    several = True
+
+    def __init__(
+        self,
+        known: Cooperation | None,
+        *,
+        sync: Sync,
+        reduction: Reduction,
+        weighs_rows: bool,
+        num_samples: int,
+        watch: Callable[[Together], Any],
+        unknown: Callable[[], Exception],
+    ) -> None:
+        self._known, self._watch, self._unknown = known, watch, unknown
+        self._sync, self._reduction, self._weighs_rows = sync, reduction, weighs_rows
+        self._num_samples = num_samples
+        self._home = torch.device("cpu")
+        self._restart: Callable[[int], None] | None = None
+        self._stack = ExitStack()  # of the pass that is under way
+        self._reduces = False  # whether that pass is to reduce its gradients
+        self._last = False  # whether it is the last that counts
+        self._works: list[Any] | None = None
+        self._rows: int | None = None
+        self._checksum = float("nan")
+        self._factor: Tensor | None = None
+        self._first_loss: Tensor | None = None
+        self._over = self._closed = self._summed = False
+        self.closes = sync != "samples"
+        if known is not None:
+            self._settle(known)
+
+    def _settle(self, known: Cooperation) -> None:
+        ranks = known.exchange.ranks
+        self._known, self.shards = known, known.shards
+        if self._sync == "samples":
+            self.first, self.stride = ranks.index, ranks.size
+        if self._sync == "local":
+            self.noise_offset = ranks.index * self._num_samples
+
+    @property
+    def known(self) -> Cooperation:
+        """What the ranks share. RuntimeError where they do not know each other."""
+        if self._known is None:
+            raise self._unknown()
+        return self._known
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that train the model."""
+        return self.known.exchange.ranks
+
+    def begin(self, home: torch.device, restart: Callable[[int], None]) -> None:
+        """See :class:`Alone`. RuntimeError where this rank or its model cannot take part."""
+        self._home, self._restart = home, restart
+        if self._known is not None:
+            self._known.replicas.check_ready()
+            self._known.exchange.begin()
+
+    def join(self, known: Cooperation, seed: int, *, moved: bool) -> None:
+        """The ranks are known from here on, in a pass whose model has not run yet; ``moved``: by another seed."""
+        is_new = self._known is None
+        self._settle(known)
+        if is_new:
+            known.exchange.begin()
+        if known.replicas.static and not known.synced and self._sync == "global":
+            self._reduces = True
+        self._stack.enter_context(known.replicas.one_pass(reduces=self._reduces))
+        if is_new and (moved or self._sync != "global"):
+            assert self._restart is not None
+            self._restart(seed)
+
+    def begin_pass(self, *, steers: bool, last: bool) -> None:
+        """See :class:`Alone`."""
+        known, self._last, self._rows = self._known, last, None
+        self._reduces = self._sync == "global" and (
+            (not self._weighs_rows if steers else last and self._reduction == "tail")
+            or (known is not None and known.replicas.static and not known.synced)
+        )
+        if known is None or not known.looked:
+            self._stack.enter_context(self._watch(self))
+        if known is not None:
+            self._stack.enter_context(known.replicas.one_pass(reduces=self._reduces))
+
+    def end_pass(self) -> None:
+        """See :class:`Alone`."""
+        self._stack.close()
+
+    def meet(self, loss: Tensor) -> Tensor:
+        """See :class:`Alone`; under "local" and "samples" it stays this rank's own."""
+        known = self.known
+        known.looked = True
+        known.synced |= self._reduces
+        if self._sync != "global":
+            if not known.replicas.modules:
+                raise self._unknown()
+            return loss
+        weight = 1.0 if not self._weighs_rows else self._weight()
+        self._closed = self._last
+        total = known.exchange.meet(loss, self._home, weight=weight)
+        if self._weighs_rows:
+            self._factor = weight * known.exchange.ranks.size / known.exchange.weight
+        return total
+
+    def _weight(self) -> float:
+        if self._rows is None:
+            raise RuntimeError("TSAM: weigh_rows=True needs opt.part(...) around the batch in each pass.")
+        return float(self._rows)
+
+    def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
+        """See :class:`Alone`."""
+        known = self.known
+        if not (known.checked or known.sharded or known.replicas.modules):
+            self._check_reduced(list(gradients.values()))
+        if self._factor is None:
+            return gradients
+        weighed = [gradient * self._factor.to(gradient.device, gradient.dtype) for gradient in gradients.values()]
+        if steers:
+            for gradient in weighed:
+                self.ranks.sum_(gradient).div_(self.ranks.size)
+        return dict(zip(gradients, weighed, strict=True))
+
+    def _check_reduced(self, gradients: Sequence[Tensor]) -> None:
+        """Ranks whose backward pass reduces gradients by itself have the same. Once, as it reads values."""
+        norm = sum((gradient.detach().double().abs().sum().cpu() for gradient in gradients), torch.zeros(()).double())
+        check_alike(self.ranks, norm.reshape(1).to(self._home), REDUCED, rtol=1e-3)
+        self.known.checked = True
+        warn(HOOKS)
+
+    def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
+        """See :class:`Alone`."""
+        known = self.known
+        if self._sync == "global":
+            alone = self._num_samples == 1 and self._reduction == "tail"
+            if not counts_apart or alone or not known.replicas.modules:
+                return
+        if known.flat is None or not known.flat.fits(table, mean.found):
+            known.flat = Flat(table)
+        mean.flat = known.flat
+        if self._sync == "samples":
+            mean.flat.zero_()  # what has no weight counts as nothing, whatever it was
+
+    def before_last(self, mean: Mean) -> None:
+        """See :class:`Alone`."""
+        if self._sync == "global" and self._reduction == "tail" and mean.flat is not None:
+            self._works = mean.start_sum(self.ranks)
+
+    def after_last(self, mean: Mean) -> None:
+        """See :class:`Alone`."""
+        if self._works is not None:
+            works, self._works, self._summed = self._works, None, True
+            mean.finish_sum(self.ranks, works, 1.0 / self.ranks.size)
+
+    def decided(self, *scalars: Tensor) -> None:
+        """See :class:`Alone`; ranks under "local" and "samples" decide for themselves."""
+        if self._sync == "global":
+            joined = torch.cat([each.reshape(-1) for each in scalars])
+            self.ranks.follow_first_(joined)
+            for each, decided in zip(scalars, torch.split(joined, [each.numel() for each in scalars]), strict=True):
+                each.copy_(decided.view_as(each))
+
+    def chain_seed(self, seed: int) -> int:
+        """See :class:`Alone`: a chain of its own per rank, but under "global"."""
+        if self._sync == "global" or self._known is None:
+            return seed
+        return check_seed(TSAM, (seed + self.ranks.index * GOLDEN) % (1 << 64))
+
+    def saw(self, batch: Sequence[Any]) -> None:
+        """See :class:`Alone`."""
+        self._rows = len(batch[0]) + (self._rows or 0)
+        if self._sync == "samples" and not (self._known is not None and self._known.checked):
+            tensors = [each.detach() for each in batch if isinstance(each, Tensor)]
+            self._checksum = sum(map(checksum, tensors), 0.0)
+
+    def finish(self, mean: Mean, state: Tensor, first_loss: Tensor | None, states_per_sample: int) -> Tensor | None:
+        """See :class:`Alone`."""
+        known = self.known
+        if self._sync != "global":
+            known.exchange.meet(None, self._home)
+            self._closed = True
+        factor: float | Tensor = 1.0 / self.ranks.size
+        if self._sync == "samples":
+            factor, first_loss = self._join_samples(state, first_loss, states_per_sample)
+        if mean.flat is not None and not self._summed:
+            if isinstance(factor, Tensor):
+                mean.flat.scale_(factor)
+                factor = 1.0
+            mean.finish_sum(self.ranks, mean.start_sum(self.ranks), factor)
+        if self._sync == "samples" or known.replicas.follows_first:
+            self._follow_buffers()
+        return first_loss
+
+    def _join_samples(
+        self, state: Tensor, first_loss: Tensor | None, states_per_sample: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """This rank's share of the weights, and the first loss of all; ``state`` becomes that of all samples."""
+        known, ranks = self.known, self.ranks
+        if not known.checked:
+            check_alike(ranks, torch.tensor([self._checksum], dtype=torch.float64, device=self._home), SAME_BATCH)
+            known.checked = True
+        first = torch.full((1,), float("nan"), dtype=torch.float64, device=state.device)
+        if first_loss is not None:
+            first.copy_(first_loss.reshape(1))
+        all_states = ranks.gathered(torch.cat([state, first]))
+        joined, shares = join_states(all_states[:, :-1], states_per_sample)
+        state.copy_(joined)
+        dtype = torch.float64 if first_loss is None else first_loss.dtype
+        return shares[ranks.index], all_states[0, -1].to(dtype)
+
+    def _follow_buffers(self) -> None:
+        """The running statistics of all ranks are those of the first, as a model that is evaluated on any wants."""
+        buffers = [
+            buffer
+            for module in self.known.replicas.modules
+            for buffer in module.buffers()
+            if buffer.dtype.is_floating_point and buffer.layout is torch.strided
+        ]
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in buffers:
+            alike.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        for tensors in alike.values():
+            joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            self.ranks.follow_first_(joined)
+            for tensor, found in zip(tensors, torch.split(joined, [t.numel() for t in tensors]), strict=True):
+                tensor.copy_(found.view_as(tensor))
+
+    def skip(self) -> None:
+        """See :class:`Alone`. OtherRankError where other ranks had a batch."""
+        if self._known is not None:
+            self._over = True
+            self._known.exchange.meet(None, self._home, skipped=True)
+
+    def fail(self, error: BaseException | None) -> None:
+        """See :class:`Alone`: the others learn of it in their next exchange."""
+        if self._known is not None and not self._over and not isinstance(error, (CollectiveError, OtherRankError)):
+            self._over = True
+            self._known.exchange.leave(self._home, missed=self._closed)
