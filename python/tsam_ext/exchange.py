@@ -77,10 +77,10 @@ class Exchange:
     def leave(self, home: torch.device, *, missed: bool) -> None:
         """This rank raises: its part of the pass's exchange sets out, and nothing waits for it.
 
-        ``missed``: the others may have taken the step by now.
+        ``missed``: the others may have taken the step by now, and have no exchange in it any more.
         """
         self._missed |= missed
-        if self._left is None:
+        if self._left is None and not missed:
             vector = self._vector(None, home, 1.0, failed=True)
             try:
                 self._left = self.ranks.start_sum(vector), vector
