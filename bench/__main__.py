@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, gpu_cost, half_precision, ops, overhead, step, train
+from . import gpu, gpu_cost, half_precision, many_gpus, ops, overhead, step, train
 from .command import EXIT_CODES, HelpFormatter
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench", description="Benchmarks of tsam_ext.", epilog=EXIT_CODES, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, half_precision, step, overhead, ops, gpu_cost, gpu):
+    for module in (train, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,8 @@
 """The models whose parameter lists are timed, and the batches that whole steps run on: plain torch.nn, random weights.
 
 ResNet-18 (He et al., CVPR 2016), WRN-16-8 (Zagoruyko and Komodakis, BMVC 2016; CIFAR size), ViT-B/16 (Dosovitskiy et
-al., ICLR 2021), DistilBERT-base with a classifier (Sanh et al., 2019), and an MLP of 60 narrow layers.
+al., ICLR 2021), DistilBERT-base with a classifier (Sanh et al., 2019), and an MLP of 60 narrow layers. Two larger nets
+are never built, only the sizes of their parameters are told.
 Layout: inputs float32 [n, 3, side, side], token numbers int64 [n, 128], or float32 [n, 64]; outputs [n, classes].
 """
 
@@ -115,6 +116,25 @@ def small_mlp() -> nn.Module:
     for _ in range(59):
         layers += [nn.Linear(60, 60), nn.Tanh()]
     return nn.Sequential(*layers, nn.Linear(60, 10))
+
+
+def resnet50_sizes() -> tuple[int, ...]:
+    """Elements of each parameter, in order (He et al., CVPR 2016): 25,557,032 in all."""
+    sizes, inputs = [64 * 3 * 49, 64, 64], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for convolution, outputs in ((inputs * width, width), (9 * width**2, width), (4 * width**2, 4 * width)):
+                sizes += [convolution, outputs, outputs]
+            sizes += [] if block else [inputs * 4 * width, 4 * width, 4 * width]
+            inputs = 4 * width
+    return (*sizes, inputs * 1000, 1000)
+
+
+def transformer_sizes() -> tuple[int, ...]:
+    """Elements of each parameter, in order (LLaMA 7B, Touvron et al., 2023): 6,738,415,616 in all."""
+    words, width, inner = 32_000, 4096, 11_008
+    block = [*[width**2] * 4, *[width * inner] * 3, width, width]
+    return (words * width, *block * 32, width, words * width)
 
 
 @dataclass(frozen=True)

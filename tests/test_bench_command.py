@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import command, ops, overhead, step, train
+from bench import command, many_gpus, ops, overhead, step, train
 from bench.__main__ import main
 
-COMMANDS = ("train", "step", "overhead", "ops", "gpu-cost", "gpu")
+COMMANDS = ("train", "step", "overhead", "ops", "gpu-cost", "many-gpus", "gpu")
 WITH_TARGETS = ("train", "step", "overhead", "ops")
 
 
@@ -71,7 +71,7 @@ SWITCHES = {"--help", "--quick", "--strict", "--no-compile", "--resume", "--tune
 CHOICES = {"--sampler", "--ops", "--tasks"}  # left out: all, or none
 
 
-@pytest.mark.parametrize("module", [train, step, overhead, ops])
+@pytest.mark.parametrize("module", [train, step, overhead, ops, many_gpus])
 def test_help_tells_each_default(module: Any) -> None:
     text = parser_of(module).format_help().split("exit codes:")[0]
     told = {part.split()[0]: " ".join(part.split()) for part in re.split(r"\n  (?=--[a-z])", text)[1:]}
@@ -89,6 +89,7 @@ def test_help_tells_each_default(module: Any) -> None:
         (ops, ["--dtype", "float32", "--rounds", "7"], " --rounds 7"),
         (overhead, ["--lists", "mlp", "--strict"], " --strict --lists mlp"),
         (step, ["--budget", "45", "--batch", "64"], " --budget 45.0"),
+        (many_gpus, ["--gpus", "8", "16", "--bandwidth-node", "450"], " --gpus 8 16"),
     ],
 )  # fmt: skip
 def test_the_command_that_is_quoted(module: Any, arguments: list[str], shown: str) -> None:
@@ -121,6 +122,7 @@ def test_strict_without_targets_cannot_run(
         ["ops", "--elements", "0"], ["ops", "--dtype", "int8"], ["ops", "--rounds", "few"], ["step", "--batch", "0"],
         ["step", "--budget", "nan"], ["overhead", "--rounds", "0"], ["gpu", "--rounds", "0"], ["gpu", "--strict"],
         ["train", "--label-noise", "2"], ["train", "--seeds", "0"], ["train", "--lr", "inf"], ["dance"], [],
+        ["many-gpus", "--gpus", "0"], ["many-gpus", "--utilisation", "2"], ["many-gpus", "--latency", "0"],
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
