@@ -106,15 +106,11 @@ class Table:
         table.tensors = table.parameters
         if not (COMPLEX.isdisjoint(table.dtypes) and PLAIN_TYPES.issuperset(map(type, table.parameters))):
             table.tensors = list(map(kernel_form, table.parameters))
-            table._find_shards()
+            for i, parameter in enumerate(table.parameters[: table.own]):
+                if is_sharded(parameter):  # where its local rows begin
+                    first = Sharding.of(parameter, table.name(i)).first_element(parameter)
+                    table.base[i] += first * (1 + parameter.is_complex())
         return table
-
-    def _find_shards(self) -> None:
-        """Where the local rows of sharded parameters begin in the noise."""
-        for i, parameter in enumerate(self.parameters[: self.own]):
-            if is_sharded(parameter):
-                first = Sharding.of(parameter, self.name(i)).first_element(parameter)
-                self.base[i] += first * (1 + parameter.is_complex())
 
     def name(self, index: int) -> str:
         """Where a parameter stands in the groups."""
