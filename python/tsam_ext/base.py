@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import checkpoint, hooks
 from ._cuda import why_not
@@ -26,7 +27,7 @@ from .engine.checks import DTYPES, TSAM, is_dense, refuse, shown
 from .replicas import refuse_hidden
 from .samplers import Sampler, owner_of
 from .settings import GROUP_KEYS, check_group_options, check_group_values
-from .shards import as_local, sharding_of_all
+from .shards import as_local, is_sharded, sharding_of_all
 from .table import COMPLEX, maximizes
 
 OPTIMIZER = "a torch.optim.Optimizer class or instance"
@@ -121,6 +122,9 @@ def check_parameters(named: Iterator[tuple[str, Tensor]]) -> None:
     sharding_of_all(trainable)
     for name, parameter in trainable:
         refuse_hidden(name, parameter)
+        if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+            got = f"a {type(parameter).__name__}, which holds other tensors"
+            raise refuse(TSAM, name, got, "a tensor with memory of its own, or a DTensor")
         parameter = as_local(parameter)
         if parameter.layout is not torch.strided:
             raise refuse(TSAM, name, f"a {parameter.layout} tensor", "a dense tensor")

@@ -2,7 +2,8 @@
 
 Layout: three position buffers per parameter; `scalars` (csrc/core/metropolis.h) says which holds the chain's state.
 A checkpoint holds, per parameter, the position alone, and in every group the prior, the log step size, the running
-gradient scale and which parameters rest, whose position says nothing.
+gradient scale, which parameters rest, whose position says nothing, and which rank's chain it is where ranks have their
+own.
 Invariant: the host never learns which buffer is current; no scratch is saved; inside a step a checkpoint holds the
 chain as the step found it, for no trajectory writes the buffer of that position.
 """
@@ -29,7 +30,7 @@ KEPT = {
     "gradient_scale": ChainSlot.GRAD_SCALE,
     "gradient_scales": ChainSlot.GRAD_SCALES,
 }
-POSITION, PRIOR, RESTING = "position", "prior", "resting"
+POSITION, PRIOR, RESTING, RANK = "position", "prior", "resting", "rank"
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -39,7 +40,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 class Chain(SamplerState):
     """The chain on one ``prior``. With ``adapts`` the step size moves, up to ``highest_step_size``."""
 
-    numbers: ClassVar[tuple[str, ...]] = (PRIOR, *KEPT, RESTING)
+    numbers: ClassVar[tuple[str, ...]] = (PRIOR, *KEPT, RESTING, RANK)
     tensors: ClassVar[tuple[str, ...]] = (POSITION,)
 
     def __init__(
@@ -53,6 +54,7 @@ class Chain(SamplerState):
         self.positions: dict[Tensor, list[Tensor]] = {}
         self.momenta: dict[Tensor, Tensor] = {}  # scratch: kept, as new memory costs more than a pass over it
         self.started = False
+        self._rank = ""
         self._found: tuple[Tensor, bool] | None = None  # at a step's start: the scalars, and whether it can go on
 
     @property
@@ -136,6 +138,7 @@ class Chain(SamplerState):
         """The prior, the scalars that last, and one position per parameter that is not frozen."""
         scalars, _ = self._as_saved
         numbers: dict[str, float | str] = {name: float(scalars[slot]) for name, slot in KEPT.items()}
+        numbers[RANK] = self._rank
         numbers[RESTING] = " ".join(str(i) for i, parameter in enumerate(parameters) if not self._goes_on(parameter))
         return Saved({PRIOR: self.prior, **numbers}, {POSITION: [self.kept(p).get(POSITION) for p in parameters]})
 
@@ -163,6 +166,8 @@ class Chain(SamplerState):
             resting = numbers.get(RESTING)
             if not isinstance(resting, str) or not all(i.isdecimal() for i in resting.split()):
                 raise refuse(TSAM, f"{where}: {RESTING}", shown(resting), "the numbers of parameters in a string")
+            if not isinstance(numbers.get(RANK), str):
+                raise refuse(TSAM, f"{where}: {RANK}", shown(numbers.get(RANK)), "a string")
         for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
             if position is None:
                 continue
@@ -194,6 +199,7 @@ class Chain(SamplerState):
                 self.scalars[slot] = float(saved.numbers[name])
         if self.adapts:
             self.scalars[ChainSlot.LOG_STEP].clamp_(max=self.highest_log_step)
+        self._rank = str(saved.numbers[RANK])
         resting = {int(i) for i in str(saved.numbers[RESTING]).split()}
         for i, (parameter, position) in enumerate(zip(parameters, saved.tensors.get(POSITION, ()), strict=False)):
             if position is not None and i not in resting:
@@ -201,6 +207,15 @@ class Chain(SamplerState):
                     self.positions[parameter] = held[parameter]
                 self.buffers(parameter)[0].copy_(rows_of(parameter, position))
         self.started = bool(self.positions)
+
+    def belong(self, rank: str) -> bool:
+        """See :class:`SamplerState`: a chain of another rank's goes on as a new one, with its step size."""
+        lost = self.started and rank != self._rank
+        if rank != self._rank:
+            self._rank, self.started = rank, False
+            if self._found is not None:
+                self._found = self._found[0], False
+        return not lost
 
     def perturbations(self, table: Table) -> list[Tensor]:
         """ε = T x of each perturbed parameter, with T = rho D/√d (gaussian) or rho D (ball).

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .engine.checks import TSAM, check_scalar_tensor, refuse, shown
+from .engine.ranks import Ranks
 from .mean import owned
 
 Scaler = GradScaler | Tensor | None
@@ -62,10 +63,13 @@ def is_product(loss: Tensor) -> bool:
 
 
 class LossScale:
-    """One step's scale, and which of its passes have overflowed: since the last :meth:`spoiled`, and before."""
+    """One step's scale, and which of its passes have overflowed: since the last :meth:`spoiled`, and before.
 
-    def __init__(self, scale: Tensor) -> None:
-        self._scale = scale
+    ``shards``: the ranks that hold the other rows of the gradients.
+    """
+
+    def __init__(self, scale: Tensor, shards: Ranks | None = None) -> None:
+        self._scale, self._shards = scale, shards
         self._inverse: dict[torch.device, Tensor] = {}
         self._found: dict[torch.device, Tensor] = {}  # 1 where a gradient since the last spoiled() was not finite
         self._spoils = torch.zeros_like(scale)  # above 0 where any gradient of the step was not
@@ -88,6 +92,8 @@ class LossScale:
         """The loss, or NaN if a gradient since the last call has overflowed."""
         for found in self._found.values():
             here = found.to(self._scale.device)
+            if self._shards is not None:
+                here = self._shards.sum_(here.clone())
             self._spoils += here
             loss = loss.masked_fill(here.to(loss.device) > 0, float("nan"))
             found.zero_()

@@ -32,7 +32,8 @@ def drop_derived(sharded: Sequence[Any] = ()) -> None:
     Autocast keeps the low-precision copy of each weight until its outermost block ends, parametrize.cached() each
     parametrized tensor, and a module of fully_shard (``sharded``) the weights that it has gathered.
     """
-    drop_gathered(sharded)
+    if sharded:
+        drop_gathered(sharded)
     torch.clear_autocast_cache()
     if parametrize._cache_enabled:
         parametrize._cache.clear()

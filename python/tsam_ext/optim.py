@@ -160,7 +160,7 @@ class TSAM(PersistentOptimizer):
         chosen = self._settings.sampler
         if model is not None and not isinstance(model, nn.Module):
             raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
-        self._processes = Processes(process_group, sync=sync, reduction=reduction, weigh_rows=weigh_rows)
+        self._processes = Processes(process_group, sync=sync, reduction=reduction, weigh_rows=weigh_rows, batch=batch)
         self._processes.check_model(model)
         if seed is not None:
             seed = check_int(OPTIMIZER, "seed", seed, 0, (1 << 64) - 1)

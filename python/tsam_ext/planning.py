@@ -18,6 +18,7 @@ from .progress import Progress
 from .settings import Settings
 from .shards import drop_gathered, sharded_modules
 from .table import Table, others_of
+from .together import ALONE
 
 Kind = Literal["sampled", "plain", "visit", "two steps"]
 
@@ -35,15 +36,16 @@ def planned(
 ) -> Estimate:
     """The estimate of the coming step, or of what moves the parameters outside one: a visit, SAM's two steps."""
     modules = [] if model is None else list(model.modules())
-    sharded = sharded_modules(modules)
-    drop_gathered(sharded)  # or its modules would show gathered copies in place of their parameters
+    sharded = sharded_modules(modules) if modules else []
+    if sharded:
+        drop_gathered(sharded)  # or its modules would show gathered copies in place of their parameters
     table = Table.of(groups, names, progress.step, others_of(modules, groups))
     if table.own:
         progress.step_to(table.tensors[0].device)  # the model may have moved since
     plain = kind == "plain"
     num_samples = 1 if plain else settings.num_samples
 
-    def facts() -> list[tuple[str, str]]:
+    def facts() -> list[tuple[str, str]]:  # what ranks compare
         shapes = " ".join(f"{tuple(p.shape)} {p.dtype}" for p in table.parameters[: table.own])
         options = [{k: v for k, v in group.items() if isinstance(v, (bool, int, float, str))} for group in groups]
         return [
@@ -54,11 +56,16 @@ def planned(
             ("the noise scheme", checkpoint.NOISE_SCHEME),
         ]
 
-    processes.look(table, (progress.loads, *(len(group["params"]) for group in groups)))
-    if kind in ("sampled", "plain"):
-        together = processes.step(table, modules, num_samples=num_samples, plain=plain, seeded=progress, facts=facts)
+    together = ALONE
+    if processes.alone:
+        progress.belong("")
     else:
-        together = processes.visit(table, modules, seeded=progress, facts=facts, steps=kind == "two steps")
+        processes.look(table, (progress.loads, *(len(group["params"]) for group in groups)))
+        ranked: dict[str, Any] = {"table": table, "modules": modules, "seeded": progress, "facts": facts}
+        if kind in ("sampled", "plain"):
+            together = processes.step(num_samples=num_samples, plain=plain, **ranked)
+        else:
+            together = processes.visit(steps=kind == "two steps", **ranked)
     step = Step(
         table=table,
         scratch=progress.scratch,

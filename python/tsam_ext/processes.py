@@ -29,10 +29,13 @@ Facts = Callable[[], Sequence[tuple[str, str]]]
 
 
 class Seeded(Protocol):
-    """What has the seed of the noise, which becomes that of all ranks."""
+    """What has the seed of the noise, which becomes that of all ranks, and what lasts from step to step."""
 
     seed: int
     seed_given: bool
+
+    def belong(self, rank: str) -> None:
+        """What lasts from step to step is this rank's from here on; "" where all ranks do the same."""
 
 
 UNKNOWN = (
@@ -56,6 +59,7 @@ class Processes:
         sync: Sync = "global",
         reduction: Reduction = "tail",
         weigh_rows: bool = False,
+        batch: str = "whole",
     ) -> None:
         check_choice(TSAM, "sync", sync, SYNCS)
         check_choice(TSAM, "reduction", reduction, REDUCTIONS)
@@ -66,6 +70,8 @@ class Processes:
         if weigh_rows and (sync, reduction) != ("global", "manual"):
             got = f"True with sync={sync!r} and reduction={reduction!r}"
             raise refuse(TSAM, "weigh_rows", got, "sync='global' and reduction='manual'")
+        if weigh_rows and batch != "whole":
+            raise refuse(TSAM, "weigh_rows", f"True with batch={batch!r}", "batch='whole'")
         self._group, self._sync, self._reduction, self._weighs_rows = process_group, sync, reduction, weigh_rows
         self._known: Cooperation | None = None
         self._agreed = False
@@ -77,14 +83,16 @@ class Processes:
         return (("sync", self._sync), ("reduction", f"{self._reduction} {self._weighs_rows}"))
 
     @property
-    def chains_differ(self) -> bool:
-        """Whether each rank has a chain of its own."""
-        return self._sync != "global" and self._known is not None
+    def alone(self) -> bool:
+        """Whether this process trains by itself."""
+        return self._group is None or world_size() == 1
 
     @property
-    def place(self) -> tuple[int, int]:
-        """This rank among those that train the model, and how many they are; (0, 1) before they know each other."""
-        return (0, 1) if self._known is None else (self._known.exchange.ranks.index, self._known.exchange.ranks.size)
+    def own_place(self) -> str:
+        """Which rank this is of how many, where each samples for itself; empty where all do the same."""
+        if self._sync == "global" or self._known is None:
+            return ""
+        return f"{self._known.exchange.ranks.index} of {self._known.exchange.ranks.size}"
 
     def look(self, table: Table, form: tuple[int, ...]) -> None:
         """A step is planned: ranks compare themselves again where groups or checkpoints have come since they did."""
@@ -116,8 +124,6 @@ class Processes:
 
         ``seeded``: has this rank's seed, and gets that of all. ``facts``: what the optimizer must have alike.
         """
-        if self._group is None or world_size() == 1:
-            return ALONE
         home = table.tensors[0].device if table.tensors else torch.device("cpu")
         if self._known is None or not self._agreed:
             known = self._found(table, modules)
@@ -147,8 +153,6 @@ class Processes:
 
         ``steps``: a step follows, by passes of the user's own, which reduce gradients.
         """
-        if self._group is None or world_size() == 1:
-            return ALONE
         if steps and self._sync != "global":
             raise refuse(TSAM, "sync", repr(self._sync), "'global' with first_step(): use the samples() loop")
         alone, sharded = Alone(), any(map(is_sharded, table.parameters[: table.own]))
@@ -212,6 +216,7 @@ class Processes:
         known.checked = False
         self._known, self._agreed = known, True
         seeded.seed = alike
+        seeded.belong(self.own_place)
         return alike != mine
 
     def _seen(self, module: Any, together: Together, seeded: Seeded, facts: Facts, home: torch.device) -> None:

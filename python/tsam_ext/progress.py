@@ -157,6 +157,14 @@ class Progress:
             self.pending = False
             self.leave()
 
+    def belong(self, rank: str) -> None:
+        """A step of this rank goes on from what lasts: where that was another rank's own, it starts anew."""
+        if not self.sampler_state.belong(rank):
+            self.history.tell(
+                f"the checkpoint has the chain of another rank or number of ranks (this is {rank or 'one of all'}): "
+                "the chain starts anew. Save and load one checkpoint per rank to go on with each."
+            )
+
     def skip(self) -> None:
         """Leaves the running estimate as if it had not begun, p.grad with it: there was no batch."""
         if self.estimate is not None:

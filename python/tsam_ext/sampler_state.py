@@ -48,6 +48,10 @@ class SamplerState:
         """What :meth:`save` gives of one parameter, by name; nothing of a frozen one."""
         return {}
 
+    def belong(self, rank: str) -> bool:
+        """A step of the given rank ("" where all ranks share what is kept) goes on from here; False if it cannot."""
+        return True
+
     def settle(self) -> None:
         """The step is over: from here on it is saved as it has ended."""
 

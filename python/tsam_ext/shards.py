@@ -44,6 +44,12 @@ def as_local(tensor: Tensor) -> Tensor:
     return local
 
 
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a DTensor, on each rank: a collective of its mesh."""
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
 def as_parameter(parameter: Tensor, local: Tensor) -> Tensor:
     """A tensor of this rank's rows (of a complex parameter pairs of reals too) as a DTensor, where that is one."""
     if not is_sharded(parameter):

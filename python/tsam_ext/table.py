@@ -104,8 +104,10 @@ class Table:
         table.parameters += others
         table.dtypes += [parameter.dtype for parameter in table.parameters[table.own :]]
         table.tensors = table.parameters
-        if not (COMPLEX.isdisjoint(table.dtypes) and PLAIN_TYPES.issuperset(map(type, table.parameters))):
+        sharded = not PLAIN_TYPES.issuperset(map(type, table.parameters)) and any(map(is_sharded, table.parameters))
+        if sharded or not COMPLEX.isdisjoint(table.dtypes):
             table.tensors = list(map(kernel_form, table.parameters))
+        if sharded:
             for i, parameter in enumerate(table.parameters[: table.own]):
                 if is_sharded(parameter):  # where its local rows begin
                     first = Sharding.of(parameter, table.name(i)).first_element(parameter)

@@ -271,7 +271,8 @@ class Together(Alone):
     def before_last(self, mean: Mean) -> None:
         """See :class:`Alone`."""
         if self._sync == "global" and self._reduction == "tail" and mean.flat is not None:
-            self._works = mean.start_sum(self.ranks)
+            with torch.no_grad():
+                self._works = mean.start_sum(self.ranks)
 
     def after_last(self, mean: Mean) -> None:
         """See :class:`Alone`."""

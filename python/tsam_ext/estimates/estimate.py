@@ -205,12 +205,14 @@ class Estimate(ABC):
         drop_derived(self.step.sharded)
         self._passes += 1
         self._note_versions()
-        if last:
-            with torch.no_grad():
-                self.together.before_last(self.mean)
-        self.together.begin_pass(steers=steers, last=last)
+        together = self.together
+        if together.several:
+            if last:
+                together.before_last(self.mean)
+            together.begin_pass(steers=steers, last=last)
         yield self.current
-        self.together.end_pass()
+        if together.several:
+            together.end_pass()
         if not self.current.done:
             raise RuntimeError("TSAM: run each item of samples() as 'with sample: ...'.")
 
@@ -233,13 +235,16 @@ class Estimate(ABC):
         elif self.table.own:
             self._without_gradients(sample)
         self._loss_dtype = loss.dtype
-        loss = self.together.meet(loss)
-        gradients = self.together.weigh(gradients, steers=sample.steers)
+        together = self.together
+        if together.several:
+            loss = together.meet(loss)
+            gradients = together.weigh(gradients, steers=sample.steers)
+            if self.first_loss is None:
+                together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
+            if sample.last:
+                together.after_last(self.mean)
         if self.first_loss is None:
             self.first_loss = loss.clone()
-            self.together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
-        if sample.last:
-            self.together.after_last(self.mean)
         self.take(sample, loss, gradients)
 
     def _check_unwritten(self) -> None:
@@ -312,7 +317,8 @@ class Estimate(ABC):
     @torch.no_grad()
     def abort(self) -> None:
         """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
-        self.together.end_pass()
+        if self.together.several:
+            self.together.end_pass()
         if self.closed:
             return
         self.closed = True
@@ -321,7 +327,8 @@ class Estimate(ABC):
                 self.undo()
         finally:
             drop_derived(self.step.sharded)
-            begin_anew(self.step.sharded)
+            if self.step.sharded:
+                begin_anew(self.step.sharded)
             if self._masks is not None and self._kept_buffers is not None:
                 self.mean.give_back(zero=not self.capturing)
                 self._masks.rewind()

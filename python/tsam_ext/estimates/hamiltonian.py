@@ -59,7 +59,7 @@ class HamiltonianEstimate(Estimate):
         self._burn_in, self._fresh_start, self._delta, self._automatic = burn_in, fresh, delta, automatic
         self._metropolis, self._recycles = metropolis, recycle
         self._substeps, self._last_kick = substeps(LEAPFROG, num_leapfrog_steps)
-        self._scaling = None if self.scale is None else LossScale(self.scale)
+        self._scaling = None if self.scale is None else LossScale(self.scale, self.together.shards)
         if self._scaling is not None and any(p.dtype == torch.float16 for p in self.table.parameters):
             expected = "none with float16 parameters and hmc: small gradients would vanish when divided"
             raise refuse(TSAM, "scaler", "one", expected)

@@ -17,6 +17,7 @@ from tsam_ext._compile import graphs_break_at
 from tsam_ext.engine.checks import TSAM, refuse, shown
 from tsam_ext.engine.spread import Spread
 from tsam_ext.loss_scale import is_product
+from tsam_ext.shards import is_sharded, whole_of
 from tsam_ext.table import Table
 
 
@@ -72,6 +73,8 @@ class Sample:
             TypeError, ValueError: if it is no loss, or lies on a device that holds no parameter.
         """
         spread = self._estimate.spread
+        if isinstance(loss, Tensor) and is_sharded(loss):
+            loss = whole_of(loss)
         if not isinstance(loss, Tensor):
             if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
                 if inspect.iscoroutine(loss):
