@@ -34,6 +34,7 @@ class Exchange:
         self._steps = self._pass = 0
         self._left: tuple[Any, Tensor] | None = None  # of a pass that this rank has failed in
         self._missed = False  # whether this rank has failed where the others went on
+        self._gone: CollectiveError | None = None  # what has ended the group
         self.weight = torch.ones(())  # the sum of the weights of the last pass, where it lies
         self._late: deque[tuple[Any, Tensor]] = deque()
 
@@ -44,7 +45,9 @@ class Exchange:
         self._late.clear()
 
     def begin(self) -> None:
-        """A step begins, on all ranks. RuntimeError where this one has missed what the others have done."""
+        """A step begins, on all ranks. RuntimeError where this one has missed what others did, or the group is gone."""
+        if self._gone is not None:
+            raise CollectiveError(str(self._gone)) from self._gone
         if self._missed:
             raise RuntimeError(
                 "TSAM: this rank failed at the end of a step that the others may have taken: the parameters are no "
@@ -80,12 +83,16 @@ class Exchange:
         ``missed``: the others may have taken the step by now, and have no exchange in it any more.
         """
         self._missed |= missed
-        if self._left is None and not missed:
+        if self._left is None and not self._missed:
             vector = self._vector(None, home, 1.0, failed=True)
             try:
                 self._left = self.ranks.start_sum(vector), vector
             except CollectiveError:  # the group is gone, and with it whoever would wait
                 self._missed = True
+
+    def lost(self, error: CollectiveError) -> None:
+        """A collective has failed: what is left of others may lie about in the group."""
+        self._gone = error
 
     def look(self) -> None:
         """Looks at what has arrived from a GPU."""

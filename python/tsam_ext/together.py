@@ -361,6 +361,10 @@ class Together(Alone):
 
     def fail(self, error: BaseException | None) -> None:
         """See :class:`Alone`: the others learn of it in their next exchange."""
-        if self._known is not None and not self._over and not isinstance(error, (CollectiveError, OtherRankError)):
-            self._over = True
+        if self._known is None or self._over:
+            return
+        self._over = True
+        if isinstance(error, CollectiveError):
+            self._known.exchange.lost(error)
+        elif not isinstance(error, OtherRankError):
             self._known.exchange.leave(self._home, missed=self._closed)
