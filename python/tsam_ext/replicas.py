@@ -109,8 +109,8 @@ class Replicas:
             if not module.require_backward_grad_sync:
                 raise RuntimeError(
                     "TSAM: a step inside DistributedDataParallel.no_sync(): its gradients would not be reduced. Run "
-                    "all microbatches inside the closure, or inside the body of samples(); no_sync() may be there. "
-                    "Nothing was updated."
+                    "all microbatches inside the closure, or inside the body of samples(); no_sync() may be there, "
+                    "if the module is known before: pass model=ddp. Nothing was updated."
                 )
 
     @contextmanager
