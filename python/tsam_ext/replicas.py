@@ -117,9 +117,12 @@ class Replicas:
     def one_pass(self, *, reduces: bool) -> Iterator[None]:
         """The passes inside reduce their gradients, or do not."""
         with ExitStack() as stack:
-            if not reduces:
-                for module in self.modules:
+            for module in self.modules:
+                if not reduces:
                     stack.enter_context(module.no_sync())
+                elif module.find_unused_parameters and not module.static_graph:
+                    # It counts as used what passes without a reduction have used before, whose gradients are not here.
+                    module.reducer._reset_state()
             yield
 
 
