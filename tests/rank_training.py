@@ -58,8 +58,8 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 class Run:
     """A net, a TSAM and the rank's rows; ``how``: what TSAM is told of the DistributedDataParallel.
 
-    ``how``: "ddp" (model=ddp), "inner" (model=net), "seen" (nothing), "world" (process_group=WORLD), "plain" (the net is
-    not wrapped). ``ddp``: options of DistributedDataParallel.
+    ``how``: "ddp" (model=ddp), "inner" (model=net), "seen" (nothing), "world" (process_group=WORLD), or "plain" (the
+    net is not wrapped). ``ddp``: options of DistributedDataParallel.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ all ranks, within the step that shows it, and leaves the parameters as they were
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import pool
-from rank_training import Run, distance, error_of, flat, rows, small_net, squared_error
+from rank_training import Run, distance, error_of, flat, rows, squared_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -150,7 +151,9 @@ def refused(rank: int, size: int) -> dict[str, tuple[str, bool]]:
         if rank:
             stepped.opt._progress.step += 1
         case(f"steps {how}", stepped)
-    wide = Run(rank, size, {"process_group": dist.group.WORLD}, how="plain", net=nn.Linear(5, 3, bias=rank == 0).double())
+    wide = Run(
+        rank, size, {"process_group": dist.group.WORLD}, how="plain", net=nn.Linear(5, 3, bias=rank == 0).double()
+    )
     case("shapes", wide)
     inside = Run(rank, size, {})
     with inside.model.no_sync():
@@ -230,6 +233,14 @@ def test_gradients_that_hooks_reduce() -> None:
         assert "something reduces them in each backward pass" in messages[0]
 
 
+def no_batch() -> None:
+    """The closure of a loader that has run out."""
+
+
+def step_into(losses: list[Any], run: Run, closure: Callable[[], Any]) -> None:
+    losses.append(run.opt.step(closure))
+
+
 def without_batches(rank: int, size: int) -> list[Any]:
     """The third of four batches is missing: on all ranks, or on the second alone.
 
@@ -242,9 +253,9 @@ def without_batches(rank: int, size: int) -> list[Any]:
             continue
         run = Run(rank, size, {"sampler": sampler}, how=how)
         run.train(2)
-        missing = everywhere or rank == 1
-        before, losses = flat(run.net), []
-        error = error_of(lambda: losses.append(run.opt.step((lambda: None) if missing else run.closure)))
+        before, losses = flat(run.net), list[Any]()
+        closure = no_batch if everywhere or rank == 1 else run.closure
+        error = error_of(functools.partial(step_into, losses, run, closure))
         unchanged = torch.equal(flat(run.net), before)
         after = run.train(1)
         found.append((error, losses, unchanged, everywhere, sampler, after))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rank_pool import pool
-from rank_training import Run, distance, flat, rows, share, small_net, squared_error, twin
+from rank_training import Run, distance, flat, rows, small_net, squared_error, twin
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
