@@ -233,7 +233,7 @@ class Estimate(ABC):
         elif self.table.own:
             self._without_gradients(sample)
         self._loss_dtype = loss.dtype
-        loss = self.together.meet(loss)
+        loss = self.together.meet(loss, self.num_samples)
         gradients = self.together.weigh(gradients, steers=sample.steers)
         if self.first_loss is None:
             self.first_loss = loss.clone()
