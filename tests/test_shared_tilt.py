@@ -1,4 +1,4 @@
-"""The weights of samples that ranks share, and the numbers by which ranks know that they are at one pass: no processes."""
+"""The weights of samples that ranks share, and the numbers by which ranks know that they are at one pass."""
 
 from __future__ import annotations
 

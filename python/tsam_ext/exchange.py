@@ -19,6 +19,7 @@ from .engine.ranks import CollectiveError, Ranks
 
 LOSS, WEIGHT, FAILED, SKIPPED, NUMBER, SQUARE, LENGTH = 0, 1, 2, 3, 4, 5, 6
 STRIDE = 1009  # between the numbers of two steps: a step alone never has the pass after next of another
+SHORTER = 251  # between those of steps of different lengths, which batch="split" makes of fewer rows than samples
 
 
 class OtherRankError(RuntimeError):
@@ -31,7 +32,7 @@ class Exchange:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._modulus = 1 << (16 if ranks.size <= 1024 else 12)
-        self._steps = self._pass = 0
+        self._steps = self._pass = self._fewer = 0
         self._left: tuple[Any, Tensor] | None = None  # of a pass that this rank has failed in
         self._missed = False  # whether this rank has failed where the others went on
         self._gone: CollectiveError | None = None  # what has ended the group
@@ -40,7 +41,7 @@ class Exchange:
 
     def begin_anew(self) -> None:
         """All ranks are at one place: they have just compared themselves."""
-        self._steps = self._pass = 0
+        self._steps = self._pass = self._fewer = 0
         self._left, self._missed = None, False
         self._late.clear()
 
@@ -59,14 +60,24 @@ class Exchange:
             self.ranks.finish(work)  # the others have left that pass as well
             self._check_numbers(vector.tolist())
         self.look()
-        self._steps, self._pass = self._steps + 1, 0
+        self._steps, self._pass, self._fewer = self._steps + 1, 0, 0
 
-    def meet(self, loss: Tensor | None, home: torch.device, *, weight: float = 1.0, skipped: bool = False) -> Tensor:
+    def meet(
+        self,
+        loss: Tensor | None,
+        home: torch.device,
+        *,
+        weight: float = 1.0,
+        skipped: bool = False,
+        fewer: int = 0,
+    ) -> Tensor:
         """The mean of the ranks' losses, float64 on ``home``; OtherRankError where a rank has failed or is elsewhere.
 
-        ``weight``: what this rank's loss counts. ``loss``: None where losses are each rank's own.
+        ``weight``: what this rank's loss counts. ``loss``: None where losses are each rank's own. ``fewer``: by how
+        many samples its step is shorter than the settings say.
         """
         self.look()
+        self._fewer = fewer
         vector = self._vector(loss, home, weight, skipped=skipped)
         self._pass += 1
         self.ranks.sum_(vector)
@@ -108,7 +119,7 @@ class Exchange:
     def _vector(
         self, loss: Tensor | None, home: torch.device, weight: float, *, failed: bool = False, skipped: bool = False
     ) -> Tensor:
-        k = float((self._steps * STRIDE + self._pass) % self._modulus)
+        k = float((self._steps * STRIDE + self._fewer * SHORTER + self._pass) % self._modulus)
         numbers = (0.0, weight, float(failed), float(skipped), k, k * k)
         if home.type != "cuda":
             vector = torch.tensor(numbers, dtype=torch.float64)
@@ -125,8 +136,8 @@ class Exchange:
         if numbers[SQUARE] * self.ranks.size != numbers[NUMBER] ** 2:
             raise OtherRankError(
                 f"TSAM: the {self.ranks.size} ranks are at different passes: one of them has left a step alone (an "
-                "exception that it caught, a break, a batch more or less). Nothing was updated; load a checkpoint on "
-                "all ranks."
+                "exception that it caught, a break, a batch more or less, batch='split' with fewer rows than samples). "
+                "Nothing was updated; load a checkpoint on all ranks."
             )
 
     def _check(self, numbers: list[float]) -> None:

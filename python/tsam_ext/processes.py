@@ -232,8 +232,12 @@ class Processes:
             known = Cooperation(Exchange(self._ranks(replicas.members, replicas.group)), replicas)
             moved = self._settle(known, seeded, facts, home)
         else:
+            members, everyone = replicas.members, known.exchange.ranks.members
+            if members != everyone:
+                got = f"a group of ranks {list(everyone)}"
+                raise refuse(TSAM, "process_group", got, f"one of ranks {list(members)}, as the module's")
             known.replicas.add(module)
-        together.join(known, check_seed(TSAM, seeded.seed), moved=moved)
+        together.join(known, module, check_seed(TSAM, seeded.seed), moved=moved)
 
     def _unknown(self) -> Exception:
         if self._known is None:

@@ -109,17 +109,20 @@ class Replicas:
             if not module.require_backward_grad_sync:
                 raise RuntimeError(
                     "TSAM: a step inside DistributedDataParallel.no_sync(): its gradients would not be reduced. Run "
-                    "all microbatches inside the closure, or inside the body of samples(); no_sync() may be there. "
-                    "Nothing was updated."
+                    "all microbatches inside the closure, or inside the body of samples(); no_sync() may be there, "
+                    "if the module is known before: pass model=ddp. Nothing was updated."
                 )
 
     @contextmanager
     def one_pass(self, *, reduces: bool) -> Iterator[None]:
         """The passes inside reduce their gradients, or do not."""
         with ExitStack() as stack:
-            if not reduces:
-                for module in self.modules:
+            for module in self.modules:
+                if not reduces:
                     stack.enter_context(module.no_sync())
+                elif module.find_unused_parameters and not module.static_graph:
+                    # It counts as used what passes without a reduction have used before, whose gradients are not here.
+                    module.reducer._reset_state()
             yield
 
 

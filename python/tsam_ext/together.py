@@ -62,8 +62,8 @@ class Alone:
     def end_pass(self) -> None:
         """It is there, or never will be. Idempotent."""
 
-    def meet(self, loss: Tensor) -> Tensor:
-        """The loss of a pass over all ranks."""
+    def meet(self, loss: Tensor, num_samples: int) -> Tensor:
+        """The loss of a pass over all ranks. ``num_samples``: how many samples this one takes."""
         return loss
 
     def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
@@ -185,15 +185,15 @@ class Together(Alone):
             self._known.replicas.check_ready()
             self._known.exchange.begin()
 
-    def join(self, known: Cooperation, seed: int, *, moved: bool) -> None:
-        """The ranks are known from here on, in a pass whose model has not run yet; ``moved``: by another seed."""
+    def join(self, known: Cooperation, module: Any, seed: int, *, moved: bool) -> None:
+        """``module`` is known from here on, as it is about to run, and so are its ranks; ``moved``: by another seed."""
         is_new = self._known is None
         self._settle(known)
         if is_new:
             known.exchange.begin()
         if known.replicas.static and not known.synced and self._sync == "global":
             self._reduces = True
-        self._stack.enter_context(known.replicas.one_pass(reduces=self._reduces))
+        self._stack.enter_context(Replicas([module]).one_pass(reduces=self._reduces))
         if is_new and (moved or self._sync != "global"):
             assert self._restart is not None
             self._restart(seed)
@@ -214,7 +214,7 @@ class Together(Alone):
         """See :class:`Alone`."""
         self._stack.close()
 
-    def meet(self, loss: Tensor) -> Tensor:
+    def meet(self, loss: Tensor, num_samples: int) -> Tensor:
         """See :class:`Alone`; under "local" and "samples" it stays this rank's own."""
         known = self.known
         known.looked = True
@@ -225,7 +225,8 @@ class Together(Alone):
             return loss
         weight = 1.0 if not self._weighs_rows else self._weight()
         self._closed = self._last
-        total = known.exchange.meet(loss, self._home, weight=weight)
+        fewer = self._num_samples - num_samples
+        total = known.exchange.meet(loss, self._home, weight=weight, fewer=fewer)
         if self._weighs_rows:
             self._factor = weight * known.exchange.ranks.size / known.exchange.weight
         return total

@@ -237,7 +237,7 @@ class Estimate(ABC):
         self._loss_dtype = loss.dtype
         together = self.together
         if together.several:
-            loss = together.meet(loss)
+            loss = together.meet(loss, self.num_samples)
             gradients = together.weigh(gradients, steers=sample.steers)
             if self.first_loss is None:
                 together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
