@@ -24,15 +24,19 @@ PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parall
 TIMEOUT = 120  # seconds for one call
 
 
-def serve(rank: int, size: int, place: str, folder: str, pipe: connection.Connection, seconds: float) -> None:
+def serve(
+    rank: int, size: int, place: str, folder: str, pipe: connection.Connection, seconds: float, backend: str
+) -> None:
     """The body of a process: calls what comes through the pipe until it is closed."""
     sys.path.insert(0, folder)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+        backend, init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
     )
     while True:
         try:
@@ -47,16 +51,17 @@ def serve(rank: int, size: int, place: str, folder: str, pipe: connection.Connec
 
 
 class Pool:
-    """n processes of one world. ``seconds``: how long a collective may take."""
+    """n processes of one world. ``seconds``: how long a collective may take; ``backend``: nccl has a GPU for each."""
 
-    def __init__(self, size: int, seconds: float = 60.0) -> None:
+    def __init__(self, size: int, seconds: float = 60.0, backend: str = "gloo") -> None:
         self.size, self.broken = size, False
         place = tempfile.mktemp(prefix="ranks-")
         folder = str(Path(__file__).parent)
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = PROCESSES.Pipe()
-            process = PROCESSES.Process(target=serve, args=(rank, size, place, folder, there, seconds), daemon=True)
+            arguments = (rank, size, place, folder, there, seconds, backend)
+            process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)

@@ -27,7 +27,8 @@ def join_states(states: Tensor, states_per_sample: int) -> tuple[Tensor, Tensor]
     """
     tilts, sums = states[:, Slot.TILT], states[:, Slot.SUM]
     counted = sums != 0.0  # NaN is
-    first = states[counted.to(torch.int8).argmax(), Slot.FIRST_LOSS]
+    # Gathered, as an index that lies on a device would be waited for.
+    first = states[:, Slot.FIRST_LOSS].gather(0, counted.to(torch.int8).argmax().reshape(1)).squeeze(0)
     lifts = torch.where(tilts == 0.0, 0.0, tilts * (states[:, Slot.FIRST_LOSS] - first))
     infinite = tilts.isinf()
     tops = torch.where(infinite, states[:, Slot.MAX], states[:, Slot.MAX] + lifts)
