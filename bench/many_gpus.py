@@ -102,8 +102,9 @@ METHODS: dict[str, Method] = {
     "noise tail": Method(_each(1), lambda s, **_: 1 + _mean_so_far(s), _never, _each(1), _mean_so_far, _never),
     "noise manual": Method(_each(1), _never, _always(1), _each(1)),
     "ascent local": Method(_each(2), _never, _always(1), _always(1)),
-    "ascent samples": Method(lambda s, ranks=1, **_: 2 * -(-s // ranks), _never, _always(1), _always(1)),
-    "hmc": Method(_hmc(0), _hmc(0), _never, _hmc(1), sharded=_hmc(1)),  # gaussian; one pass at the beginning
+    "ascent samples": Method(lambda s, ranks=1, **_: 2 * -(-s // ranks), _never, _always(1), _always(2)),
+    # Gaussian; one pass at the beginning. Sharded: products of each kick and of a trajectory's last.
+    "hmc": Method(_hmc(0), _hmc(0), _never, _hmc(1), sharded=lambda s, steps=1, **_: (steps + 1) * s),
 }
 
 

@@ -28,7 +28,7 @@ def serve(
     rank: int, size: int, place: str, folder: str, pipe: connection.Connection, seconds: float, backend: str
 ) -> None:
     """The body of a process: calls what comes through the pipe until it is closed."""
-    sys.path.insert(0, folder)
+    sys.path[:0] = [folder, str(Path(folder).parent)]
     import torch
     import torch.distributed as dist
 

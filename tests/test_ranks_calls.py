@@ -22,6 +22,7 @@ from rank_training import Run, distance, error_of, flat, rows, squared_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from bench.many_gpus import METHODS
 from tsam_ext import HMC
 
 AUTO = HMC(delta="auto", num_leapfrog_steps=2, burn_in=1)
@@ -102,6 +103,28 @@ def test_a_step_asks_for_no_more_than_it_is_said_to(size: int) -> None:
             passes = wanted[0] if wanted[0] > 0 else 2 * own if options.get("sampler") == "ascent" else 1 + own
             assert each == [(passes, *wanted[1:])] * 2, (options, rank, wanted)
         assert alone == [(6, 0, 0, 0)] * 2
+
+
+MODELLED = {
+    "sam": SAM,
+    "ascent tail": {"sampler": "ascent"},
+    "ascent manual": {"sampler": "ascent", "reduction": "manual"},
+    "noise tail": {"sampler": "noise"},
+    "noise manual": {"sampler": "noise", "reduction": "manual"},
+    "ascent local": {"sampler": "ascent", "sync": "local"},
+    "ascent samples": {"sampler": "ascent", "sync": "samples"},
+    "hmc": {"sampler": "hmc"},
+}
+
+
+@pytest.mark.parametrize("name", MODELLED)
+def test_the_model_of_many_gpus_has_the_counts_of_real_ranks(name: str) -> None:
+    options = MODELLED[name]
+    gradients, buckets, large, small = next(counts for known, counts in COUNTS if known == options)
+    method, given = METHODS[name], {"s": options.get("num_samples", 3), "ranks": 2, "steps": 1}
+    hidden, exposed, flat_ones = (count(**given) for count in (method.hidden, method.exposed, method.flat))
+    assert (hidden - flat_ones, flat_ones + exposed, method.small(**given)) == (buckets, large, small)
+    assert gradients in (-1, method.gradients(**given))
 
 
 UNEQUAL = list(itertools.product(("ascent", "noise", "hmc"), ("ddp", "seen", "world"), (3, 1)))

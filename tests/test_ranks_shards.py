@@ -23,6 +23,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.many_gpus import METHODS
 from tsam_ext import HMC, TSAM, Ascent, Noise
 from tsam_ext.engine.ranks import Ranks
 
@@ -156,14 +157,17 @@ def counted(rank: int, case: dict[str, Any]) -> int:
 
 def test_small_collectives_are_one_per_loss_norm_and_decision() -> None:
     s = 3
-    for case, losses, sums in (
-        ({"sampler": "noise"}, s, 0),
-        ({}, 2 * s, s),
-        ({"sampler": Noise(noise="sphere")}, s, s),
+    for case, losses, sums, modelled in (
+        ({"sampler": "noise"}, s, 0, "noise tail"),
+        ({}, 2 * s, s, "ascent tail"),
+        ({"sampler": Noise(noise="sphere")}, s, s, None),
         # per trajectory the kick's products, the last kick's, and the decision
-        ({"sampler": "hmc"}, 1 + s, 3 * s),
+        ({"sampler": "hmc"}, 1 + s, 3 * s, "hmc"),
     ):
         assert pool(2).run(counted, case) == [losses + sums] * 2
+        if modelled is not None:  # of python -m bench many-gpus
+            counts = (METHODS[modelled].small, METHODS[modelled].sharded)
+            assert sum(count(s=s, steps=1) for count in counts if count is not None) == losses + sums
 
 
 def live_bytes() -> int:
