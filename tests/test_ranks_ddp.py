@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from rank_pool import pool
-from rank_training import Run, distance, flat, rows, small_net, squared_error, twin
+from rank_training import Run, distance, flat, rows, share, small_net, squared_error, twin
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import HMC, TSAM
 
@@ -270,21 +271,35 @@ def test_lower_precision() -> None:
         assert first[1] == second[1], case
 
 
-MORE = list(itertools.product(("every", "split", "clip", "other", "maximize"), ("ascent", "noise"), ("ddp", "seen")))
+MORE = list(
+    itertools.product(("every", "split", "few rows", "clip", "other", "maximize"), ("ascent", "noise"), ("ddp", "seen"))
+)
+MORE += [("two steps", "ascent", how) for how in ("ddp", "world")]
 
 
 def more(rank: int, size: int, what: str, sampler: str, how: str) -> tuple[Tensor, list[float]]:
     """Settings and loops that say which gradient is taken of what."""
     settings: dict[str, dict[str, Any]] = {"every": {"every": 2}, "split": {"batch": "split"}}
     settings["maximize"] = {"maximize": True, "lr": 1e-3}
+    settings["two steps"] = {"num_samples": 1, "radius": 0.0}
+    settings["few rows"] = {"batch": "split"} if size > 1 else {"num_samples": 1}
     run = Run(rank, size, {"sampler": sampler, **settings.get(what, {})}, how=how)
     if what == "split" and size == 2:  # sample j of one process sees what the ranks' samples j see
         x, y = rows()
         order = torch.arange(12).view(3, 2, 2)[:, rank].reshape(-1)
         run.x, run.y = x[order], y[order]
-    if what not in ("clip", "other"):
+    if what == "few rows":  # one of each rank's, which makes one sample
+        run.x, run.y = (t[:1] if size > 1 else t[[0, 6]] for t in (run.x, run.y))
+    if what not in ("clip", "other", "two steps"):
         return run.train()
     losses = []
+    if what == "two steps":
+        for _ in range(5):
+            run.closure()
+            run.opt.first_step(zero_grad=True)
+            run.closure()
+            run.opt.second_step(zero_grad=True)
+        return flat(run.net), []
     if what == "clip":
         for _ in range(5):
             losses.append(float(run.opt.estimate_gradient(run.closure)))
@@ -312,3 +327,59 @@ def test_settings_and_loops() -> None:
         assert distance(first[0], parameters) < 1e-12, case
         assert first[1] == pytest.approx(losses, rel=1e-11), case
         assert torch.equal(first[0], second[0]), case
+
+
+class Complex(nn.Module):
+    """A layer with a complex, a frozen and an unused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, generator = small_net()[2], torch.Generator().manual_seed(3)
+        self.mix = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128, generator=generator))
+        self.frozen = nn.Parameter(torch.ones(3).double(), requires_grad=False)
+        self.idle = nn.Parameter(torch.ones(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x).to(torch.complex128) @ self.mix
+        return z.real + z.imag * self.frozen
+
+
+TOWERS = list(itertools.product(("ascent", "noise", "hmc"), ("tail", "manual"), ("ddp", "seen"), (0, 2)))
+
+
+def towers(rank: int, size: int, sampler: str, reduction: str, how: str, joins: int) -> tuple[Tensor, bool]:
+    """Two modules, of which the first joins at a step; and whether gradients that are kept keep their values."""
+    first, second = small_net()[0], Complex()
+    a, b = (DistributedDataParallel(m, find_unused_parameters=True) if size > 1 else m for m in (first, second))
+    net, (x, y) = nn.Sequential(a, nn.Tanh(), b), share(rank, size, *rows())
+    told: dict[str, Any] = {"reduction": reduction, **({"model": net} if how == "ddp" else {})} if size > 1 else {}
+    own = list(second.parameters())
+    opt = TSAM(own, lr=0.05, rho=0.05, tilt=2.0, seed=3, sampler=sampler, **told)
+
+    def closure() -> Tensor:
+        loss = squared_error(net(x), y)
+        loss.backward()
+        return loss
+
+    kept: list[tuple[Tensor, Tensor]] = []
+    for step in range(4):
+        if step == joins:
+            opt.add_param_group({"params": list(first.parameters()), "rho": 0.02})
+        opt.step(closure)
+        held = [p.grad for p in own if p.grad is not None]
+        kept += [(grad if how == "ddp" else grad.detach(), grad.clone()) for grad in held]
+        net.zero_grad()
+    parameters = [torch.view_as_real(p) if p.is_complex() else p for p in net.parameters()]
+    return torch.cat([p.detach().reshape(-1) for p in parameters]), all(torch.equal(a, b) for a, b in kept)
+
+
+def all_towers(rank: int, size: int) -> list[Any]:
+    return [towers(rank, size, *case) for case in TOWERS]
+
+
+@pytest.mark.filterwarnings("ignore:TSAM. parameters that this optimizer does not hold")
+def test_several_modules_odd_parameters_and_gradients_that_are_kept() -> None:
+    for case, first, second in zip(TOWERS, *pool(2).run(all_towers, 2), strict=True):
+        assert distance(first[0], towers(0, 1, *case)[0]) < 1e-12, case
+        assert torch.equal(first[0], second[0]), case
+        assert first[1] and second[1], case
