@@ -250,15 +250,23 @@ def after_an_exception(rank: int) -> tuple[Any, ...]:
     train(clean_model, clean, rank, 2, steps=1)
     before, (x, y) = whole(model), rows(rank, 2)
 
+    passes = 0
+
     def closure() -> Tensor:
+        nonlocal passes
+        passes += 1
         loss = (model(x) - y).square().mean()
-        if opt._progress.estimate is not None and opt._progress.estimate.first_loss is not None:
-            loss.register_hook(lambda gradient: 1 / 0)
         loss.backward()
         return loss
 
+    def breaks(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if passes == 3:  # between the layers' backward passes
+            output.register_hook(lambda gradient: 1 / 0)
+
+    handle = model[1].register_forward_hook(breaks)
     with pytest.raises(ZeroDivisionError):
         opt.step(closure)
+    handle.remove()
     restored = torch.equal(before, whole(model))
     opt.zero_grad()
     return restored, train(model, opt, rank, 2, steps=1)[0], train(clean_model, clean, rank, 2, steps=1)[0]
@@ -380,6 +388,23 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_the_same_noise_on_one_and_three(
     for size in (1, 2, 3):
         for ours in pool(size).run(saved, size, folder, CASES[name], flat, 3, False):
             torch.testing.assert_close(ours, expected, rtol=1e-11, atol=0.0)
+
+
+def loaded_whole(rank: int) -> bool:
+    """A checkpoint of one process, whose positions hold all rows, in a sharded optimizer."""
+    single = net()
+    alone = TSAM(single.parameters(), torch.optim.SGD, lr=0.02, sampler="hmc", seed=3, rho=0.1, process_group=None)
+    train(single, alone, 0, 1, steps=2)
+    model = sharded(2)
+    opt = tsam(model, torch.optim.SGD, sampler="hmc")
+    opt.load_state_dict(alone.state_dict())
+    ours = [position.full_tensor() for position in opt.chain_position()]  # type: ignore[attr-defined]
+    # ε scales with no parameter: adaptive is False.
+    return all(torch.equal(a, b) for a, b in zip(ours, alone.chain_position(), strict=True))
+
+
+def test_a_position_of_all_rows_loads_into_shards() -> None:
+    assert pool(2).run(loaded_whole) == [True, True]
 
 
 def zero(rank: int, size: int) -> Tensor:
