@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from . import checkpoint
@@ -34,6 +33,9 @@ from .samplers import Sampler, SamplerName, shown_setting
 from .settings import GROUP_KEYS, Length, Settings, Tilt, check_group_values
 from .table import Table, first_device
 from .together import Reduction, Sync
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not in every build of torch
 
 RHO = 0.05
 OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))

@@ -53,7 +53,7 @@ class Alone:
     shards: Ranks | None = None
     several = False
 
-    def begin(self, home: torch.device, restart: Callable[[int], None]) -> None:
+    def begin(self, table: Table, home: torch.device, restart: Callable[[int], None]) -> None:
         """The passes begin. ``restart``: moves the parameters anew, where ranks come to know each other in a pass."""
 
     def begin_pass(self, *, steers: bool, last: bool) -> None:
@@ -70,7 +70,7 @@ class Alone:
         """A pass's gradients, as they count over all ranks."""
         return gradients
 
-    def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
+    def prepare(self, mean: Mean, *, counts_apart: bool) -> None:
         """After the first pass: where the mean is to lie. ``counts_apart``: whether those that count steer nothing."""
 
     def before_last(self, mean: Mean) -> None:
@@ -115,6 +115,7 @@ class Cooperation:
     sharded: bool = False
     shards: Ranks | None = None
     flat: Flat | None = None
+    probe: Flat | None = None  # where ranks count by their rows
     synced: bool = False  # whether any pass has ever been reduced, as a static graph wants of the first
     looked: bool = False  # whether a whole pass has been watched for modules that reduce gradients
     checked: bool = False  # whether a first step has shown that gradients are reduced, and batches the same
@@ -143,7 +144,7 @@ class Together(Alone):
         self._known, self._watch, self._unknown = known, watch, unknown
         self._sync, self._reduction, self._weighs_rows = sync, reduction, weighs_rows
         self._num_samples = num_samples
-        self._home = torch.device("cpu")
+        self._table, self._home = Table(), torch.device("cpu")
         self._restart: Callable[[int], None] | None = None
         self._stack = ExitStack()  # of the pass that is under way
         self._reduces = False  # whether that pass is to reduce its gradients
@@ -152,7 +153,6 @@ class Together(Alone):
         self._rows: int | None = None
         self._checksum = float("nan")
         self._factor: Tensor | None = None
-        self._first_loss: Tensor | None = None
         self._over = self._closed = self._summed = False
         self.closes = sync != "samples"
         if known is not None:
@@ -178,9 +178,9 @@ class Together(Alone):
         """The ranks that train the model."""
         return self.known.exchange.ranks
 
-    def begin(self, home: torch.device, restart: Callable[[int], None]) -> None:
+    def begin(self, table: Table, home: torch.device, restart: Callable[[int], None]) -> None:
         """See :class:`Alone`. RuntimeError where this rank or its model cannot take part."""
-        self._home, self._restart = home, restart
+        self._table, self._home, self._restart = table, home, restart
         if self._known is not None:
             self._known.replicas.check_ready()
             self._known.exchange.begin()
@@ -243,11 +243,25 @@ class Together(Alone):
             self._check_reduced(list(gradients.values()))
         if self._factor is None:
             return gradients
-        weighed = [gradient * self._factor.to(gradient.device, gradient.dtype) for gradient in gradients.values()]
-        if steers:
-            for gradient in weighed:
-                self.ranks.sum_(gradient).div_(self.ranks.size)
-        return dict(zip(gradients, weighed, strict=True))
+        factors = {g.device: self._factor.to(g.device) for g in gradients.values()}
+        weighed = {i: gradient * factors[gradient.device].to(gradient.dtype) for i, gradient in gradients.items()}
+        return self._added_up(weighed) if steers else weighed
+
+    def _added_up(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Their means over ranks, in one reduction; of a parameter that other ranks alone have used too."""
+        table, ranks = self._table, self.ranks
+        if self.known.probe is None or not self.known.probe.fits(table, [None] * len(table.tensors)):
+            self.known.probe = Flat(table)
+        flat = self.known.probe
+        for i, gradient in gradients.items():
+            flat.views[i].copy_(gradient)
+        flat.close(set(gradients))
+        for work in flat.start(ranks):
+            ranks.finish(work)
+        flat.scale_(1.0 / ranks.size)
+        missing = set(range(len(flat.views))) - gradients.keys()
+        missing -= flat.absent(missing) if missing else set()
+        return {i: flat.views[i].to(table.tensors[i].dtype) for i in sorted(gradients.keys() | missing)}
 
     def _check_reduced(self, gradients: Sequence[Tensor]) -> None:
         """Ranks whose backward pass reduces gradients by itself have the same. Once, as it reads values."""
@@ -256,9 +270,9 @@ class Together(Alone):
         self.known.checked = True
         warn(HOOKS)
 
-    def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
+    def prepare(self, mean: Mean, *, counts_apart: bool) -> None:
         """See :class:`Alone`."""
-        known = self.known
+        known, table = self.known, self._table
         if self._sync == "global":
             alone = self._num_samples == 1 and self._reduction == "tail"
             if not counts_apart or alone or not known.replicas.modules:

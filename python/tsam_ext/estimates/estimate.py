@@ -152,7 +152,7 @@ class Estimate(ABC):
     @torch.no_grad()
     def _begin(self) -> None:
         step, capturing = self.step, self.capturing
-        self.together.begin(self.spread.home, self._restart)
+        self.together.begin(self.table, self.spread.home, self._restart)
         self.mean.begin()
         if not capturing:
             step.history.check_found(self.mean.found[: self.table.own])
@@ -240,7 +240,7 @@ class Estimate(ABC):
             loss = together.meet(loss, self.num_samples)
             gradients = together.weigh(gradients, steers=sample.steers)
             if self.first_loss is None:
-                together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
+                together.prepare(self.mean, counts_apart=self.counts_apart)
             if sample.last:
                 together.after_last(self.mean)
         if self.first_loss is None:
@@ -285,7 +285,7 @@ class Estimate(ABC):
         """θ₀ back, and the mean of all ranks into p.grad."""
         together = self.together
         if self.first_loss is None:  # no sample was this rank's
-            together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
+            together.prepare(self.mean, counts_apart=self.counts_apart)
         self.first_loss = together.finish(self.mean, self.state, self.first_loss, self.states_per_sample)
         self.origin.restore()
         drop_derived(self.step.sharded)
