@@ -16,6 +16,8 @@ import pytest
 import torch
 from rank_pool import Pool, pool
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import TSAM
@@ -27,9 +29,15 @@ DEAD_AFTER = 3.0  # seconds that a collective may take in pools of tests that lo
 class Run:
     """A small regression on this rank's half of the rows; ``fault`` is called in each pass with its number."""
 
-    def __init__(self, rank: int, **options: Any) -> None:
+    def __init__(self, rank: int, *, shards: bool = False, **options: Any) -> None:
         torch.manual_seed(0)
-        self.ddp = DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double())
+        net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        self.ddp: nn.Module = net
+        if shards:
+            for layer in (net[0], net[2], net):
+                fully_shard(layer)
+        else:
+            self.ddp = DistributedDataParallel(net)
         x, y = torch.randn(8, 5).double(), torch.randn(8, 3).double()
         self.x, self.y = x[4 * rank : 4 * rank + 4], y[4 * rank : 4 * rank + 4]
         self.opt = TSAM(
@@ -54,8 +62,9 @@ class Run:
 
     @property
     def parameters(self) -> Tensor:
-        """All parameters in one vector."""
-        return torch.cat([p.detach().reshape(-1) for p in self.ddp.parameters()])
+        """All that this rank holds of the parameters, in one vector."""
+        parameters = (p.detach() for p in self.ddp.parameters())
+        return torch.cat([(p.to_local() if isinstance(p, DTensor) else p).reshape(-1) for p in parameters])
 
     def failed(self, fault: Callable[[int], float]) -> tuple[str, bool]:
         """What a step that fails says, and whether the parameters are as before."""
@@ -241,7 +250,10 @@ def crowd() -> Iterator[Pool]:
     made.close()
 
 
-@pytest.mark.parametrize(("options", "number"), [({}, 1), ({"sampler": "noise"}, 2), ({"sync": "local"}, 1)])
+KILLED = [({}, 1), ({"sampler": "noise"}, 2), ({"sync": "local"}, 1), ({"shards": True}, 2)]
+
+
+@pytest.mark.parametrize(("options", "number"), KILLED)
 def test_a_rank_that_is_killed_inside_a_step(crowd: Pool, options: dict[str, Any], number: int) -> None:
     (said, restored, seconds), gone = crowd.run(a_rank_dies, number, options)
     assert gone is None and restored and seconds < 60.0
