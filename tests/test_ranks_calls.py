@@ -216,7 +216,7 @@ WORDS = {
     "module of others": ("ValueError", "process_group", "[0, 1]", "as the module's"),
     "rows for fewer samples": ("OtherRankError", "batch='split' with fewer rows than samples"),
     "no_sync": ("RuntimeError", "inside DistributedDataParallel.no_sync()"),
-    "no_sync, unseen": ("RuntimeError", "inside DistributedDataParallel.no_sync()", "model=ddp"),
+    "no_sync, unseen": ("RuntimeError", "inside DistributedDataParallel.no_sync()"),
     "join": ("RuntimeError", "inside DistributedDataParallel.join()"),
 }
 

@@ -40,9 +40,10 @@ class Seeded(Protocol):
 
 UNKNOWN = (
     "TSAM: torch.distributed has {size} ranks, and nothing says which of them train this model: no "
-    "DistributedDataParallel with its parameters ran in the first pass, and none is a DTensor. Pass model=ddp, or "
-    "process_group= (the ranks whose gradients are reduced together: torch.distributed.group.WORLD with Lightning or "
-    "Accelerate), or process_group=None where this process trains alone. Nothing was updated."
+    "DistributedDataParallel with its parameters ran in the first pass, and none is a DTensor. Pass model=ddp "
+    "(model=self.trainer.strategy.model with Lightning's manual optimization), or process_group= (the ranks whose "
+    "gradients something else reduces in each backward pass), or process_group=None where this process trains alone. "
+    "Nothing was updated."
 )
 
 
@@ -223,9 +224,10 @@ class Processes:
         """A DistributedDataParallel with our parameters is about to run."""
         known, moved = self._known, False
         if known is not None and module in known.replicas.modules:
+            together.runs(module)
             return
         replicas = Replicas([module])
-        replicas.check_ready()
+        replicas.check_not_joining()
         if known is None:
             if len(replicas.members) == 1:
                 return

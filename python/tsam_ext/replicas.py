@@ -24,6 +24,12 @@ HIDING = {  # what a module's class is called, with the package that it comes fr
     "DistributedDataParallel": ("megatron", "torch's DistributedDataParallel, or fully_shard"),
 }
 
+NO_SYNC = (
+    "TSAM: a step inside DistributedDataParallel.no_sync(): its gradients would not be reduced. Run all microbatches "
+    "inside the closure, or inside the body of samples(); no_sync() may be there, but not around the last. Nothing "
+    "was updated."
+)
+
 
 def refuse_hidden(name: str, parameter: Tensor) -> None:
     """ValueError for a parameter whose gradient its owner keeps to itself, or of which it holds a hidden part."""
@@ -98,6 +104,12 @@ class Replicas:
 
     def check_ready(self) -> None:
         """RuntimeError inside join(), or inside a no_sync() of the user's around a whole step."""
+        self.check_not_joining()
+        if not all(module.require_backward_grad_sync for module in self.modules):
+            raise RuntimeError(NO_SYNC)
+
+    def check_not_joining(self) -> None:
+        """RuntimeError inside join()."""
         for module in self.modules:
             config = getattr(module, "_join_config", None)
             if getattr(config, "enable", False):
@@ -105,12 +117,6 @@ class Replicas:
                     "TSAM: a step inside DistributedDataParallel.join(): ranks that have run out of batches cannot "
                     "take part in it. Give all ranks the same number of batches (DistributedSampler does). Nothing was "
                     "updated."
-                )
-            if not module.require_backward_grad_sync:
-                raise RuntimeError(
-                    "TSAM: a step inside DistributedDataParallel.no_sync(): its gradients would not be reduced. Run "
-                    "all microbatches inside the closure, or inside the body of samples(); no_sync() may be there, "
-                    "if the module is known before: pass model=ddp. Nothing was updated."
                 )
 
     @contextmanager
@@ -127,14 +133,14 @@ class Replicas:
 
 
 class ReplicaWatch:
-    """Tells of each DistributedDataParallel whose forward begins inside the ``with`` block and that has the parameters.
+    """Tells of each DistributedDataParallel that has the parameters, whenever its forward begins inside the block.
 
     A pre-hook for all modules: ``tell`` runs before the module decides whether its backward pass reduces gradients.
     """
 
     def __init__(self, own: Iterable[Tensor], tell: Any) -> None:
         self._own, self._tell = list(own), tell
-        self._seen: set[int] = set()
+        self._others: set[int] = set()
         self._handle: Any = None
 
     def __enter__(self) -> None:
@@ -144,9 +150,11 @@ class ReplicaWatch:
         self._handle.remove()
 
     def _look(self, module: nn.Module, _inputs: Any) -> None:
-        if torch.compiler.is_compiling() or id(module) in self._seen:
+        if torch.compiler.is_compiling() or id(module) in self._others:
             return
-        self._seen.add(id(module))
-        refuse_hiding([module])
-        for found in replicas_in([module], self._own):
-            self._tell(found)
+        found = replicas_in([module], self._own)
+        if not found:
+            refuse_hiding([module])
+            self._others.add(id(module))
+        for replica in found:
+            self._tell(replica)

@@ -24,7 +24,7 @@ from .engine.ranks import CollectiveError, Ranks
 from .exchange import Exchange, OtherRankError
 from .flat import Flat
 from .mean import Mean
-from .replicas import Replicas
+from .replicas import NO_SYNC, Replicas
 from .shared_tilt import checksum, join_states
 from .table import Table
 
@@ -147,6 +147,7 @@ class Together(Alone):
         self._table, self._home = Table(), torch.device("cpu")
         self._restart: Callable[[int], None] | None = None
         self._stack = ExitStack()  # of the pass that is under way
+        self._unsynced: list[Any] = []  # modules that joined in a no_sync() of the user's, and ran nowhere else yet
         self._reduces = False  # whether that pass is to reduce its gradients
         self._last = False  # whether it is the last that counts
         self._works: list[Any] | None = None
@@ -186,17 +187,28 @@ class Together(Alone):
             self._known.exchange.begin()
 
     def join(self, known: Cooperation, module: Any, seed: int, *, moved: bool) -> None:
-        """``module`` is known from here on, as it is about to run, and so are its ranks; ``moved``: by another seed."""
+        """``module``, the first to run in a pass, makes the ranks known; ``moved``: by another seed than theirs."""
         is_new = self._known is None
         self._settle(known)
         if is_new:
             known.exchange.begin()
         if known.replicas.static and not known.synced and self._sync == "global":
             self._reduces = True
-        self._stack.enter_context(Replicas([module]).one_pass(reduces=self._reduces))
+        self._unsynced.append(module)
+        self.runs(module)
         if is_new and (moved or self._sync != "global"):
             assert self._restart is not None
             self._restart(seed)
+
+    def runs(self, module: Any) -> None:
+        """A module that joined in this pass is about to run: a microbatch of several, maybe in a no_sync() of its own.
+
+        The user's no_sync() would end ours with it, so ours begins at the first forward outside.
+        """
+        if module.require_backward_grad_sync and module in self._unsynced:
+            self._unsynced.remove(module)
+            if not self._reduces:
+                self._stack.enter_context(module.no_sync())
 
     def begin_pass(self, *, steers: bool, last: bool) -> None:
         """See :class:`Alone`."""
@@ -217,6 +229,8 @@ class Together(Alone):
     def meet(self, loss: Tensor, num_samples: int) -> Tensor:
         """See :class:`Alone`; under "local" and "samples" it stays this rank's own."""
         known = self.known
+        if self._unsynced:
+            raise RuntimeError(NO_SYNC)
         known.looked = True
         known.synced |= self._reduces
         if self._sync != "global":
