@@ -1,98 +1,28 @@
-"""Parameters sharded by rows over ranks (FSDP2, DTensors): as one process on all rows, and checkpoints that reshard.
+"""Parameters sharded by rows over ranks (FSDP2, DTensors): as one process on all rows, and what cannot be.
 
-Ranks are processes under gloo (rank_pool.py); the net has 7 and 3 rows, so that over 2, 3 and 4 ranks some shards are
-uneven, and over 4 one is empty.
+Ranks are processes under gloo (rank_pool.py).
 """
 
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rank_pool import pool
+from shard_training import CASES, net, rows, sharded, train, tsam, whole
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bench.many_gpus import METHODS
-from tsam_ext import HMC, TSAM, Ascent, Noise
+from tsam_ext import TSAM, Noise
 from tsam_ext.engine.ranks import Ranks
 
-CASES: dict[str, dict[str, Any]] = {
-    "ascent": {},
-    "noise": {"sampler": "noise"},
-    "sphere": {"sampler": Ascent(noise="sphere")},
-    "ball": {"sampler": Noise(noise="ball")},
-    "adaptive": {"adaptive": True},
-    "SAM": {"num_samples": 1, "radius": 0.0},
-    "every": {"every": 2},
-    "hmc": {"sampler": "hmc"},
-    "hmc ball": {"sampler": HMC(prior="ball", num_leapfrog_steps=2)},
-    "hmc recycled": {"sampler": HMC(delta="auto", recycle=True, num_leapfrog_steps=2)},
-}
 # Of sums in another order through reflections (the ball), or none.
 TOLERANCE = {name: 1e-9 if name == "hmc ball" else 1e-12 for name in CASES}
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-
-
-def rows(rank: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(12, 5, generator=generator), torch.randn(12, 3, generator=generator)
-    n = 12 // size
-    return x[rank * n :][:n].to(dtype), y[rank * n :][:n].to(dtype)
-
-
-def sharded(size: int, **options: Any) -> nn.Sequential:
-    model = net()
-    if size > 1:
-        for layer in (model[0], model[2], model):
-            fully_shard(layer, **options)
-    return model
-
-
-def train(
-    model: nn.Sequential, opt: TSAM, rank: int, size: int, *, steps: int, stale: bool = False
-) -> tuple[Tensor, list[float]]:
-    """The whole parameters after the steps, and the losses; ``stale``: with evaluations that gather parameters."""
-    x, y = rows(rank, size)
-    losses = []
-    for step in range(steps):
-
-        def closure() -> Tensor:
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            return loss
-
-        if stale and step == 1:
-            with torch.no_grad():
-                model(x)
-            with opt.perturbed(), torch.no_grad():
-                model(x)
-        losses.append(float(opt.step(closure)))
-        opt.zero_grad()
-    return whole(model), losses
-
-
-def whole(model: nn.Module) -> Tensor:
-    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return torch.cat([p.detach().reshape(-1) for p in parameters])
-
-
-def tsam(net: nn.Module, base: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> TSAM:
-    return TSAM(net.parameters(), base, lr=0.02, **{"rho": 0.1, "tilt": 20.0, "seed": 3, "model": net} | options)
 
 
 def like_one_process(rank: int, size: int, names: list[str], reshards: bool, mesh: bool) -> list[Any]:
@@ -356,72 +286,4 @@ def tensor_parallel(rank: int, size: int) -> Tensor:
 def test_rows_sharded_by_tensor_parallelism_likewise() -> None:
     expected = tensor_parallel(0, 1)
     for ours in pool(2).run(tensor_parallel, 2):
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0.0)
-
-
-def saved(rank: int, size: int, folder: str, case: dict[str, Any], flat: bool, steps: int, saves: bool) -> Tensor:
-    """Trains; then saves, or first loads."""
-    model = sharded(size)
-    if size == 1 and dist.is_initialized():
-        for layer in (model[0], model[2], model):
-            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-    opt = tsam(model, **case)
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    if not saves:
-        model_state, optimizer_state = get_state_dict(model, opt, options=options)
-        state = {"model": model_state, "opt": optimizer_state}
-        dcp.load(state, checkpoint_id=folder)
-        set_state_dict(model, opt, model_state_dict=state["model"], optim_state_dict=state["opt"], options=options)
-    parameters, _ = train(model, opt, rank, size, steps=steps)
-    if saves:
-        model_state, optimizer_state = get_state_dict(model, opt, options=options)
-        dcp.save({"model": model_state, "opt": optimizer_state}, checkpoint_id=folder)
-    return parameters
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("name", ["ascent", "hmc"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_the_same_noise_on_one_and_three(
-    tmp_path: Path, name: str, flat: bool
-) -> None:
-    model = net()
-    expected, _ = train(model, tsam(model, **CASES[name]), 0, 1, steps=6)
-    folder = str(tmp_path / "checkpoint")
-    pool(2).run(saved, 2, folder, CASES[name], flat, 3, True)
-    for size in (1, 2, 3):
-        for ours in pool(size).run(saved, size, folder, CASES[name], flat, 3, False):
-            torch.testing.assert_close(ours, expected, rtol=1e-11, atol=0.0)
-
-
-def loaded_whole(rank: int) -> bool:
-    """A checkpoint of one process, whose positions hold all rows, in a sharded optimizer."""
-    single = net()
-    alone = TSAM(single.parameters(), torch.optim.SGD, lr=0.02, sampler="hmc", seed=3, rho=0.1, process_group=None)
-    train(single, alone, 0, 1, steps=2)
-    model = sharded(2)
-    opt = tsam(model, torch.optim.SGD, sampler="hmc")
-    opt.load_state_dict(alone.state_dict())
-    ours = [position.full_tensor() for position in opt.chain_position()]  # type: ignore[attr-defined]
-    # ε scales with no parameter: adaptive is False.
-    return all(torch.equal(a, b) for a, b in zip(ours, alone.chain_position(), strict=True))
-
-
-def test_a_position_of_all_rows_loads_into_shards() -> None:
-    assert pool(2).run(loaded_whole) == [True, True]
-
-
-def zero(rank: int, size: int) -> Tensor:
-    model = net()
-    ddp: nn.Module = DistributedDataParallel(model) if size > 1 else model
-    if size > 1:
-        base: Any = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=0.02)
-    else:
-        base = torch.optim.AdamW(ddp.parameters(), lr=0.02)
-    opt = TSAM(None, base, rho=0.1, tilt=20.0, seed=3, model=ddp)
-    return train(ddp, opt, rank, size, steps=5)[0]  # type: ignore[arg-type]
-
-
-def test_a_base_that_shards_its_state_works() -> None:
-    expected = zero(0, 1)
-    for ours in pool(2).run(zero, 2):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0.0)
