@@ -376,8 +376,9 @@ def towers(rank: int, size: int, sampler: str, reduction: str, how: str, joins: 
         if step == joins:
             opt.add_param_group({"params": list(first.parameters()), "rho": 0.02})
         opt.step(closure)
-        held = [p.grad for p in own if p.grad is not None]
-        kept += [(grad if how == "ddp" else grad.detach(), grad.clone()) for grad in held]
+        grad = second.layer.weight.grad
+        kept.append((grad if how == "ddp" else grad.detach(), grad.clone()))
+        del grad  # or the loop would hold it too
         net.zero_grad()
     parameters = [torch.view_as_real(p) if p.is_complex() else p for p in net.parameters()]
     return torch.cat([p.detach().reshape(-1) for p in parameters]), all(torch.equal(a, b) for a, b in kept)
