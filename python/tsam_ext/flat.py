@@ -18,6 +18,8 @@ from .table import Table
 
 _storage_users = torch._C._storage_Use_Count
 HELD = sys.getrefcount(object())  # of a value that a list alone holds, as map asks for it: one more than this
+_PROBE = torch.empty(1)
+ASKING = _storage_users(_PROBE.untyped_storage()._cdata) - 1  # who asks how many users a storage has is one of them
 
 
 def _forms(table: Table) -> list[tuple[object, ...]]:
@@ -61,9 +63,8 @@ class Flat:
         holders = map(sys.getrefcount, self.views)
         if any(held - own > HELD + 1 for held, own in zip(holders, ours, strict=True)):
             return False
-        return sum(_storage_users(run.untyped_storage()._cdata) for run in self.runs) == len(self.views) + len(
-            self.runs
-        )
+        users = sum(_storage_users(run.untyped_storage()._cdata) - ASKING for run in self.runs)
+        return users == len(self.views) + len(self.runs)
 
     def close(self, written: set[int]) -> None:
         """No part is written any more: those without a gradient count as zeros, on this rank."""
