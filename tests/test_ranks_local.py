@@ -284,7 +284,7 @@ def refused(rank: int, size: int) -> dict[str, tuple[str, bool]]:
 
 
 WORDS = {
-    "other rows": ("RuntimeError", "needs the same batch on all ranks"),
+    "other rows": ("DisagreementError", "needs the same batch on all ranks"),
     "static": ("ValueError", "static_graph of the DistributedDataParallel: got True with sync="),
     "plain module": ("RuntimeError", "pass model=ddp"),
     "few samples": ("num_samples", "model=ddp"),

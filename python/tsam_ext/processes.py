@@ -213,7 +213,7 @@ class Processes:
         mine = seeded.seed
         alike = agree(known.exchange.ranks, [*facts(), *self.facts], mine, given=seeded.seed_given, home=home)
         known.exchange.begin_anew()
-        known.checked = False
+        known.reduces = known.checked = False
         self._known, self._agreed = known, True
         seeded.seed = alike
         seeded.belong(self.own_place)

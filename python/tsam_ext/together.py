@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .agreement import check_alike
+from .agreement import DisagreementError, check_alike, check_reduced
 from .engine.checks import TSAM, check_seed
 from .engine.notices import warn
 from .engine.ranks import CollectiveError, Ranks
@@ -32,8 +32,10 @@ Sync = Literal["global", "local", "samples"]
 Reduction = Literal["tail", "manual"]
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: the seeds of ranks' chains lie far apart
 REDUCED = (
-    "gradients differ between ranks after the backward pass, so nothing has reduced them. Wrap the model in "
-    "DistributedDataParallel (pass it as model=, or call it in each pass), or use fully_shard."
+    "gradients differ between ranks after a backward pass that was to reduce them: nothing has reduced them. Of a "
+    "DistributedDataParallel call the module itself in each pass, not what it wraps, and without no_sync() around all "
+    "of a pass; it reduces what it holds and what was trainable when it was made, nothing else. Without one, wrap the "
+    "model in it, or use fully_shard."
 )
 HOOKS = (
     "no DistributedDataParallel was seen in a step of several ranks, but their gradients are the same: something "
@@ -66,7 +68,7 @@ class Alone:
         """The loss of a pass over all ranks. ``num_samples``: how many samples this one takes."""
         return loss
 
-    def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
+    def weigh(self, gradients: dict[int, Tensor], table: Table, *, steers: bool) -> dict[int, Tensor]:
         """A pass's gradients, as they count over all ranks."""
         return gradients
 
@@ -117,7 +119,8 @@ class Cooperation:
     flat: Flat | None = None
     synced: bool = False  # whether any pass has ever been reduced, as a static graph wants of the first
     looked: bool = False  # whether a whole pass has been watched for modules that reduce gradients
-    checked: bool = False  # whether a first step has shown that gradients are reduced, and batches the same
+    reduces: bool = False  # whether a pass has shown that gradients are reduced
+    checked: bool = False  # whether a step has shown that batches are the same
 
 
 class Together(Alone):
@@ -236,11 +239,16 @@ class Together(Alone):
             raise RuntimeError("TSAM: weigh_rows=True needs opt.part(...) around the batch in each pass.")
         return float(self._rows)
 
-    def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
-        """See :class:`Alone`."""
+    def weigh(self, gradients: dict[int, Tensor], table: Table, *, steers: bool) -> dict[int, Tensor]:
+        """See :class:`Alone`. DisagreementError where a pass that was to reduce its gradients has not."""
         known = self.known
-        if not (known.checked or known.sharded or known.replicas.modules):
-            self._check_reduced(list(gradients.values()))
+        reduced = self._reduces or not known.replicas.modules
+        if reduced and self._sync == "global" and not (known.reduces or known.sharded):
+            own = {i: gradient for i, gradient in gradients.items() if i < table.own}
+            names = list(map(table.name, range(table.own)))
+            known.reduces = check_reduced(self.ranks, own, names, REDUCED, home=self._home)
+            if known.reduces and not known.replicas.modules:
+                warn(HOOKS)
         if self._factor is None:
             return gradients
         weighed = [gradient * self._factor.to(gradient.device, gradient.dtype) for gradient in gradients.values()]
@@ -248,13 +256,6 @@ class Together(Alone):
             for gradient in weighed:
                 self.ranks.sum_(gradient).div_(self.ranks.size)
         return dict(zip(gradients, weighed, strict=True))
-
-    def _check_reduced(self, gradients: Sequence[Tensor]) -> None:
-        """Ranks whose backward pass reduces gradients by itself have the same. Once, as it reads values."""
-        norm = sum((gradient.detach().double().abs().sum().cpu() for gradient in gradients), torch.zeros(()).double())
-        check_alike(self.ranks, norm.reshape(1).to(self._home), REDUCED, rtol=1e-3)
-        self.known.checked = True
-        warn(HOOKS)
 
     def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
         """See :class:`Alone`."""
@@ -367,5 +368,5 @@ class Together(Alone):
         self._over = True
         if isinstance(error, CollectiveError):
             self._known.exchange.lost(error)
-        elif not isinstance(error, OtherRankError):
+        elif not isinstance(error, (OtherRankError, DisagreementError)):  # which all ranks have raised
             self._known.exchange.leave(self._home, missed=self._closed)

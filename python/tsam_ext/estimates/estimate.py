@@ -238,7 +238,7 @@ class Estimate(ABC):
         together = self.together
         if together.several:
             loss = together.meet(loss, self.num_samples)
-            gradients = together.weigh(gradients, steers=sample.steers)
+            gradients = together.weigh(gradients, self.table, steers=sample.steers)
             if self.first_loss is None:
                 together.prepare(self.mean, self.table, counts_apart=self.counts_apart)
             if sample.last:
