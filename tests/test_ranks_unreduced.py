@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rank_pool import pool
 from rank_training import Run, error_of, flat, rows, share, small_net, squared_error
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import TSAM
@@ -102,3 +103,58 @@ def test_gradients_of_the_same_length_are_not_taken_for_the_same() -> None:
         assert "nothing has reduced them" in first
         assert first == second
         assert unchanged
+
+
+def apart(rank: int, size: int) -> dict[str, tuple[str, str, bool]]:
+    """Each case: what two steps raise, and whether the net is as it was."""
+    found = {}
+    for sampler, how in itertools.product(("ascent", "noise"), ("manual", "local")):
+        told = {"reduction": "manual"} if how == "manual" else {"sync": "local"}
+        part = Run(rank, size, {}, how="seen")
+        part.opt = TSAM(part.net[0].parameters(), sampler=sampler, **TOLD, **told)
+        found[f"part {sampler} {how}"] = twice(lambda part=part: part.opt.step(part.closure), part.net)  # type: ignore[misc]
+    for sampler in ("ascent", "noise", "hmc"):
+        alone = Run(rank, size, {"sampler": sampler, "process_group": None}, how="seen")
+        found[f"alone {sampler}"] = twice(lambda run=alone: run.opt.step(run.closure), alone.net)  # type: ignore[misc]
+    options = {"reduction": "manual", "weigh_rows": True, "process_group": dist.group.WORLD}
+    hooked = Run(rank, size, options, how="plain")
+    for parameter in hooked.net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
+    found["weighed"] = twice(lambda: hooked.opt.step(hooked.closure), hooked.net)
+    for how in ("ddp", "seen"):
+        loaded = Run(rank, size, {}, how=how)
+        loaded.train(2)
+        state = loaded.opt.state_dict()
+        state["param_groups"][0]["lr"] += rank
+        loaded.opt.load_state_dict(state)
+        found[f"loaded {how}"] = twice(lambda run=loaded: run.opt.step(run.closure), loaded.net)  # type: ignore[misc]
+    return found
+
+
+SAID = {
+    "part": "expected the module, as it holds parameters of another optimizer",
+    "alone": "process_group: got None, expected 'auto' or a group, as a DistributedDataParallel",
+    "weighed": "weigh_rows=True needs to keep backward passes from reducing gradients",
+    "loaded": "differ in: options of parameter groups.",
+}
+
+
+def test_settings_by_which_ranks_would_train_apart() -> None:
+    first, second = pool(2).run(apart, 2)
+    assert first == second
+    for name, (error, again, unchanged) in first.items():
+        assert SAID[name.split()[0]] in error, (name, error)
+        assert again == error, name
+        assert unchanged, name
+
+
+def shards_alone(rank: int) -> str:
+    net = small_net()
+    fully_shard(net)
+    opt = TSAM(net.parameters(), model=net, process_group=None, **TOLD)
+    return error_of(lambda: opt.step(lambda: squared_error(net(rows()[0]), rows()[1])))
+
+
+def test_a_process_with_a_part_of_the_parameters_does_not_train_alone() -> None:
+    for error in pool(2).run(shards_alone):
+        assert "process_group: got None, expected 'auto' or a group, as the parameters are DTensors" in error

@@ -222,9 +222,9 @@ class Together(Alone):
         known = self.known
         known.looked = True
         known.synced |= self._reduces
+        if (self._sync != "global" or self._weighs_rows) and not known.replicas.modules:
+            raise self._unknown()
         if self._sync != "global":
-            if not known.replicas.modules:
-                raise self._unknown()
             return loss
         weight = 1.0 if not self._weighs_rows else self._weight()
         self._closed = self._last
@@ -251,11 +251,15 @@ class Together(Alone):
                 warn(HOOKS)
         if self._factor is None:
             return gradients
-        weighed = [gradient * self._factor.to(gradient.device, gradient.dtype) for gradient in gradients.values()]
-        if steers:
-            for gradient in weighed:
-                self.ranks.sum_(gradient).div_(self.ranks.size)
-        return dict(zip(gradients, weighed, strict=True))
+        weighed = {i: each * self._factor.to(each.device, each.dtype) for i, each in gradients.items()}
+        if not steers:
+            return weighed
+        had = torch.tensor([float(i in weighed) for i in range(len(table.tensors))], device=self._home)
+        anywhere = [i for i, ranks in enumerate(self.ranks.sum_(had).tolist()) if ranks > 0.0]
+        weighed = {i: weighed[i] if i in weighed else torch.zeros_like(table.tensors[i]) for i in anywhere}
+        for gradient in weighed.values():
+            self.ranks.sum_(gradient).div_(self.ranks.size)
+        return weighed
 
     def prepare(self, mean: Mean, table: Table, *, counts_apart: bool) -> None:
         """See :class:`Alone`."""
@@ -343,8 +347,10 @@ class Together(Alone):
         buffers = [
             buffer
             for module in self.known.replicas.modules
-            for buffer in module.buffers()
-            if buffer.dtype.is_floating_point and buffer.layout is torch.strided
+            for name, buffer in module.module.named_buffers()
+            if name not in module.parameters_to_ignore
+            and buffer.dtype.is_floating_point
+            and buffer.layout is torch.strided
         ]
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for buffer in buffers:
