@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import pool
-from rank_training import Run, distance, error_of, flat, rows, squared_error
+from rank_training import Run, distance, error_of, flat, rows, small_net, squared_error
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -149,6 +149,52 @@ def test_unequal_rows_count_by_their_number() -> None:
         assert torch.equal(first[0], second[0]), case
 
 
+class Branch(nn.Module):
+    """A trunk, and a branch for all rows, the first six or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.side = small_net(), small_net()[2]
+
+    def forward(self, x: Tensor, side: int) -> Tensor:
+        out = self.trunk(x)
+        return out if side == 0 else torch.cat([out[:side] + self.side(self.trunk[:2](x[:side])), out[side:]])
+
+
+def branched(rank: int, size: int, sampler: str) -> Tensor:
+    """The first six rows, which are the first rank's, take the branch."""
+    told = {"sampler": sampler, "reduction": "manual", "weigh_rows": True}
+    run = Run(rank, size, told, net=Branch(), ddp={"find_unused_parameters": True})
+
+    def closure() -> Tensor:
+        x, y = run.opt.part(run.x, run.y)
+        loss = squared_error(run.model(x, 6 if rank == 0 else 0), y)
+        loss.backward()
+        return loss
+
+    return run.train(closure=closure)[0]
+
+
+@pytest.mark.parametrize("sampler", ["ascent", "noise", "hmc"])
+def test_rows_count_where_one_rank_alone_has_a_gradient(sampler: str) -> None:
+    first, second = pool(2).run(branched, 2, sampler)
+    assert distance(first, branched(0, 1, sampler)) < 1e-12
+    assert torch.equal(first, second)
+
+
+def groups_made(rank: int) -> int:
+    mine = [dist.new_group([r]) for r in range(2)][rank]
+    run = Run(rank, 2, {"process_group": mine}, how="plain")
+    run.train(1)
+    before = dist.get_pg_count()
+    run.train(3)
+    return dist.get_pg_count() - before
+
+
+def test_a_group_of_one_rank_makes_no_group_per_step() -> None:
+    assert pool(2).run(groups_made) == [0, 0]
+
+
 def refused(rank: int, size: int) -> dict[str, tuple[str, bool]]:
     """Each case: what its first step raises, and whether the parameters are as before."""
     found = {}
@@ -203,16 +249,16 @@ def plain_loss(run: Run) -> Tensor:
 
 WORDS = {
     "unknown": ("RuntimeError", "model=ddp", "process_group="),
-    "not reduced": ("RuntimeError", "nothing has reduced them"),
-    "seed": ("RuntimeError", "differ in: seed.", "Rank 0 has another than rank 1"),
-    "one seed": ("RuntimeError", "differ in: seed."),
-    "lr": ("RuntimeError", "differ in: options of parameter groups."),
-    "tilt": ("RuntimeError", "differ in: settings."),
-    "sampler": ("RuntimeError", "differ in: settings."),
-    "reduction": ("RuntimeError", "differ in: reduction."),
+    "not reduced": ("DisagreementError", "nothing has reduced them"),
+    "seed": ("DisagreementError", "differ in: seed.", "Rank 0 has another than rank 1"),
+    "one seed": ("DisagreementError", "differ in: seed."),
+    "lr": ("DisagreementError", "differ in: options of parameter groups."),
+    "tilt": ("DisagreementError", "differ in: settings."),
+    "sampler": ("DisagreementError", "differ in: settings."),
+    "reduction": ("DisagreementError", "differ in: reduction."),
     "no part": ("RuntimeError", "needs opt.part(...)"),
-    "steps": ("RuntimeError", "differ in: the step."),
-    "shapes": ("RuntimeError", "differ in: the number, shapes or dtypes of parameters."),
+    "steps": ("DisagreementError", "differ in: the step."),
+    "shapes": ("DisagreementError", "differ in: the number, shapes or dtypes of parameters."),
     "module of others": ("ValueError", "process_group", "[0, 1]", "as the module's"),
     "rows for fewer samples": ("OtherRankError", "batch='split' with fewer rows than samples"),
     "no_sync": ("RuntimeError", "inside DistributedDataParallel.no_sync()"),

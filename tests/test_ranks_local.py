@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rank_pool import pool
 from rank_training import Run, distance, error_of, flat, rows, share, small_net, squared_error
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import HMC, TSAM, Ascent, Noise
 from tsam_ext.together import GOLDEN
@@ -256,6 +257,41 @@ def test_buffers_are_the_first_rank_s() -> None:
         assert int(first[-1]) == STEPS, "batches that the statistics have seen"
 
 
+def visited(rank: int, size: int) -> bool:
+    """Whether perturbed() shows this rank's own noise of the coming step."""
+    run = Run(rank, size, {"sync": "local", "sampler": "noise"})
+    run.train(1)
+    with run.opt.perturbed(2):
+        shown = flat(run.net)
+    seen = []
+
+    def closure() -> Tensor:
+        seen.append(flat(run.net))
+        return run.closure()
+
+    run.train(1, closure=closure)
+    return torch.equal(shown, seen[2])
+
+
+def test_perturbed_shows_a_rank_its_own_noise() -> None:
+    assert pool(2).run(visited, 2) == [True, True]
+
+
+def ignored(rank: int, size: int, sync: str) -> list[float]:
+    """Two buffers of a net of which DistributedDataParallel is to leave one alone."""
+    net = small_net()
+    for name in ("own", "shared"):
+        net.register_buffer(name, torch.full((1,), float(rank)))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["own"])
+    Run(rank, size, {"sync": sync}, net=net, whole_batch=True).train(1)
+    return [float(buffer) for buffer in net.buffers()]
+
+
+@pytest.mark.parametrize("sync", ["global", "local", "samples"])
+def test_buffers_that_a_module_ignores_stay_each_rank_s(sync: str) -> None:
+    assert pool(2).run(ignored, 2, sync) == [[0.0, 0.0], [1.0, 0.0]]
+
+
 def refused(rank: int, size: int) -> dict[str, tuple[str, bool]]:
     """Each case: what its first step raises, and whether the parameters are as before."""
     found = {}
@@ -284,7 +320,7 @@ def refused(rank: int, size: int) -> dict[str, tuple[str, bool]]:
 
 
 WORDS = {
-    "other rows": ("RuntimeError", "needs the same batch on all ranks"),
+    "other rows": ("DisagreementError", "needs the same batch on all ranks"),
     "static": ("ValueError", "static_graph of the DistributedDataParallel: got True with sync="),
     "plain module": ("RuntimeError", "pass model=ddp"),
     "few samples": ("num_samples", "model=ddp"),

@@ -1,13 +1,15 @@
 """What ranks that train one model must have alike, compared once, before the first of their steps.
 
 One gather of a few float64 numbers: 48 bits of a digest for each thing that must agree, then the seed in two halves.
+Gradients that a backward pass was to reduce are compared by three numbers each, in the first such pass.
 Invariant: all ranks see the same numbers, and so raise the same error, or none.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ from torch import Tensor
 from .engine.ranks import Ranks
 
 HALF = 1 << 32
+RUN = 1 << 20  # elements that a comparison takes at a time
+
+
+class DisagreementError(RuntimeError):
+    """Ranks differ in what they must have alike; raised on all of them at the same place."""
 
 
 def _digest(text: str) -> float:
@@ -22,7 +29,7 @@ def _digest(text: str) -> float:
 
 
 def agree(ranks: Ranks, facts: Sequence[tuple[str, str]], seed: int, *, given: bool, home: torch.device) -> int:
-    """The seed of all ranks: the one that all have been given, else the first rank's. RuntimeError where facts differ.
+    """The seed of all ranks: the one that all have been given, else the first's. DisagreementError where they differ.
 
     ``facts``: what is compared, and this rank's text of it. A collective of all ranks; reads what comes.
     """
@@ -39,7 +46,7 @@ def agree(ranks: Ranks, facts: Sequence[tuple[str, str]], seed: int, *, given: b
         others = [ranks.members[r] for r, row in enumerate(found) if any(row[i] != first[i] for i in place)]
         if "seed" in differs:
             others += [ranks.members[r] for r in range(1, len(found)) if (had[r], seeds[r]) != (had[0], seeds[0])]
-        raise RuntimeError(
+        raise DisagreementError(
             f"TSAM: ranks that train one model differ in: {', '.join(differs)}. Rank {ranks.members[0]} has another "
             f"than {_ranks(sorted(set(others)))}. Give all ranks the same. Nothing was updated."
         )
@@ -50,13 +57,48 @@ def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
-def check_alike(ranks: Ranks, values: Tensor, what: str, *, rtol: float = 0.0) -> None:
-    """RuntimeError, on all ranks, unless a vector of numbers is the same on all; NaN: a rank that has none.
+def check_alike(ranks: Ranks, values: Tensor, what: str) -> None:
+    """DisagreementError unless a vector of numbers is the same on all ranks; NaN: a rank that has none.
 
     A collective; reads what comes.
     """
     rows = ranks.gathered(values).tolist()
     for column in zip(*rows, strict=True):
         known = [number for number in column if number == number]
-        if known and max(known) - min(known) > rtol * max(map(abs, known)):
-            raise RuntimeError(f"TSAM: {what} Nothing was updated.")
+        if known and max(known) != min(known):
+            raise DisagreementError(f"TSAM: {what} Nothing was updated.")
+
+
+def check_reduced(
+    ranks: Ranks, gradients: Mapping[int, Tensor], names: Sequence[str], what: str, *, home: torch.device
+) -> bool:
+    """DisagreementError, naming the first, unless the gradients of so many parameters are the same on all ranks.
+
+    They may differ by a thousandth, as whoever reduces them may round. Whether any said something: none does where all
+    are 0 or not finite. A collective; reads what comes.
+    """
+    nothing = torch.zeros(3, dtype=torch.float64, device=home)
+    prints = [_print_of(gradients[i]).to(home) if i in gradients else nothing for i in range(len(names))]
+    said = False
+    found = ranks.gathered(torch.stack(prints)).tolist() if prints else []
+    for name, *each in zip(names, *found, strict=True):
+        length = max(norm for norm, _, _ in each)
+        apart = max(max(column) - min(column) for column in zip(*each, strict=True))
+        if not math.isfinite(length + apart):
+            continue
+        if apart > 1e-3 * length:
+            raise DisagreementError(f"TSAM: {name}.grad: {what} Nothing was updated.")
+        said |= length > 0.0
+    return said
+
+
+def _print_of(tensor: Tensor) -> Tensor:
+    """The norm, and the products with two waves: of other values with the same norm as good as never the same."""
+    values = tensor.detach().reshape(-1)
+    found = torch.zeros(3, dtype=torch.float64, device=values.device)
+    for begin in range(0, values.numel(), RUN):
+        run = values[begin : begin + RUN].double()
+        places = torch.arange(begin, begin + run.numel(), dtype=torch.float64, device=run.device)
+        found += torch.stack([run @ run, run @ places.sin(), run @ places.cos()])
+    found[0].sqrt_()
+    return found

@@ -9,6 +9,8 @@ Invariant: memory that somebody outside holds from an earlier step is not writte
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +90,7 @@ class Flat:
         for run in self.runs:
             run.zero_()
 
-    def start(self, ranks: Ranks) -> list[object]:
+    def start(self, ranks: Ranks) -> list[Any]:
         """The sum over ranks, under way."""
         return [ranks.start_sum(run) for run in self.runs]
 
@@ -96,3 +98,15 @@ class Flat:
         """Multiplies every part."""
         for run in self.runs:
             run.mul_(factor if isinstance(factor, float) else factor.to(run.device, run.dtype))
+
+    def means(self, gradients: Mapping[int, Tensor], ranks: Ranks) -> dict[int, Tensor]:
+        """The means over ranks of these, by index, and of what other ranks have; in this memory."""
+        for i, gradient in gradients.items():
+            self.views[i].copy_(gradient)
+        self.close(set(gradients))
+        for work in self.start(ranks):
+            ranks.finish(work)
+        self.scale_(1.0 / ranks.size)
+        missing = set(range(len(self.views))) - gradients.keys()
+        missing -= self.absent(missing) if missing else set()
+        return {i: self.views[i] for i in sorted(gradients.keys() | missing)}

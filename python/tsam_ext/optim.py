@@ -282,7 +282,8 @@ class TSAM(PersistentOptimizer):
         progress.begin(estimate)
         looks = self.model is None and estimate.repeats and not progress.history.watched
         try:
-            with ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext():
+            watch = ModuleWatch(estimate.table.parameters, progress.history) if looks else nullcontext()
+            with watch, self._processes.watch_alone(estimate.table):
                 yield from estimate.passes()
             progress.finish(estimate, plain=plain)
         finally:

@@ -58,12 +58,14 @@ def planned(
 
     together = ALONE
     if processes.alone:
+        processes.check_alone(table)
         progress.belong("")
     else:
         processes.look(table, (progress.loads, *(len(group["params"]) for group in groups)))
-        ranked: dict[str, Any] = {"table": table, "modules": modules, "seeded": progress, "facts": facts}
+        ranked: dict[str, Any] = {"table": table, "modules": modules, "num_samples": num_samples}
+        ranked |= {"seeded": progress, "facts": facts}
         if kind in ("sampled", "plain"):
-            together = processes.step(num_samples=num_samples, plain=plain, **ranked)
+            together = processes.step(plain=plain, **ranked)
         else:
             together = processes.visit(steps=kind == "two steps", **ranked)
     step = Step(

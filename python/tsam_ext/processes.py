@@ -8,7 +8,8 @@ Invariant: before their first step, and after settings may have changed, ranks c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -76,6 +77,7 @@ class Processes:
         self._group, self._sync, self._reduction, self._weighs_rows = process_group, sync, reduction, weigh_rows
         self._known: Cooperation | None = None
         self._agreed = False
+        self._watched = False  # whether a step of this process alone has been
         self._form: tuple[int, ...] = ()
 
     @property
@@ -94,6 +96,24 @@ class Processes:
         if self._sync == "global" or self._known is None:
             return ""
         return f"{self._known.exchange.ranks.index} of {self._known.exchange.ranks.size}"
+
+    def check_alone(self, table: Table) -> None:
+        """ValueError where this process is told to train alone, and holds a part of the parameters."""
+        if self._group is None and world_size() > 1:
+            own = table.parameters[: table.own]
+            sharding = sharding_of_all((table.name(i), parameter) for i, parameter in enumerate(own))
+            if sharding is not None and len(sharding.everyone) > 1:
+                raise refuse(TSAM, "process_group", "None", "'auto' or a group, as the parameters are DTensors")
+
+    @contextmanager
+    def watch_alone(self, table: Table) -> Iterator[None]:
+        """ValueError where this process is told to train alone, and a module reduces gradients in the first step."""
+        if self._group is not None or self._watched or world_size() == 1:
+            yield
+            return
+        with ReplicaWatch(table.parameters[: table.own], _refuse_replicas):
+            yield
+        self._watched = True
 
     def look(self, table: Table, form: tuple[int, ...]) -> None:
         """A step is planned: ranks compare themselves again where groups or checkpoints have come since they did."""
@@ -128,14 +148,16 @@ class Processes:
         home = table.tensors[0].device if table.tensors else torch.device("cpu")
         if self._known is None or not self._agreed:
             known = self._found(table, modules)
-            if known is not None:
-                if known.exchange.ranks.size == 1:
-                    return ALONE
+            if known is not None and known.exchange.ranks.size > 1:
                 self._settle(known, seeded, facts, home)
+            elif known is not None:
+                self._known, self._agreed = known, True
+        if self._known is not None and self._known.exchange.ranks.size == 1:
+            return ALONE
         own = table.parameters[: table.own]
 
         def watch(together: Together) -> Any:
-            return ReplicaWatch(own, lambda module: self._seen(module, together, seeded, facts, home))
+            return ReplicaWatch(own, lambda module: self._seen(module, table, together, seeded, facts, home))
 
         return Together(
             self._known,
@@ -148,11 +170,19 @@ class Processes:
         )
 
     def visit(
-        self, table: Table, modules: Sequence[nn.Module], *, seeded: Seeded, facts: Facts, steps: bool = False
+        self,
+        table: Table,
+        modules: Sequence[nn.Module],
+        *,
+        num_samples: int,
+        seeded: Seeded,
+        facts: Facts,
+        steps: bool = False,
     ) -> Alone:
         """How the parameters are moved outside a step: norms over all ranks that share their rows, and nothing else.
 
-        ``steps``: a step follows, by passes of the user's own, which reduce gradients.
+        ``num_samples``: of a step, as ranks that sample for themselves have other noise. ``steps``: a step follows, by
+        passes of the user's own, which reduce gradients.
         """
         if steps and self._sync != "global":
             raise refuse(TSAM, "sync", repr(self._sync), "'global' with first_step(): use the samples() loop")
@@ -163,7 +193,10 @@ class Processes:
                 raise self._unknown()
             if known.exchange.ranks.size > 1:
                 self._settle(known, seeded, facts, table.tensors[0].device)
-        alone.shards = None if self._known is None else self._known.shards
+        if self._known is not None:
+            alone.shards = self._known.shards
+            if self._sync == "local":
+                alone.noise_offset = self._known.exchange.ranks.index * num_samples
         return alone
 
     def _found(self, table: Table, modules: Sequence[nn.Module]) -> Cooperation | None:
@@ -187,7 +220,7 @@ class Processes:
         elif self._group != "auto":
             members = members_of(self._group)
         else:
-            return None
+            return self._known  # seen in a pass
         if self._group != "auto" and set(members_of(self._group)) != set(members):
             got = f"a group of ranks {list(members_of(self._group))}"
             raise refuse(TSAM, "process_group", got, f"one of ranks {list(members)}, which share the model")
@@ -214,18 +247,26 @@ class Processes:
         mine = seeded.seed
         alike = agree(known.exchange.ranks, [*facts(), *self.facts], mine, given=seeded.seed_given, home=home)
         known.exchange.begin_anew()
-        known.checked = False
+        known.looked = known.reduces = known.checked = False
         self._known, self._agreed = known, True
         seeded.seed = alike
         seeded.belong(self.own_place)
         return alike != mine
 
-    def _seen(self, module: Any, together: Together, seeded: Seeded, facts: Facts, home: torch.device) -> None:
+    def _seen(
+        self, module: Any, table: Table, together: Together, seeded: Seeded, facts: Facts, home: torch.device
+    ) -> None:
         """A DistributedDataParallel with our parameters is about to run."""
         known, moved = self._known, False
         if known is not None and module in known.replicas.modules:
             together.runs(module)
             return
+        if self._sync != "global" or self._reduction == "manual":
+            here = set(map(id, table.parameters))
+            if any(parameter.requires_grad and id(parameter) not in here for parameter in module.parameters()):
+                got = f"None with sync={self._sync!r} and reduction={self._reduction!r}"
+                expected = "the module, as it holds parameters of another optimizer, whose gradients no pass reduces"
+                raise refuse(TSAM, "model", got, expected)
         replicas = Replicas([module])
         replicas.check_not_joining()
         if known is None:
@@ -244,8 +285,9 @@ class Processes:
     def _unknown(self) -> Exception:
         if self._known is None:
             return RuntimeError(UNKNOWN.format(size=world_size()))
+        what = "weigh_rows=True" if self._weighs_rows else f"sync={self._sync!r}"
         return RuntimeError(
-            f"TSAM: sync={self._sync!r} needs to keep backward passes from reducing gradients, and no "
+            f"TSAM: {what} needs to keep backward passes from reducing gradients, and no "
             "DistributedDataParallel ran in the first pass: pass model=ddp. Nothing was updated."
         )
 
@@ -256,6 +298,12 @@ class Processes:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["group"], **state["names"])  # type: ignore[misc]
+
+
+def _refuse_replicas(module: Any) -> None:
+    if len(members_of(module.process_group)) > 1:
+        expected = "'auto' or a group, as a DistributedDataParallel with these parameters runs"
+        raise refuse(TSAM, "process_group", "None", expected)
 
 
 def _is_group(group: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .agreement import check_alike
+from .agreement import DisagreementError, check_alike, check_reduced
 from .engine.checks import TSAM, check_seed
 from .engine.notices import warn
 from .engine.ranks import CollectiveError, Ranks
@@ -32,8 +32,10 @@ Sync = Literal["global", "local", "samples"]
 Reduction = Literal["tail", "manual"]
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: the seeds of ranks' chains lie far apart
 REDUCED = (
-    "gradients differ between ranks after the backward pass, so nothing has reduced them. Wrap the model in "
-    "DistributedDataParallel (pass it as model=, or call it in each pass), or use fully_shard."
+    "gradients differ between ranks after a backward pass that was to reduce them: nothing has reduced them. Of a "
+    "DistributedDataParallel call the module itself in each pass, not what it wraps, and without no_sync() around all "
+    "of a pass; it reduces what it holds and what was trainable when it was made, nothing else. Without one, wrap the "
+    "model in it, or use fully_shard."
 )
 HOOKS = (
     "no DistributedDataParallel was seen in a step of several ranks, but their gradients are the same: something "
@@ -118,7 +120,8 @@ class Cooperation:
     probe: Flat | None = None  # where ranks count by their rows
     synced: bool = False  # whether any pass has ever been reduced, as a static graph wants of the first
     looked: bool = False  # whether a whole pass has been watched for modules that reduce gradients
-    checked: bool = False  # whether a first step has shown that gradients are reduced, and batches the same
+    reduces: bool = False  # whether a pass has shown that gradients are reduced
+    checked: bool = False  # whether a step has shown that batches are the same
 
 
 class Together(Alone):
@@ -233,9 +236,9 @@ class Together(Alone):
             raise RuntimeError(NO_SYNC)
         known.looked = True
         known.synced |= self._reduces
+        if (self._sync != "global" or self._weighs_rows) and not known.replicas.modules:
+            raise self._unknown()
         if self._sync != "global":
-            if not known.replicas.modules:
-                raise self._unknown()
             return loss
         weight = 1.0 if not self._weighs_rows else self._weight()
         self._closed = self._last
@@ -251,10 +254,15 @@ class Together(Alone):
         return float(self._rows)
 
     def weigh(self, gradients: dict[int, Tensor], *, steers: bool) -> dict[int, Tensor]:
-        """See :class:`Alone`."""
+        """See :class:`Alone`. DisagreementError where a pass that was to reduce its gradients has not."""
         known = self.known
-        if not (known.checked or known.sharded or known.replicas.modules):
-            self._check_reduced(list(gradients.values()))
+        reduced = self._reduces or not known.replicas.modules
+        if reduced and self._sync == "global" and not (known.reduces or known.sharded):
+            own = {i: gradient for i, gradient in gradients.items() if i < self._table.own}
+            names = list(map(self._table.name, range(self._table.own)))
+            known.reduces = check_reduced(self.ranks, own, names, REDUCED, home=self._home)
+            if known.reduces and not known.replicas.modules:
+                warn(HOOKS)
         if self._factor is None:
             return gradients
         factors = {g.device: self._factor.to(g.device) for g in gradients.values()}
@@ -262,27 +270,12 @@ class Together(Alone):
         return self._added_up(weighed) if steers else weighed
 
     def _added_up(self, gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Their means over ranks, in one reduction; of a parameter that other ranks alone have used too."""
-        table, ranks = self._table, self.ranks
-        if self.known.probe is None or not self.known.probe.fits(table, [None] * len(table.tensors)):
-            self.known.probe = Flat(table)
-        flat = self.known.probe
-        for i, gradient in gradients.items():
-            flat.views[i].copy_(gradient)
-        flat.close(set(gradients))
-        for work in flat.start(ranks):
-            ranks.finish(work)
-        flat.scale_(1.0 / ranks.size)
-        missing = set(range(len(flat.views))) - gradients.keys()
-        missing -= flat.absent(missing) if missing else set()
-        return {i: flat.views[i].to(table.tensors[i].dtype) for i in sorted(gradients.keys() | missing)}
-
-    def _check_reduced(self, gradients: Sequence[Tensor]) -> None:
-        """Ranks whose backward pass reduces gradients by itself have the same. Once, as it reads values."""
-        norm = sum((gradient.detach().double().abs().sum().cpu() for gradient in gradients), torch.zeros(()).double())
-        check_alike(self.ranks, norm.reshape(1).to(self._home), REDUCED, rtol=1e-3)
-        self.known.checked = True
-        warn(HOOKS)
+        """Their means over ranks; of a parameter that other ranks alone have used too."""
+        table, known = self._table, self.known
+        if known.probe is None or not known.probe.fits(table, [None] * len(table.tensors)):
+            known.probe = Flat(table)
+        means = known.probe.means(gradients, self.ranks)
+        return {i: mean.to(table.tensors[i].dtype) for i, mean in means.items()}
 
     def prepare(self, mean: Mean, *, counts_apart: bool) -> None:
         """See :class:`Alone`."""
@@ -370,8 +363,10 @@ class Together(Alone):
         buffers = [
             buffer
             for module in self.known.replicas.modules
-            for buffer in module.buffers()
-            if buffer.dtype.is_floating_point and buffer.layout is torch.strided
+            for name, buffer in module.module.named_buffers()
+            if name not in module.parameters_to_ignore
+            and buffer.dtype.is_floating_point
+            and buffer.layout is torch.strided
         ]
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for buffer in buffers:
@@ -395,5 +390,5 @@ class Together(Alone):
         self._over = True
         if isinstance(error, CollectiveError):
             self._known.exchange.lost(error)
-        elif not isinstance(error, OtherRankError):
+        elif not isinstance(error, (OtherRankError, DisagreementError)):  # which all ranks have raised
             self._known.exchange.leave(self._home, missed=self._closed)

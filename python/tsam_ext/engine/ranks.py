@@ -1,6 +1,7 @@
 """Several processes that work on one model: a group of their own, and the few collectives that a step asks of it.
 
-Every collective is torch.distributed's, over a group that nobody else uses, so that it never pairs with another's.
+Every collective is torch.distributed's, over a group that nobody but this package uses, so that it never pairs with a
+user's. Each group has threads and sockets of its own, so one set of ranks has one, whatever the number of optimizers.
 Invariant: nothing here reads a value of a tensor; what a collective leaves has the same bits on all ranks.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -43,20 +44,23 @@ def timeout_of(group: Any) -> timedelta | None:
 class Ranks:
     """The ranks ``members`` of the world, ``like`` a group of the user's: its back end and its timeout.
 
-    Making one is a collective of theirs. ``index``: the place of this process among them.
+    The first of these members is a collective of theirs. ``index``: the place of this process among them.
     """
+
+    _groups: ClassVar[dict[Any, Any]] = {}  # by the world, which holds as long as it is here, and what they are like
 
     def __init__(self, members: Sequence[int], like: Any = None) -> None:
         self.members, self.size = tuple(members), len(members)
         self.index = self.members.index(dist.get_rank())
         like = dist.group.WORLD if like is None else like
-        with _Told("making a group", self.size):
-            self._group = dist.new_group(
-                list(members),
-                timeout=timeout_of(like),
-                backend=dist.get_backend(like),
-                use_local_synchronization=True,
-            )
+        timeout, backend = timeout_of(like), dist.get_backend(like)
+        known = (dist.group.WORLD, self.members, timeout, backend)
+        if known not in self._groups:
+            with _Told("making a group", self.size):
+                self._groups[known] = dist.new_group(
+                    list(members), timeout=timeout, backend=backend, use_local_synchronization=True
+                )
+        self._group = self._groups[known]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
