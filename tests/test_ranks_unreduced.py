@@ -121,6 +121,9 @@ def apart(rank: int, size: int) -> dict[str, tuple[str, str, bool]]:
     for parameter in hooked.net.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
     found["weighed"] = twice(lambda: hooked.opt.step(hooked.closure), hooked.net)
+    sam = Run(rank, size, {"num_samples": 1, "radius": 0.0, "process_group": dist.group.WORLD}, how="plain")
+    sam.closure()
+    found["two steps"] = twice(sam.opt.first_step, sam.net)
     for how in ("ddp", "seen"):
         loaded = Run(rank, size, {}, how=how)
         loaded.train(2)
@@ -128,13 +131,21 @@ def apart(rank: int, size: int) -> dict[str, tuple[str, str, bool]]:
         state["param_groups"][0]["lr"] += rank
         loaded.opt.load_state_dict(state)
         found[f"loaded {how}"] = twice(lambda run=loaded: run.opt.step(run.closure), loaded.net)  # type: ignore[misc]
+    for sync in ("global", "local"):
+        other = Run(rank, size, {"sync": sync})
+        with torch.no_grad():
+            other.net[2].bias[1] += 1e-6 * rank
+        error, again, _ = twice(lambda run=other: run.opt.step(run.closure), other.net)  # type: ignore[misc]
+        found[f"values {sync}"] = error, again, True
     return found
 
 
 SAID = {
+    "values": "params'][3]: its values differ between ranks",
     "part": "expected the module, as it holds parameters of another optimizer",
     "alone": "process_group: got None, expected 'auto' or a group, as a DistributedDataParallel",
     "weighed": "weigh_rows=True needs to keep backward passes from reducing gradients",
+    "two": "params'][0].grad: gradients differ between ranks",
     "loaded": "differ in: options of parameter groups.",
 }
 
