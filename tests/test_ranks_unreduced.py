@@ -77,9 +77,12 @@ def test_gradients_that_a_module_was_to_reduce_and_has_not() -> None:
     ranks = pool(2).run(unreduced, 2)
     assert ranks[0] == ranks[1]
     assert len(ranks[0]) == 16
-    for (first, second, unchanged), place in zip(ranks[0], itertools.cycle((4, 0, 0, 0))):
-        assert f"params'][{place}].grad: gradients differ between ranks" in first
-        assert "nothing has reduced them" in first
+    for (first, second, unchanged), place in zip(ranks[0], itertools.cycle((4, 0, 0, None))):
+        if place is None:
+            assert "a step inside DistributedDataParallel.no_sync()" in first
+        else:
+            assert f"params'][{place}].grad: gradients differ between ranks" in first
+            assert "nothing has reduced them" in first
         assert second == first, "the refusal is everyone's, so that none waits for a checkpoint"
         assert unchanged
 
@@ -121,6 +124,9 @@ def apart(rank: int, size: int) -> dict[str, tuple[str, str, bool]]:
     for parameter in hooked.net.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
     found["weighed"] = twice(lambda: hooked.opt.step(hooked.closure), hooked.net)
+    sam = Run(rank, size, {"num_samples": 1, "radius": 0.0, "process_group": dist.group.WORLD}, how="plain")
+    sam.closure()
+    found["two steps"] = twice(sam.opt.first_step, sam.net)
     for how in ("ddp", "seen"):
         loaded = Run(rank, size, {}, how=how)
         loaded.train(2)
@@ -128,13 +134,21 @@ def apart(rank: int, size: int) -> dict[str, tuple[str, str, bool]]:
         state["param_groups"][0]["lr"] += rank
         loaded.opt.load_state_dict(state)
         found[f"loaded {how}"] = twice(lambda run=loaded: run.opt.step(run.closure), loaded.net)  # type: ignore[misc]
+    for sync in ("global", "local"):
+        other = Run(rank, size, {"sync": sync})
+        with torch.no_grad():
+            other.net[2].bias[1] += 1e-6 * rank
+        error, again, _ = twice(lambda run=other: run.opt.step(run.closure), other.net)  # type: ignore[misc]
+        found[f"values {sync}"] = error, again, True
     return found
 
 
 SAID = {
+    "values": "params'][3]: its values differ between ranks",
     "part": "expected the module, as it holds parameters of another optimizer",
     "alone": "process_group: got None, expected 'auto' or a group, as a DistributedDataParallel",
     "weighed": "weigh_rows=True needs to keep backward passes from reducing gradients",
+    "two": "params'][0].grad: gradients differ between ranks",
     "loaded": "differ in: options of parameter groups.",
 }
 
@@ -158,3 +172,29 @@ def shards_alone(rank: int) -> str:
 def test_a_process_with_a_part_of_the_parameters_does_not_train_alone() -> None:
     for error in pool(2).run(shards_alone):
         assert "process_group: got None, expected 'auto' or a group, as the parameters are DTensors" in error
+
+
+def quiet_later(rank: int, size: int) -> list[tuple[str, bool, bool]]:
+    """A good step; one whose passes are inside no_sync(), which is refused; then a good one again."""
+    found = []
+    for options in ({}, {"sampler": "noise"}, {"sampler": "hmc"}):
+        run, clean = Run(rank, size, options), Run(rank, size, options)
+        run.train(2)
+        clean.train(2)
+        before = flat(run.net)
+
+        def in_no_sync(run: Run = run) -> Tensor:
+            with run.model.no_sync():  # type: ignore[operator]
+                return run.closure()
+
+        said = error_of(lambda run=run, closure=in_no_sync: run.opt.step(closure))  # type: ignore[misc]
+        restored = torch.equal(before, flat(run.net))
+        run.train(1)
+        clean.train(1)
+        found.append((said, restored, torch.equal(flat(run.net), flat(clean.net))))
+    return found
+
+
+def test_a_later_pass_inside_no_sync_is_refused_and_the_next_step_works() -> None:
+    for said, restored, goes_on in itertools.chain(*pool(2).run(quiet_later, 2)):
+        assert "a step inside DistributedDataParallel.no_sync()" in said and restored and goes_on

@@ -1,7 +1,7 @@
 """What ranks that train one model must have alike, compared once, before the first of their steps.
 
 One gather of a few float64 numbers: 48 bits of a digest for each thing that must agree, then the seed in two halves.
-Gradients that a backward pass was to reduce are compared by three numbers each, in the first such pass.
+Parameters, and gradients in the first pass that is to reduce them, are compared by three numbers each.
 Invariant: all ranks see the same numbers, and so raise the same error, or none.
 """
 
@@ -69,25 +69,26 @@ def check_alike(ranks: Ranks, values: Tensor, what: str) -> None:
             raise DisagreementError(f"TSAM: {what} Nothing was updated.")
 
 
-def check_reduced(
-    ranks: Ranks, gradients: Mapping[int, Tensor], names: Sequence[str], what: str, *, home: torch.device
+def check_values(
+    ranks: Ranks, tensors: Mapping[int, Tensor], names: Sequence[str], what: str, *, rtol: float, home: torch.device
 ) -> bool:
-    """DisagreementError, naming the first, unless the gradients of so many parameters are the same on all ranks.
+    """DisagreementError, naming the first, unless so many tensors have the same values on all ranks.
 
-    They may differ by a thousandth, as whoever reduces them may round. Whether any said something: none does where all
-    are 0 or not finite. A collective; reads what comes.
+    ``rtol``: how far apart they may be, in lengths of the longest; one that a rank does not have counts as zeros.
+    Whether any said something: none does where all are 0 or not finite. A collective; reads what comes.
     """
     nothing = torch.zeros(3, dtype=torch.float64, device=home)
-    prints = [_print_of(gradients[i]).to(home) if i in gradients else nothing for i in range(len(names))]
+    prints = [_print_of(tensors[i]).to(home) if i in tensors else nothing for i in range(len(names))]
     said = False
     found = ranks.gathered(torch.stack(prints)).tolist() if prints else []
-    for name, *each in zip(names, *found, strict=True):
+    for place, name in enumerate(names):
+        each = [rank[place] for rank in found]
         length = max(norm for norm, _, _ in each)
         apart = max(max(column) - min(column) for column in zip(*each, strict=True))
         if not math.isfinite(length + apart):
             continue
-        if apart > 1e-3 * length:
-            raise DisagreementError(f"TSAM: {name}.grad: {what} Nothing was updated.")
+        if apart > rtol * length:
+            raise DisagreementError(f"TSAM: {name}: {what} Nothing was updated.")
         said |= length > 0.0
     return said
 

@@ -14,16 +14,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from .agreement import agree
+from .agreement import agree, check_values
 from .engine.checks import TSAM, check_choice, check_flag, check_seed, refuse, shown
 from .engine.ranks import Ranks, members_of, world_size
 from .exchange import Exchange
 from .replicas import Replicas, ReplicaWatch, refuse_hiding, replicas_in
 from .shards import is_sharded, sharding_of_all
-from .table import Table
-from .together import ALONE, Alone, Cooperation, Reduction, Sync, Together
+from .table import Table, kernel_form
+from .together import ALONE, Alone, Cooperation, Reduction, Sync, Together, check_reduced
 
 SYNCS, REDUCTIONS = ("global", "local", "samples"), ("tail", "manual")
 Facts = Callable[[], Sequence[tuple[str, str]]]
@@ -45,6 +45,12 @@ UNKNOWN = (
     "(model=self.trainer.strategy.model with Lightning's manual optimization), or process_group= (the ranks whose "
     "gradients something else reduces in each backward pass), or process_group=None where this process trains alone. "
     "Nothing was updated."
+)
+
+
+VALUES = (
+    "its values differ between ranks, which would train apart: load a checkpoint of the model on all of them, or "
+    "before DistributedDataParallel is made, which hands out the first rank's."
 )
 
 
@@ -150,6 +156,7 @@ class Processes:
             known = self._found(table, modules)
             if known is not None and known.exchange.ranks.size > 1:
                 self._settle(known, seeded, facts, home)
+                self._compare(known, table, home)
             elif known is not None:
                 self._known, self._agreed = known, True
         if self._known is not None and self._known.exchange.ranks.size == 1:
@@ -187,13 +194,17 @@ class Processes:
         if steps and self._sync != "global":
             raise refuse(TSAM, "sync", repr(self._sync), "'global' with first_step(): use the samples() loop")
         alone, sharded = Alone(), any(map(is_sharded, table.parameters[: table.own]))
+        home = table.tensors[0].device if table.tensors else torch.device("cpu")
         if (sharded or steps) and (self._known is None or not self._agreed):
             known = self._found(table, modules)
             if known is None:
                 raise self._unknown()
             if known.exchange.ranks.size > 1:
-                self._settle(known, seeded, facts, table.tensors[0].device)
+                self._settle(known, seeded, facts, home)
+                self._compare(known, table, home)
         if self._known is not None:
+            if steps and not (self._known.reduces or self._known.sharded) and self._known.exchange.ranks.size > 1:
+                self._known.reduces = check_reduced(self._known.exchange.ranks, _gradients(table), table, home)
             alone.shards = self._known.shards
             if self._sync == "local":
                 alone.noise_offset = self._known.exchange.ranks.index * num_samples
@@ -253,6 +264,15 @@ class Processes:
         seeded.belong(self.own_place)
         return alike != mine
 
+    def _compare(self, known: Cooperation, table: Table, home: torch.device) -> None:
+        """DisagreementError where ranks start from other values; of shards each rank has rows of its own."""
+        if not known.sharded:
+            names = list(map(table.name, range(table.own)))
+            self._agreed = False
+            own = dict(enumerate(table.tensors[: table.own]))
+            check_values(known.exchange.ranks, own, names, VALUES, rtol=1e-9, home=home)
+            self._agreed = True
+
     def _seen(
         self, module: Any, table: Table, together: Together, seeded: Seeded, facts: Facts, home: torch.device
     ) -> None:
@@ -304,6 +324,11 @@ def _refuse_replicas(module: Any) -> None:
     if len(members_of(module.process_group)) > 1:
         expected = "'auto' or a group, as a DistributedDataParallel with these parameters runs"
         raise refuse(TSAM, "process_group", "None", expected)
+
+
+def _gradients(table: Table) -> dict[int, Tensor]:
+    found = {i: parameter.grad for i, parameter in enumerate(table.parameters[: table.own])}
+    return {i: kernel_form(each.detach()) for i, each in found.items() if each is not None and not each.is_sparse}
 
 
 def _is_group(group: Any) -> bool:

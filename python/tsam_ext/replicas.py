@@ -67,6 +67,7 @@ class Replicas:
 
     def __init__(self, modules: Sequence[DistributedDataParallel]) -> None:
         self.modules: list[DistributedDataParallel] = []
+        self._forwards: list[bool] = []  # of a pass that reduces: whether each forward of a module is to
         for module in modules:
             self.add(module)
 
@@ -119,14 +120,26 @@ class Replicas:
                     "updated."
                 )
 
+    @property
+    def held_back(self) -> bool:
+        """Whether all forwards of the last pass that was to reduce were inside a no_sync() of the user's."""
+        return bool(self._forwards) and not any(self._forwards)
+
+    def _note(self, module: Any, _inputs: Any) -> None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._forwards.append(torch.compiler.is_compiling() or module.require_backward_grad_sync)
+
     @contextmanager
     def one_pass(self, *, reduces: bool) -> Iterator[None]:
         """The passes inside reduce their gradients, or do not."""
         with ExitStack() as stack:
+            self._forwards = []
             for module in self.modules:
                 if not reduces:
                     stack.enter_context(module.no_sync())
-                elif module.find_unused_parameters and not module.static_graph:
+                    continue
+                stack.callback(module.register_forward_pre_hook(self._note).remove)
+                if module.find_unused_parameters and not module.static_graph:
                     # It counts as used what passes without a reduction have used before, whose gradients are not here.
                     module.reducer._reset_state()
             yield

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .agreement import DisagreementError, check_alike, check_reduced
+from .agreement import DisagreementError, check_alike, check_values
 from .engine.checks import TSAM, check_seed
 from .engine.notices import warn
 from .engine.ranks import CollectiveError, Ranks
@@ -45,6 +45,13 @@ SAME_BATCH = (
     "sync='samples' needs the same batch on all ranks, and part() has seen different rows: a DistributedSampler gives "
     "each rank its own. Use sync='global' or 'local', or a sampler that gives all ranks the same."
 )
+
+
+def check_reduced(ranks: Ranks, gradients: dict[int, Tensor], table: Table, home: torch.device) -> bool:
+    """DisagreementError unless ranks have the same gradients, but for rounding; whether any said something."""
+    own = {i: gradient for i, gradient in gradients.items() if i < table.own}
+    names = [f"{table.name(i)}.grad" for i in range(table.own)]
+    return check_values(ranks, own, names, REDUCED, rtol=1e-3, home=home)
 
 
 class Alone:
@@ -232,7 +239,7 @@ class Together(Alone):
     def meet(self, loss: Tensor, num_samples: int) -> Tensor:
         """See :class:`Alone`; under "local" and "samples" it stays this rank's own."""
         known = self.known
-        if self._unsynced:
+        if self._unsynced or (self._reduces and known.replicas.held_back):
             raise RuntimeError(NO_SYNC)
         known.looked = True
         known.synced |= self._reduces
@@ -258,9 +265,7 @@ class Together(Alone):
         known = self.known
         reduced = self._reduces or not known.replicas.modules
         if reduced and self._sync == "global" and not (known.reduces or known.sharded):
-            own = {i: gradient for i, gradient in gradients.items() if i < self._table.own}
-            names = list(map(self._table.name, range(self._table.own)))
-            known.reduces = check_reduced(self.ranks, own, names, REDUCED, home=self._home)
+            known.reduces = check_reduced(self.ranks, gradients, self._table, self._home)
             if known.reduces and not known.replicas.modules:
                 warn(HOOKS)
         if self._factor is None:
