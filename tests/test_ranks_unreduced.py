@@ -198,3 +198,15 @@ def quiet_later(rank: int, size: int) -> list[tuple[str, bool, bool]]:
 def test_a_later_pass_inside_no_sync_is_refused_and_the_next_step_works() -> None:
     for said, restored, goes_on in itertools.chain(*pool(2).run(quiet_later, 2)):
         assert "a step inside DistributedDataParallel.no_sync()" in said and restored and goes_on
+
+
+def other_betas(rank: int) -> str:
+    model = DistributedDataParallel(small_net())
+    opt = TSAM(model.parameters(), torch.optim.AdamW, betas=(0.9 - 0.1 * rank, 0.99), model=model, seed=1)
+    x, y = rows()
+    return error_of(lambda: opt.step(lambda: squared_error(model(x), y)))
+
+
+def test_options_that_are_tuples_are_compared_too() -> None:
+    for said in pool(2).run(other_betas):
+        assert "DisagreementError" in said and "differ in: options of parameter groups." in said

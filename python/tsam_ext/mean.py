@@ -104,10 +104,7 @@ class Mean:
         for i, gradient in gradients.items():
             if i not in self.sums:
                 wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-                room = self._flat_room(i, wide) if self.flat is not None else self._room(i)
-                apart = self.flat is not None or (room is not None and room.data_ptr() != gradient.data_ptr())
-                if room is None or not apart or room.dtype != wide or room.stride() != gradient.stride():
-                    room = torch.empty_like(gradient, dtype=wide)
+                room = self._room(i, gradient, wide) if self.flat is None else self._flat_room(i, wide)
                 self.sums[i] = room.zero_() if zero else room
 
     def _flat_room(self, index: int, wide: torch.dtype) -> Tensor:
@@ -119,10 +116,14 @@ class Mean:
             raise refuse(TSAM, f"{self._table.name(index)}.grad", got, f"one that takes a {room.dtype} mean")
         return room
 
-    def _room(self, index: int) -> Tensor | None:
-        """The memory that p.grad had before the step, if the mean may be written there."""
+    def _room(self, index: int, gradient: Tensor, wide: torch.dtype) -> Tensor:
+        """The memory that p.grad had before the step, if the mean may be written there; else new memory."""
         found = self.found[index]
-        return None if found is None or index >= self._table.own else kernel_form(found)
+        room = None if found is None or index >= self._table.own else kernel_form(found)
+        apart = room is not None and room.data_ptr() != gradient.data_ptr()
+        if room is None or not apart or room.dtype != wide or room.stride() != gradient.stride():
+            return torch.empty_like(gradient, dtype=wide)
+        return room
 
     def start_sum(self, ranks: Ranks) -> list[Any]:
         """The sum over ranks of their means, which are complete so far, under way; nothing is written meanwhile."""

@@ -47,7 +47,7 @@ def planned(
 
     def facts() -> list[tuple[str, str]]:  # what ranks compare
         shapes = " ".join(f"{tuple(p.shape)} {p.dtype}" for p in table.parameters[: table.own])
-        options = [{k: v for k, v in group.items() if isinstance(v, (bool, int, float, str))} for group in groups]
+        options = [{k: v for k, v in group.items() if _is_plain(v)} for group in groups]
         return [
             ("the number, shapes or dtypes of parameters", shapes),
             ("settings", settings.compared),
@@ -87,3 +87,10 @@ def planned(
         together=together,
     )
     return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value reads the same on all ranks where it is the same: no object, no tensor."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
