@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tsam_ext import _ops
+from tsam_ext import _ops, exchange
 from tsam_ext.engine.ranks import Ranks
 from tsam_ext.engine.state import HEADER, Slot, new_state
 from tsam_ext.exchange import STRIDE, Exchange, OtherRankError
@@ -112,3 +112,35 @@ def test_the_test_is_exact_for_many_ranks(size: int) -> None:
 def test_a_checksum_sees_other_rows_and_another_order(change: Any) -> None:
     rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     assert checksum(rows) == checksum(rows.clone()) != checksum(change(rows))
+
+
+class Arrival:
+    """Stands for an event of a GPU, which has come or not."""
+
+    come = False
+
+    def query(self) -> bool:
+        return self.come
+
+
+def test_on_a_gpu_numbers_are_looked_at_once_they_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals: list[Arrival] = []
+
+    def sent(vector: Tensor) -> tuple[Arrival, Tensor]:
+        arrivals.append(Arrival())
+        return arrivals[-1], vector.clone()
+
+    monkeypatch.setattr(exchange, "reading_waits", lambda home: True)
+    monkeypatch.setattr(exchange, "sent", sent)
+    k = float(STRIDE)
+    crowd = Crowd([[0.0, 1.0, 1.0, 0.0, k, k * k]])  # the other rank has failed
+    ours = Exchange(cast(Ranks, crowd))
+    ours.begin()
+    loss = ours.meet(torch.tensor(4.0), torch.device("cpu"))
+    assert float(loss) == 2.0  # nothing was looked at, and nothing waits
+    crowd.others = [[0.0, 1.0, 0.0, 0.0, k + 1, (k + 1) ** 2]]
+    ours.meet(torch.tensor(4.0), torch.device("cpu"))
+    arrivals[0].come = True
+    with pytest.raises(OtherRankError, match="1 of 2 ranks raised"):
+        ours.begin()
+    ours.begin()  # what has been looked at is not looked at again

@@ -26,6 +26,19 @@ class OtherRankError(RuntimeError):
     """Another rank has raised, or is elsewhere; this one is as before the step."""
 
 
+def reading_waits(home: torch.device) -> bool:
+    """Whether a value on that device is not there yet when it is asked for."""
+    return home.type == "cuda"
+
+
+def sent(vector: Tensor) -> tuple[Any, Tensor]:
+    """A copy of a vector on its way to the host, and the event after it."""
+    host = torch.empty(LENGTH, dtype=torch.float64, pin_memory=True).copy_(vector, non_blocking=True)
+    arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrival.record(torch.cuda.current_stream(vector.device))
+    return arrival, host
+
+
 class Exchange:
     """One per group of ranks; counts the steps that have begun and the passes of each."""
 
@@ -81,8 +94,8 @@ class Exchange:
         vector = self._vector(loss, home, weight, skipped=skipped)
         self._pass += 1
         self.ranks.sum_(vector)
-        if home.type == "cuda":
-            self._look_later(vector)
+        if reading_waits(home):
+            self._late.append(sent(vector))
         else:
             self._check(vector.tolist())
         self.weight = vector[WEIGHT]
@@ -109,12 +122,6 @@ class Exchange:
         """Looks at what has arrived from a GPU."""
         while self._late and self._late[0][0].query():
             self._check(self._late.popleft()[1].tolist())
-
-    def _look_later(self, vector: Tensor) -> None:
-        host = torch.empty(LENGTH, dtype=torch.float64, pin_memory=True).copy_(vector, non_blocking=True)
-        arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrival.record(torch.cuda.current_stream(vector.device))
-        self._late.append((arrival, host))
 
     def _vector(
         self, loss: Tensor | None, home: torch.device, weight: float, *, failed: bool = False, skipped: bool = False
