@@ -172,6 +172,31 @@ def test_mixed_precision_and_clipping_leave_ranks_alike() -> None:
     assert torch.equal(ours, others) and norms == their_norms and bool(ours.isfinite().all())
 
 
+def overflown(rank: int) -> tuple[bool, Tensor]:
+    """Scaled gradients of which one shard overflows in one pass: whether all of p.grad says so, and the acceptance."""
+    model, scale, passes = sharded(2), 1024.0, 0
+    opt = tsam(model, torch.optim.SGD, sampler="hmc", scaler=torch.tensor(scale))
+    x, y = rows(rank, 2)
+
+    def closure() -> Tensor:
+        nonlocal passes
+        passes += 1
+        loss = (model(x) - y).square().mean()
+        (loss * scale).backward()
+        if rank == 1 and passes == 2:
+            model[0].weight.grad.to_local().fill_(torch.inf)  # type: ignore[union-attr, operator]
+        return loss
+
+    opt.estimate_gradient(closure)
+    lost = all(bool(p.grad.to_local().isnan().all()) for p in model.parameters())  # type: ignore[union-attr]
+    return lost, opt.diagnostics.acceptance_rate
+
+
+def test_an_overflow_in_one_shard_is_one_for_all() -> None:
+    (lost, rate), (also_lost, same_rate) = pool(2).run(overflown)
+    assert lost and also_lost and float(rate) == float(same_rate) < 1.0
+
+
 def after_an_exception(rank: int) -> tuple[Any, ...]:
     model = sharded(2)
     opt, clean_model = tsam(model), sharded(2)
