@@ -29,26 +29,21 @@ LINE = re.compile(
 # What frameworks have left in this process's environment, or whoever started it as one of several.
 FOREIGN = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "NODE_", "PL_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_")
 
+# torch 2.13 under gloo may abort in destructors, after a script's last line: 6 of 15 runs of a DDP loop without TSAM on
+# a busy machine. Such a run says nothing, as torchrun then ends the other rank; another one is tried.
+EXIT, ATTEMPTS = "terminate called without an active exception\n", 5
 
-@cache
-def run(name: str, processes: int) -> dict[str, str]:
-    """What the recipe's one line says, of a run with that many processes."""
-    pytest.importorskip(NEEDS.get(name, "torch"), reason="pip install '.[recipes]'")
-    text = (FOLDER / f"{name}.py").read_text()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    if "torchrun" not in text:
-        launcher = []
-        assert text.count("DEVICES = 2\n") == 1
-        text = text.replace("DEVICES = 2\n", f"DEVICES = {processes}\n")
+
+def once(arguments: list[str], text: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script, the last argument, which is to leave no file behind."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
     with tempfile.TemporaryDirectory() as folder:
         place, temporary = Path(folder, "place"), Path(folder, "temporary")
         place.mkdir()
         temporary.mkdir()
-        script = place / f"{name}.py"
-        script.write_text(text)
+        (place / arguments[-1]).write_text(text)
         process = subprocess.Popen(
-            [sys.executable, *launcher, str(script)],
+            [sys.executable, *arguments],
             cwd=place,
             env={**environment, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
             stdout=subprocess.PIPE,
@@ -61,8 +56,25 @@ def run(name: str, processes: int) -> dict[str, str]:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # and the ranks that it has started
-        assert process.returncode == 0, complaints
-        assert [entry.name for entry in place.iterdir()] == [script.name]
+        assert [entry.name for entry in place.iterdir()] == [arguments[-1]]
+        return process.returncode, printed, complaints
+
+
+@cache
+def run(name: str, processes: int) -> dict[str, str]:
+    """What the recipe's one line says, of a run with that many processes."""
+    pytest.importorskip(NEEDS.get(name, "torch"), reason="pip install '.[recipes]'")
+    text = (FOLDER / f"{name}.py").read_text()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if "torchrun" not in text:
+        launcher = []
+        assert text.count("DEVICES = 2\n") == 1
+        text = text.replace("DEVICES = 2\n", f"DEVICES = {processes}\n")
+    for _ in range(ATTEMPTS):
+        code, printed, complaints = once([*launcher, f"{name}.py"], text)
+        if code == 0 or EXIT not in complaints:
+            break
+    assert code == 0, complaints
     lines = list(LINE.finditer(printed))
     assert len(lines) == 1, printed + complaints
     return lines[0].groupdict()

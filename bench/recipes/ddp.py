@@ -43,4 +43,5 @@ dist.all_gather(of_all, weights)
 if dist.get_rank() == 0:
     same = all(torch.equal(weights, other) for other in of_all)
     print(f"loss {losses[0]:.6f} -> {losses[-1]:.6f}, {len(of_all)} ranks, same weights: {same}")
+model = optimizer = closure = None  # torch may abort at exit where a DistributedDataParallel outlives its group
 dist.destroy_process_group()
