@@ -78,7 +78,7 @@ def check_values(
     Whether any said something: none does where all are 0 or not finite. A collective; reads what comes.
     """
     nothing = torch.zeros(3, dtype=torch.float64, device=home)
-    prints = [_print_of(tensors[i]).to(home) if i in tensors else nothing for i in range(len(names))]
+    prints = [fingerprint(tensors[i]).to(home) if i in tensors else nothing for i in range(len(names))]
     said = False
     found = ranks.gathered(torch.stack(prints)).tolist() if prints else []
     for place, name in enumerate(names):
@@ -93,7 +93,7 @@ def check_values(
     return said
 
 
-def _print_of(tensor: Tensor) -> Tensor:
+def fingerprint(tensor: Tensor) -> Tensor:
     """The norm, and the products with two waves: of other values with the same norm as good as never the same."""
     values = tensor.detach().reshape(-1)
     found = torch.zeros(3, dtype=torch.float64, device=values.device)

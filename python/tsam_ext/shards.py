@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,23 +86,11 @@ class Sharding:
     @classmethod
     def of(cls, parameter: Any, name: str) -> Sharding:
         """ValueError, naming the parameter, where its rows are not shared as above."""
-        mesh, placements = parameter.device_mesh, parameter.placements
-        everyone = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
-        split = [
-            i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(mesh_dim=i) > 1
-        ]
-        if not split:
-            return cls(None, everyone, 0, parameter.shape[0] if parameter.ndim else 1)
-        kinds = {type(placements[i]).__name__ for i in split}
-        if len(split) > 1 or kinds != {"Shard"} or placements[split[0]].dim != 0:
-            raise refuse(TSAM, name, f"a DTensor with placements {tuple(placements)}", ROWS)
-        ranks = torch.distributed.get_process_group_ranks(mesh.get_group(mesh_dim=split[0]))
-        rows = parameter.shape[0]
-        share = -(-rows // len(ranks))
-        first = min(mesh.get_local_rank(mesh_dim=split[0]) * share, rows)
-        found = cls(tuple(ranks), everyone, first, min(share, rows - first))
+        found = _sharding(parameter.device_mesh, parameter.placements, tuple(parameter.shape))
+        if found is None:
+            raise refuse(TSAM, name, f"a DTensor with placements {tuple(parameter.placements)}", ROWS)
         local = as_local(parameter)
-        if local.shape[0] != found.rows or local.stride() != parameter.stride():
+        if found.shard is not None and (local.shape[0] != found.rows or local.stride() != parameter.stride()):
             got = f"a shard of {local.shape[0]} rows with strides {local.stride()}"
             raise refuse(TSAM, name, got, f"{found.rows} rows with strides {parameter.stride()}")
         return found
@@ -109,6 +98,21 @@ class Sharding:
     def first_element(self, parameter: Tensor) -> int:
         """How many elements of the parameter lie before this rank's."""
         return self.first_row * (parameter.numel() // parameter.shape[0]) if self.first_row else 0
+
+
+@cache  # each step asks it of each parameter
+def _sharding(mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...]) -> Sharding | None:
+    """Where a DTensor of that form lies; None where its rows are not shared, and no whole is held."""
+    everyone = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    split = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(mesh_dim=i) > 1]
+    if not split:
+        return Sharding(None, everyone, 0, shape[0] if shape else 1)
+    if len(split) > 1 or type(placements[split[0]]).__name__ != "Shard" or placements[split[0]].dim != 0:
+        return None
+    ranks = torch.distributed.get_process_group_ranks(mesh.get_group(mesh_dim=split[0]))
+    share = -(-shape[0] // len(ranks))
+    first = min(mesh.get_local_rank(mesh_dim=split[0]) * share, shape[0])
+    return Sharding(tuple(ranks), everyone, first, min(share, shape[0] - first))
 
 
 def sharding_of_all(named: Iterable[tuple[str, Tensor]]) -> Sharding | None:

@@ -12,13 +12,6 @@ from torch import Tensor
 from .engine.state import HEADER, ROW, Slot
 
 
-def checksum(tensor: Tensor) -> float:
-    """A number that differs, as good as surely, where any value or the order of values does. Reads the tensor."""
-    values = tensor.reshape(-1).double()
-    places = torch.arange(values.numel(), device=values.device) % 1009 + 1
-    return float(values @ places.double())
-
-
 def join_states(states: Tensor, states_per_sample: int) -> tuple[Tensor, Tensor]:
     """The state of all samples from those of ranks, ``[ranks, n]``, and the share of the weights that each rank has.
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .agreement import DisagreementError, check_alike, check_values
+from .agreement import DisagreementError, check_alike, check_values, fingerprint
 from .engine.checks import TSAM, check_seed
 from .engine.notices import warn
 from .engine.ranks import CollectiveError, Ranks
@@ -25,7 +25,7 @@ from .exchange import Exchange, OtherRankError
 from .flat import Flat
 from .mean import Mean
 from .replicas import NO_SYNC, Replicas
-from .shared_tilt import checksum, join_states
+from .shared_tilt import join_states
 from .table import Table
 
 Sync = Literal["global", "local", "samples"]
@@ -158,11 +158,10 @@ class Together(Alone):
         self._restart: Callable[[int], None] | None = None
         self._stack = ExitStack()  # of the pass that is under way
         self._unsynced: list[Any] = []  # modules that joined in a no_sync() of the user's, and ran nowhere else yet
-        self._reduces = False  # whether that pass is to reduce its gradients
-        self._last = False  # whether it is the last that counts
+        self._reduces = self._last = False  # whether that pass is to reduce its gradients; whether it is the last
         self._works: list[Any] | None = None
         self._rows: int | None = None
-        self._checksum = float("nan")
+        self._seen: Tensor | None = None  # a fingerprint of the rows of the last pass that asked for any
         self._factor: Tensor | None = None
         self._over = self._closed = self._summed = False
         self.closes = sync != "samples"
@@ -326,7 +325,8 @@ class Together(Alone):
         self._rows = len(batch[0]) + (self._rows or 0)
         if self._sync == "samples" and not (self._known is not None and self._known.checked):
             tensors = [each.detach() for each in batch if isinstance(each, Tensor)]
-            self._checksum = sum(map(checksum, tensors), 0.0)
+            nothing = torch.zeros(3, dtype=torch.float64, device=self._home)
+            self._seen = sum((fingerprint(each).to(self._home) for each in tensors), nothing)
 
     def finish(self, mean: Mean, state: Tensor, first_loss: Tensor | None, states_per_sample: int) -> Tensor | None:
         """See :class:`Alone`."""
@@ -352,7 +352,8 @@ class Together(Alone):
         """This rank's share of the weights, and the first loss of all; ``state`` becomes that of all samples."""
         known, ranks = self.known, self.ranks
         if not known.checked:
-            check_alike(ranks, torch.tensor([self._checksum], dtype=torch.float64, device=self._home), SAME_BATCH)
+            unseen = torch.full((3,), float("nan"), dtype=torch.float64, device=self._home)
+            check_alike(ranks, unseen if self._seen is None else self._seen, SAME_BATCH)
             known.checked = True
         first = torch.full((1,), float("nan"), dtype=torch.float64, device=state.device)
         if first_loss is not None:

@@ -80,11 +80,6 @@ class Spread:
         return len(self.devices) == 1
 
     @property
-    def complete(self) -> bool:
-        """Whether one device of this process holds all."""
-        return self.alone and self._shards is None
-
-    @property
     def has_meta(self) -> bool:
         """Whether any of the tensors has no memory."""
         return any(device.type == "meta" for device in self.devices)
