@@ -102,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
          int64_t, int64_t, int64_t, bool, int64_t, int64_t>(
       m, ops, "accumulate_perturb_", "accumulator", "grads", "position", "saved", "state", "radius", "adaptive", "base",
       "seed", "step", "sample", "noise", "dimension", "negate", rounding, stage);
+  expose<void, Tensors, Tensors, Tensor, int64_t>(m, ops, "take_direction_", "plain", "tilted", "direction", stage);
+  expose<void, Tensors, Tensors, Tensor, int64_t>(m, ops, "add_direction_", "grads", "carried", "direction", stage);
   expose<void, Tensors, Tensors>(m, ops, "restore_", "position", "saved");
 
   using Numbers = List<double>;

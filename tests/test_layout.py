@@ -41,6 +41,7 @@ ORDER = [
     "estimates.parts",
     "estimates.item",
     "chain",
+    "carry",
     "sampler_state",
     "origin",
     "gradients",

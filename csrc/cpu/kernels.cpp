@@ -10,23 +10,12 @@
 #include "../core/weights.h"
 #include "copy.h"
 #include "hmc_pass.h"
+#include "sums.h"
 
 namespace tsam {
 inline namespace TSAM_ISA {
 namespace cpu_apply {
 namespace {
-
-double noise_sum_squares(int64_t n, uint64_t element, Stream stream) {
-  SquareSum sum;
-  for_noise(n, element, stream, [&](int64_t, auto count, const float (&z)[4 * kQuads]) {
-    for (int offset = 0; offset < 4 * kQuads; offset += kLanes) {
-      double x[kLanes];
-      for (int k = 0; k < kLanes; ++k) x[k] = offset + k < count ? static_cast<double>(z[offset + k]) : 0.0;
-      sum.add(x);
-    }
-  });
-  return sum.total();
-}
 
 void copy(void* to, const void* from, int64_t bytes, bool past_caches) {
   if (past_caches) {
@@ -89,26 +78,6 @@ void perturb(DType dtype, void* position, const void* origin, void* saved, int64
   });
 }
 
-double sum_squares(DType dtype, const void* grad, const void* origin, int64_t n) {
-  return for_dtype(dtype, [&](auto* t) -> double {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    const T *g = static_cast<const T*>(grad), *o = static_cast<const T*>(origin);
-    SquareSum sum;
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      C x[kLanes];
-      load(g + i, count, x);
-      if (o != nullptr) {
-        C d[kLanes];
-        load(o + i, count, d);
-        for (int k = 0; k < kLanes; ++k) x[k] *= magnitude(d[k]);
-      }
-      sum.add(x);
-    });
-    return sum.total();
-  });
-}
-
 template <typename T, typename Write>
 void ascend_run(T* p, const T* o, T* kept, const T* g, int64_t n, double scale, bool past_caches, uint64_t element,
                 const Write& write) {
@@ -140,30 +109,6 @@ void ascend(DType dtype, void* position, const void* origin, void* saved, const 
       ascend_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved),
                  static_cast<const T*>(grad), n, scale, past_caches, element, write);
     });
-  });
-}
-
-cpu::DisplacementSums displacement(DType dtype, const void* position, const void* origin, const void* grad, int64_t n,
-                                   bool adaptive) {
-  return for_dtype(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    const T *const p = static_cast<const T*>(position), *const o = static_cast<const T*>(origin),
-                   *const g = static_cast<const T*>(grad);
-    LaneSum squares, along, ascent;
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      C x[kLanes], from[kLanes], gradient[kLanes];
-      load(p + i, count, x);
-      load(o + i, count, from);
-      if (g != nullptr) {
-        load(g + i, count, gradient);
-      } else {
-        for (int k = 0; k < kLanes; ++k) gradient[k] = C(0);
-      }
-      for (int k = 0; k < kLanes; ++k)
-        add_displacement(x[k], from[k], gradient[k], adaptive, squares.lane[k], along.lane[k], ascent.lane[k]);
-    });
-    return cpu::DisplacementSums{squares.total(), along.total(), ascent.total()};
   });
 }
 
@@ -368,15 +313,25 @@ void hmc_place(DType dtype, void* position, void* saved, void* x, double scale, 
 #define TSAM_STRING_(x) #x
 #define TSAM_STRING(x) TSAM_STRING_(x)
 extern const cpu::Kernels kernel_table;
-const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),    cpu_apply::noise_sum_squares,
-                                   cpu_apply::copy,          cpu_apply::perturb,
-                                   cpu_apply::blend_perturb, cpu_apply::sum_squares,
-                                   cpu_apply::ascend,        cpu_apply::displacement,
-                                   cpu_apply::assign,        cpu_apply::blend,
-                                   cpu_apply::poison,        cpu_apply::weighted_sum,
-                                   cpu_apply::to_float64,    cpu_apply::round_sum,
-                                   cpu_apply::leapfrog,      cpu_apply::hmc,
-                                   cpu_apply::hmc_place,     cpu_apply::kick};
+const cpu::Kernels kernel_table = {TSAM_STRING(TSAM_ISA),
+                                   cpu_apply::noise_sum_squares,
+                                   cpu_apply::copy,
+                                   cpu_apply::perturb,
+                                   cpu_apply::blend_perturb,
+                                   cpu_apply::sum_squares,
+                                   cpu_apply::ascend,
+                                   cpu_apply::displacement,
+                                   cpu_apply::direction_sums,
+                                   cpu_apply::assign,
+                                   cpu_apply::blend,
+                                   cpu_apply::poison,
+                                   cpu_apply::weighted_sum,
+                                   cpu_apply::to_float64,
+                                   cpu_apply::round_sum,
+                                   cpu_apply::leapfrog,
+                                   cpu_apply::hmc,
+                                   cpu_apply::hmc_place,
+                                   cpu_apply::kick};
 
 }  // namespace TSAM_ISA
 }  // namespace tsam

@@ -31,6 +31,11 @@ struct DisplacementSums {
   double squares = 0.0, along = 0.0, ascent = 0.0;  // |change / D|^2, change.g, |D g|^2
 };
 
+// The sums of take_direction_ over one run.
+struct DirectionSums {
+  double tilted = 0.0, product = 0.0, plain = 0.0;  // A.A, A.G, G.G
+};
+
 // A pass of HMC over one run (core/hmc.h). Null: not there.
 struct HmcRun {
   void* position;      // theta, written from the moved x
@@ -85,6 +90,9 @@ struct Kernels {
   // change = position - origin, of which D = |origin| if adaptive; no grad: the last two sums are 0. Words: read 3 (2).
   DisplacementSums (*displacement)(DType dtype, const void* position, const void* origin, const void* grad, int64_t n,
                                    bool adaptive);
+
+  // A in dtype, G in its compute type. Words: read 2.
+  DirectionSums (*direction_sums)(DType dtype, const void* tilted, const void* plain, int64_t n);
 
   // accumulator (in the compute type of dtype) = grad, or keep * accumulator + add * grad. Words: read 1 or 2, write 1.
   // What needs no conversion is a copy, past the caches or not.

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -170,6 +172,62 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
   });
 }
 
+// Words: read 2, write 1; nothing where the coefficients say so.
+void blend_direction(const DirectionArguments& a) {
+  const double* const d = a.direction;
+  if (writes_nothing(d)) return;
+  const Kernels& k = kernels();
+  for_chunks(plan_of(a.blended), [&](int64_t, const Chunk& chunk) {
+    const size_t t = static_cast<size_t>(chunk.tensor);
+    char* const to = at(a.blended[t], chunk);
+    if (writes_zeros(d)) {
+      std::memset(to, 0, static_cast<size_t>(chunk.length * item_bytes(a.blended[t].dtype)));
+    } else {
+      k.blend(a.others[t].dtype, to, at(a.others[t], chunk), /*saved=*/nullptr, chunk.length, d[kDirectionKeep],
+              d[kDirectionAdd], /*past_caches=*/false);
+    }
+  });
+}
+
+// Words: read 2 for the sums, then read 2, write 1.
+void take_direction(const DirectionArguments& a) {
+  const Kernels& k = kernels();
+  double sums[kDirectionSums] = {};
+  if (a.stage.has(0)) {
+    const ChunkPlan plan = plan_of(a.blended);
+    std::vector<DirectionSums> partial(static_cast<size_t>(plan.num_chunks()));
+    for_chunks(plan, [&](int64_t c, const Chunk& chunk) {
+      const size_t t = static_cast<size_t>(chunk.tensor);
+      partial[static_cast<size_t>(c)] =
+          k.direction_sums(a.others[t].dtype, at(a.others[t], chunk), at(a.blended[t], chunk), chunk.length);
+    });
+    for (const DirectionSums& each : partial) {
+      sums[kTiltedSquares] += each.tilted;
+      sums[kProduct] += each.product;
+      sums[kPlainSquares] += each.plain;
+    }
+  }
+  if (a.stage.ends(0, sums)) return;
+  std::copy_n(sums, size_t{kDirectionSums}, a.direction);
+  tsam::take_direction(a.direction);
+  blend_direction(a);
+}
+
+// Words: read 1 for the norm, then read 2, write 1.
+void add_direction(const DirectionArguments& a) {
+  const Kernels& k = kernels();
+  double sums[kDirectionSums] = {};
+  if (a.stage.has(0))
+    sums[kTiltedSquares] = sum_chunks(plan_of(a.blended), [&](const Chunk& chunk) {
+      const Run& grad = a.blended[static_cast<size_t>(chunk.tensor)];
+      return k.sum_squares(grad.dtype, at(grad, chunk), nullptr, chunk.length);
+    });
+  if (a.stage.ends(0, sums)) return;
+  a.direction[kTiltedSquares] = sums[kTiltedSquares];
+  tsam::add_direction(a.direction);
+  blend_direction(a);
+}
+
 // Words: read 1, write 1. Bit for bit, whatever the dtype.
 void restore(const RestoreArguments& a) {
   const Kernels& k = kernels();
@@ -202,6 +260,8 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("tilt_update_", TORCH_BOX(&ops::tilt_update_<cpu::tilt_update>));
   m.impl("accumulate_", TORCH_BOX(&ops::accumulate_<cpu::accumulate>));
   m.impl("accumulate_perturb_", TORCH_BOX(&ops::accumulate_perturb_<cpu::accumulate_perturb>));
+  m.impl("take_direction_", TORCH_BOX(&ops::take_direction_<cpu::take_direction>));
+  m.impl("add_direction_", TORCH_BOX(&ops::add_direction_<cpu::add_direction>));
   m.impl("restore_", TORCH_BOX(&ops::restore_<cpu::restore>));
   m.impl("tilt_summary", TORCH_BOX(&ops::tilt_summary<cpu::summary>));
 }

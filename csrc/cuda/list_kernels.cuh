@@ -6,6 +6,7 @@
 // Invariant: an element's bits are those of the CPU back end; sums agree to rounding.
 #pragma once
 
+#include "../core/direction.h"
 #include "../core/perturb.h"
 #include "../core/weights.h"
 #include "apply.cuh"
@@ -181,6 +182,53 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   });
 }
 
+// Lists: plain (of the compute type), tilted. Row k of the partials is sum k of the block. Words: read 2.
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    direction_sums(TSAM_PARAMETER(TablePair) table, double* partial, int64_t n) {
+  using C = compute_t<T>;
+  constexpr int W = kLanes<T>;
+  const Chunk chunk = chunk_of(table);
+  const C* const plain = table.template at<C>(0, chunk);
+  const T* const tilted = table.template at<T>(1, chunk);
+  double sums[kDirectionSums] = {};
+  for_lanes<W>(chunk.length, 0, aligned(plain, tilted), [&](int i, auto lanes) {
+    C g[W], a[W];
+    load(plain + i, lanes, g);
+    load(tilted + i, lanes, a);
+    for (int k = 0; k < W; ++k)
+      add_products(static_cast<double>(a[k]), static_cast<double>(g[k]), sums[kTiltedSquares], sums[kProduct],
+                   sums[kPlainSquares]);
+  });
+  store_sums<kThreads>(sums, partial, n);
+}
+
+// Lists: what the direction is taken in or added to (of the compute type), A or the direction. Words: read 2, write 1;
+// nothing to carry: write 1 or nothing.
+template <typename T>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) blend_direction(TSAM_PARAMETER(TablePair) table, const double* direction) {
+  using C = compute_t<T>;
+  constexpr int W = kLanes<T>;
+  if (writes_nothing(direction)) return;
+  const bool zeros = writes_zeros(direction);
+  const Chunk chunk = chunk_of(table);
+  const Accumulate<C> functor{static_cast<C>(direction[kDirectionKeep]), static_cast<C>(direction[kDirectionAdd])};
+  C* const blended = table.template at<C>(0, chunk);
+  const T* const other = table.template at<T>(1, chunk);
+  for_lanes<W>(chunk.length, 0, aligned(blended, other), [&](int i, auto lanes) {
+    C x[W];
+    if (zeros) {
+      for (int k = 0; k < W; ++k) x[k] = C(0);
+    } else {
+      C g[W];
+      load(blended + i, lanes, x);
+      load(other + i, lanes, g);
+      functor(g, x);
+    }
+    store(x, lanes, blended + i);
+  });
+}
+
 // Lists: to, from. Bit for bit. Words: read 1, write 1.
 template <typename T>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads) copy_chunks(TSAM_PARAMETER(TablePair) table) {
@@ -214,6 +262,25 @@ struct FinishNorm {
 
   TSAM_DEVICE void operator()(const double* sums) const {
     state[kGradNorm] = state[kHeader + kRow * row + kRowGradNorm] = sqrt(sums[0]);
+  }
+};
+
+// From the sums that a device has, or all of them: the coefficients of the pass that follows.
+struct TakeDirection {
+  double* direction;
+
+  TSAM_DEVICE void operator()(const double* sums) const {
+    for (int k = 0; k < kDirectionSums; ++k) direction[k] = sums[k];
+    take_direction(direction);
+  }
+};
+
+struct AddDirection {
+  double* direction;
+
+  TSAM_DEVICE void operator()(const double* sums) const {
+    direction[kTiltedSquares] = sums[0];
+    add_direction(direction);
   }
 };
 

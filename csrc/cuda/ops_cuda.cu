@@ -121,6 +121,50 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
   perturb(both.next);
 }
 
+void blend(const OnDevice& device, const DirectionArguments& a) {
+  const auto entry = [](TablePair&, size_t, size_t) {};
+  for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const Share<2>& share) {
+    for_storage(share.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      device.run<blend_direction<T>>(share.blocks, kThreads, share.table, a.direction);
+    });
+  });
+}
+
+// Launches: the sums, what follows from them, the blend.
+void take_direction(const DirectionArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = a.stage.has(0) ? device_plan(a.blended).num_chunks() : 0;
+  const Tensor partial = device.workspace(kDirectionSums, blocks);
+  const auto entry = [](TablePair&, size_t, size_t) {};
+  if (a.stage.has(0))
+    for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const Share<2>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run<direction_sums<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+      });
+    });
+  if (device.finish_stage<kDirectionSums>(a.stage, 0, TakeDirection{a.direction}, numbers(partial), blocks)) return;
+  blend(device, a);
+}
+
+// Launches: as take_direction.
+void add_direction(const DirectionArguments& a) {
+  const OnDevice device(a.home);
+  const int64_t blocks = a.stage.has(0) ? device_plan(a.blended).num_chunks() : 0;
+  const Tensor partial = device.workspace(1, blocks);
+  const auto entry = [](TablePair&, size_t, size_t) {};
+  if (a.stage.has(0))
+    for_shares<2>({&a.blended, &a.blended}, 0, entry, [&](const Share<2>& share) {
+      for_storage(share.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+      });
+    });
+  if (device.finish_stage<1>(a.stage, 0, AddDirection{a.direction}, numbers(partial), blocks)) return;
+  blend(device, a);
+}
+
 void restore(const RestoreArguments& a) {
   const OnDevice device(a.home);
   const auto entry = [](TablePair&, size_t, size_t) {};
@@ -153,6 +197,8 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
   m.impl("tilt_update_", TORCH_BOX(&tsam::ops::tilt_update_<tsam::cuda::update>));
   m.impl("accumulate_", TORCH_BOX(&tsam::ops::accumulate_<tsam::cuda::accumulate>));
   m.impl("accumulate_perturb_", TORCH_BOX(&tsam::ops::accumulate_perturb_<tsam::cuda::accumulate_perturb>));
+  m.impl("take_direction_", TORCH_BOX(&tsam::ops::take_direction_<tsam::cuda::take_direction>));
+  m.impl("add_direction_", TORCH_BOX(&tsam::ops::add_direction_<tsam::cuda::add_direction>));
   m.impl("restore_", TORCH_BOX(&tsam::ops::restore_<tsam::cuda::restore>));
   m.impl("tilt_summary", TORCH_BOX(&tsam::ops::tilt_summary<tsam::cuda::summary>));
 }

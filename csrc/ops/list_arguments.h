@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/direction.h"
 #include "../core/perturb.h"
 #include "../core/round.h"
 #include "checks.h"
@@ -287,6 +288,44 @@ void accumulate_perturb_(const TensorList& accumulator, const TensorList& grads,
       op,
       {{"position", next.position}, {"saved", next.saved}, {"accumulator", mean.accumulator}, {"grads", mean.grads}});
   run({mean, next});
+}
+
+// `blended` becomes v (take_direction_) or gets it added (add_direction_): in the compute type of `others`, which are A
+// or v.
+struct DirectionArguments {
+  Tensor home;
+  Runs blended, others;
+  double* direction;
+  Stage stage;
+};
+
+inline DirectionArguments direction_arguments(const Op& op, const char* blended, const TensorList& into,
+                                              const char* others, const TensorList& from, const Tensor& direction,
+                                              int64_t stage) {
+  const Runs to = checked_runs(op, blended, into), added = checked_runs(op, others, from);
+  same_layouts(op, others, added, blended, to);
+  same_dtypes(op, blended, to, others, added, /*in_compute_type=*/true);
+  const Where where{op, "direction"};
+  const Run run = checked_run(where, direction);
+  if (run.dtype != DType::kFloat64 || run.size != kDirectionSlots || !run.layout.is_contiguous())
+    fail(where, shape_name(run.layout) + " and dtype " + dtype_name(run.dtype),
+         "a contiguous float64 tensor of " + std::to_string(int{kDirectionSlots}) + " elements");
+  double* const d = reinterpret_cast<double*>(run.data);
+  const Stage part(op, stage, 1, d);
+  disjoint(op, {{blended, to}, {others, added}});
+  return {direction, to, added, d, part};
+}
+
+template <void (*run)(const DirectionArguments&)>
+void take_direction_(const TensorList& plain, const TensorList& tilted, Tensor direction, int64_t stage) {
+  const Op op("take_direction_", direction);
+  run(direction_arguments(op, "plain", plain, "tilted", tilted, direction, stage));
+}
+
+template <void (*run)(const DirectionArguments&)>
+void add_direction_(const TensorList& grads, const TensorList& carried, Tensor direction, int64_t stage) {
+  const Op op("add_direction_", direction);
+  run(direction_arguments(op, "grads", grads, "carried", carried, direction, stage));
 }
 
 struct RestoreArguments {

@@ -62,6 +62,10 @@ STABLE_TORCH_LIBRARY(tsam, m) {
       "accumulate_perturb_(Tensor(a!)[] accumulator, Tensor[] grads, Tensor(b!)[] position, Tensor[] saved, "
       "Tensor(c!) state, float[] radius, bool[] adaptive, int[] base, int seed, int step, int sample, int noise, "
       "int dimension, bool negate, int rounding=-1, int stage=-1) -> ()");
+  // The direction that is carried from a full step to the steps after it; direction: float64, core/direction.h gives
+  // its slots. take: `plain`, the mean of the first gradients, becomes the direction. add: grads += |grads| carried.
+  m.def("take_direction_(Tensor(a!)[] plain, Tensor[] tilted, Tensor(b!) direction, int stage=-1) -> ()");
+  m.def("add_direction_(Tensor(a!)[] grads, Tensor[] carried, Tensor(b!) direction, int stage=-1) -> ()");
   m.def("restore_(Tensor(a!)[] position, Tensor[] saved) -> ()");
 
   // Hamiltonian Monte Carlo, in place over lists. chain: float64, core/metropolis.h gives its slots. prior: core/hmc.h.

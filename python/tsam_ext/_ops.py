@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         accumulate_perturb_ as accumulate_perturb_,
     )
     from ._C import (
+        add_direction_ as add_direction_,
+    )
+    from ._C import (
         ascend_ as ascend_,
     )
     from ._C import (
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
         restore_ as restore_,
     )
     from ._C import (
+        take_direction_ as take_direction_,
+    )
+    from ._C import (
         tilt_begin_ as tilt_begin_,
     )
     from ._C import (
@@ -96,6 +102,8 @@ else:
     tilt_update_ = _library.tilt_update_.default
     accumulate_ = _library.accumulate_.default
     accumulate_perturb_ = _library.accumulate_perturb_.default
+    take_direction_ = _library.take_direction_.default
+    add_direction_ = _library.add_direction_.default
     restore_ = _library.restore_.default
     hmc_place_ = _library.hmc_place_.default
     hmc_begin_ = _library.hmc_begin_.default
@@ -121,6 +129,8 @@ LIST_OPS = (
     "tilt_update_",
     "accumulate_",
     "accumulate_perturb_",
+    "take_direction_",
+    "add_direction_",
     "restore_",
     "hmc_place_",
     "hmc_begin_",

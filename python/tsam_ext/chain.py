@@ -20,8 +20,8 @@ from torch import Tensor
 from .engine.checks import TSAM, check_choice, refuse, shown
 from .engine.state import CHAIN_SLOTS, ChainSlot
 from .phase_space import PRIORS
-from .sampler_state import SamplerState, Saved
-from .shards import as_local, as_parameter, rows_of
+from .sampler_state import SamplerState, Saved, check_tensors, wide_dtype
+from .shards import as_parameter, rows_of
 from .table import Table, kernel_form
 
 # What one step leaves for the next beside positions, by its name in a checkpoint.
@@ -31,10 +31,6 @@ KEPT = {
     "gradient_scales": ChainSlot.GRAD_SCALES,
 }
 POSITION, PRIOR, RESTING, RANK = "position", "prior", "resting", "rank"
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Chain(SamplerState):
@@ -68,7 +64,7 @@ class Chain(SamplerState):
         if held is None:
             self.started = False
             tensor = kernel_form(parameter)
-            held = [torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False) for _ in range(3)]
+            held = [torch.zeros_like(tensor, dtype=wide_dtype(tensor), requires_grad=False) for _ in range(3)]
             self.positions[parameter] = held
             self.momenta.pop(parameter, None)
         return held
@@ -80,7 +76,7 @@ class Chain(SamplerState):
             return None
         first, tensor = held[0], kernel_form(parameter)
         alike = first.shape == tensor.shape and first.stride() == tensor.stride()
-        return held if alike and first.dtype == _wide(tensor) and first.device == tensor.device else None
+        return held if alike and first.dtype == wide_dtype(tensor) and first.device == tensor.device else None
 
     def momentum(self, parameter: Tensor) -> Tensor:
         """Memory for a parameter's momentum, like a position; holds whatever the last trajectory left."""
@@ -152,7 +148,9 @@ class Chain(SamplerState):
         if not parameter.requires_grad:
             return {}
         tensor = kernel_form(parameter)
-        return {POSITION: as_parameter(parameter, torch.zeros_like(tensor, dtype=_wide(tensor), requires_grad=False))}
+        return {
+            POSITION: as_parameter(parameter, torch.zeros_like(tensor, dtype=wide_dtype(tensor), requires_grad=False))
+        }
 
     def check(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
         """ValueError unless ``saved`` is a chain's, or nothing's."""
@@ -168,20 +166,7 @@ class Chain(SamplerState):
                 raise refuse(TSAM, f"{where}: {RESTING}", shown(resting), "the numbers of parameters in a string")
             if not isinstance(numbers.get(RANK), str):
                 raise refuse(TSAM, f"{where}: {RANK}", shown(numbers.get(RANK)), "a string")
-        for i, (position, parameter) in enumerate(zip(saved.tensors.get(POSITION, ()), parameters, strict=False)):
-            if position is None:
-                continue
-            shape, dtype = (*parameter.shape, *(2,) * parameter.is_complex()), _wide(kernel_form(parameter))
-            got: str | None = shown(position)
-            if isinstance(position, Tensor):
-                got = f"a {position.layout} {position.dtype} tensor of shape {tuple(position.shape)}"
-                got += f" on {position.device.type}"
-                dense = position.layout is torch.strided and position.device.type != "meta"
-                if dense and position.dtype == dtype and position.shape == shape:
-                    got = None if bool(as_local(position).isfinite().all()) else "a position that is not finite"
-            if got is not None:
-                expected = f"a finite {dtype} tensor of shape {shape}"
-                raise refuse(TSAM, f"{where}: {POSITION} of parameter {i}", got, expected)
+        check_tensors(saved, POSITION, parameters)
 
     @torch.no_grad()
     def load(self, saved: Saved, parameters: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .engine.state import HEADER, ROW, ChainSlot, Slot, new_state
+from .engine.state import HEADER, RATIO, ROW, ChainSlot, Slot, new_state
 from .estimates import Report
 
 __all__ = ["Diagnostics"]
@@ -125,6 +125,17 @@ class Diagnostics:
         if self._report.realised is None:
             return torch.full((), float("nan"), dtype=torch.float64, device=self._report.state.device)
         return self._report.realised[index].clone()
+
+    @property
+    def carried_ratio(self) -> Tensor:
+        """‖v‖/‖G‖ of the direction that the step has left for those after it, float64, 0-dim.
+
+        With ``every`` and ``between="carry"``: how long what the tilted gradient has beside the plain one is, over the
+        plain one. NaN in a step that leaves none.
+        """
+        if self._report.direction is None:
+            return torch.full((), float("nan"), dtype=torch.float64, device=self._report.state.device)
+        return self._report.direction[RATIO].clone()
 
     @property
     def num_nonfinite(self) -> Tensor:

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from . import checkpoint
 from ._compile import graphs_break_at, outside_graphs
 from .base import base_of, make_capturable
+from .carry import Carry
 from .closures import closure_of_user
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM as OPTIMIZER
-from .engine.checks import check_int, refuse, shown
+from .engine.checks import check_int
 from .estimates import Estimate, Sample, part_of
 from .loss_scale import Scaler, check_scaler, refuse_closure
 from .module_state import ModuleWatch
@@ -68,7 +69,10 @@ class TSAM(PersistentOptimizer):
         radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
         batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
             cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
-        every: sample each ``every``-th step, starting with the first; the others take the plain gradient. Default 1.
+        every: sample each ``every``-th step, starting with the first. Default 1.
+        between: what the other steps take. ``"carry"`` (default for ``ascent``): the plain gradient, and what the last
+            sampled one had beside it; ``"plain"`` (default for ``noise`` and ``hmc``, of which only the tilt's part
+            can be carried, see README): the plain gradient alone.
         skip_nonfinite_loss: leave samples with a non-finite loss out instead of returning NaN. Default False.
         same_masks: all passes of a step see the same random numbers (dropout), as one forward would. Default True.
         model: module whose buffers shall move as in one forward per step, and whose parameters that another optimizer
@@ -127,6 +131,7 @@ class TSAM(PersistentOptimizer):
         radius: Length | None = None,
         batch: Literal["whole", "split"] = "whole",
         every: int = 1,
+        between: Literal["carry", "plain"] | None = None,
         skip_nonfinite_loss: bool = False,
         same_masks: bool = True,
         model: nn.Module | None = None,
@@ -158,10 +163,9 @@ class TSAM(PersistentOptimizer):
             generators=tuple(generators),
             capturable=capturable,
             rounding=rounding,
+            between=between,
         )
         chosen = self._settings.sampler
-        if model is not None and not isinstance(model, nn.Module):
-            raise refuse(OPTIMIZER, "model", shown(model), "a torch.nn.Module or None", TypeError)
         self._processes = Processes(process_group, sync=sync, reduction=reduction, weigh_rows=weigh_rows, batch=batch)
         self._processes.check_model(model)
         if seed is not None:
@@ -173,7 +177,8 @@ class TSAM(PersistentOptimizer):
         super().__init__(base, chosen, own=own, given=given, foreign=not built)
         self.model, self.scaler = model, check_scaler(scaler)
         device = first_device(self.param_groups)
-        self._progress = Progress(chosen.init(device), seed, device, capturable=capturable)
+        carry = Carry() if self._settings.carries else None
+        self._progress = Progress(chosen.init(device), seed, device, capturable=capturable, carry=carry)
         self._progress.history.find(p.grad for group in self.param_groups for p in group["params"])
         self.keep(self._progress)
 
@@ -358,7 +363,7 @@ class TSAM(PersistentOptimizer):
         Raises:
             RuntimeError: with other settings (use :meth:`samples`), or without a gradient.
         """
-        self._check_two_steps("first_step")
+        self._settings.check_two_steps("first_step", draws=self._table().draws)
         self._progress.refuse_inside_perturbed("first_step()")
         self._progress.abort()
         estimate = self._progress.estimate = self._planned("two steps")
@@ -379,7 +384,7 @@ class TSAM(PersistentOptimizer):
         Raises:
             RuntimeError: without a first_step before it.
         """
-        self._check_two_steps("second_step")
+        self._settings.check_two_steps("second_step", draws=self._table().draws)
         running = self._progress.running
         if running is None:
             raise RuntimeError("TSAM: second_step() needs a first_step() before it. Nothing was updated.")
@@ -389,9 +394,6 @@ class TSAM(PersistentOptimizer):
         self.apply()
         if zero_grad:
             self.zero_grad()
-
-    def _check_two_steps(self, name: str) -> None:
-        self._settings.check_two_steps(name, draws=self._table().draws)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in ("_settings", "_progress", "_processes", "model", "scaler")}

@@ -46,11 +46,11 @@ class PersistentOptimizer(WrappingOptimizer):
 
     def beside(self, state: Any) -> Any:
         """The base optimizer's state; with a sampler that keeps tensors a view that has them, as a checkpoint does."""
-        keeps = self._kept is not None and self._kept.sampler_state.tensors
+        keeps = self._kept is not None and self._kept.kept.has_tensors
         return JoinedState(state, self._kept_of) if keeps else state
 
     def _kept_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        kept = self._own.sampler_state.kept(parameter)
+        kept = self._own.kept.kept(parameter)
         return {f"{checkpoint.PREFIX}{name}": tensor for name, tensor in kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class PersistentOptimizer(WrappingOptimizer):
     def _pack(self) -> dict[str, Any]:
         own = self._own
         numbers = {"step": int(own.step), "seed": own.seed}
-        return checkpoint.pack(self.base_optimizer, own.sampler_state, self.group_names, **numbers)
+        return checkpoint.pack(self.base_optimizer, own.kept, self.group_names, **numbers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; continuing then gives the same bits as never having stopped.
@@ -84,7 +84,7 @@ class PersistentOptimizer(WrappingOptimizer):
 
     def _take(self, state: Any) -> None:
         own, base = self._own, self.base_optimizer
-        rest, numbers = checkpoint.unpack(base, self.sampler, own.sampler_state, self.group_names, state)
+        rest, numbers = checkpoint.unpack(base, self.sampler, own.kept, self.group_names, state)
         base.load_state_dict(with_capturable(rest, base.param_groups) if isinstance(own.step, Tensor) else rest)
         self.set_group_keys()  # for a base that runs no hooks
         own.abort()
@@ -93,7 +93,7 @@ class PersistentOptimizer(WrappingOptimizer):
             step, own.seed, kept = numbers
             own.seed_given = True
             own.set_step(step)
-            own.sampler_state.load(kept, [p for group in base.param_groups for p in group["params"]])
+            own.kept.load(kept, [p for group in base.param_groups for p in group["params"]])
 
     def step_base(self) -> None:
         """The base optimizer's own step, which counts: one that torch.compile has traced may have other bits."""

@@ -85,6 +85,7 @@ def planned(
         history=progress.history,
         sharded=sharded,
         together=together,
+        carry=progress.carry if kind in ("sampled", "plain") else None,
     )
     return PlainEstimate(step) if plain else settings.sampler.estimate(step, progress.sampler_state)
 

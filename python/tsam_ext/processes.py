@@ -128,9 +128,11 @@ class Processes:
         self._form = form
 
     def check_model(self, model: nn.Module | None) -> None:
-        """ValueError for a module whose parameters' gradients no optimizer sees, or with ranks against its own."""
+        """TypeError for what is no module; ValueError where no optimizer sees its gradients, or for other ranks."""
         if model is None:
             return
+        if not isinstance(model, nn.Module):
+            raise refuse(TSAM, "model", shown(model), "a torch.nn.Module or None", TypeError)
         modules = list(model.modules())
         refuse_hiding(modules)
         if self._group is None and replicas_in(modules, model.parameters()):

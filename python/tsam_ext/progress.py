@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .carry import Carry
 from .diagnostics import Diagnostics
 from .engine.checks import TSAM, check_seed
 from .estimates import Estimate
@@ -22,18 +23,28 @@ from .history import History
 from .loss_scale import Scaler, has_moved_on
 from .module_state import drawn_seed
 from .origin import Scratch
-from .sampler_state import SamplerState
+from .sampler_state import KeptStates, SamplerState
 
 
 class Progress:
-    """``step`` counts completed steps, on the device where ``capturable``; ``sampler_state`` is the sampler's own."""
+    """``step`` counts completed steps, on the device where ``capturable``; ``sampler_state`` is the sampler's own.
+
+    ``carry``: what lasts from a full step of ``every`` to the next, where anything does.
+    """
 
     def __init__(
-        self, sampler_state: SamplerState, seed: int | None, device: torch.device, *, capturable: bool
+        self,
+        sampler_state: SamplerState,
+        seed: int | None,
+        device: torch.device,
+        *,
+        capturable: bool,
+        carry: Carry | None = None,
     ) -> None:
         self.step: int | Tensor = torch.zeros((), dtype=torch.float64, device=device) if capturable else 0
         self.seed_given = seed is not None  # else it may become another rank's
         self.seed, self.sampler_state = drawn_seed() if seed is None else seed, sampler_state
+        self.carry = carry
         self.forget()
 
     def forget(self) -> None:
@@ -54,6 +65,11 @@ class Progress:
     def running(self) -> Estimate | None:
         """The estimate whose passes are under way."""
         return self.estimate if self.estimate is not None and not self.estimate.closed else None
+
+    @property
+    def kept(self) -> KeptStates:
+        """What a checkpoint holds beside the base optimizer's state."""
+        return KeptStates(self.sampler_state, *(() if self.carry is None else (self.carry,)))
 
     @property
     def signed_seed(self) -> int:
@@ -182,7 +198,7 @@ class Progress:
         self.step = self.step.fill_(step) if isinstance(self.step, Tensor) else step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("step", "seed", "seed_given", "sampler_state")}
+        return {key: self.__dict__[key] for key in ("step", "seed", "seed_given", "sampler_state", "carry")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

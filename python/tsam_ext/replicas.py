@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .engine.checks import TSAM, refuse
-from .engine.ranks import members_of
+from .engine.ranks import Ranks, members_of
 
 HIDING = {  # what a module's class is called, with the package that it comes from
     "FullyShardedDataParallel": ("torch", "torch.distributed.fsdp.fully_shard (FSDP2), whose parameters are DTensors"),
@@ -102,6 +102,25 @@ class Replicas:
     def follows_first(self) -> bool:
         """Whether buffers are to be those of the first rank."""
         return any(module.broadcast_buffers for module in self.modules)
+
+    def follow_first(self, ranks: Ranks) -> None:
+        """The running statistics of all ranks are those of the first, as a model that is evaluated on any wants."""
+        buffers = [
+            buffer
+            for module in self.modules
+            for name, buffer in module.module.named_buffers()
+            if name not in module.parameters_to_ignore
+            and buffer.dtype.is_floating_point
+            and buffer.layout is torch.strided
+        ]
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for buffer in buffers:
+            alike.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        for tensors in alike.values():
+            joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            ranks.follow_first_(joined)
+            for tensor, found in zip(tensors, torch.split(joined, [t.numel() for t in tensors]), strict=True):
+                tensor.copy_(found.view_as(tensor))
 
     def check_ready(self) -> None:
         """RuntimeError inside join(), or inside a no_sync() of the user's around a whole step."""

@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from .table import Table
+from .engine.checks import TSAM, refuse, shown
+from .shards import as_local
+from .table import Table, kernel_form
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,28 @@ class Saved:
 
     numbers: dict[str, float | str] = field(default_factory=dict)
     tensors: dict[str, list[Tensor | None]] = field(default_factory=dict)
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """What is kept of a parameter is kept in this."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def check_tensors(saved: Saved, name: str, parameters: Sequence[Tensor]) -> None:
+    """ValueError unless the tensors of that name are finite, and shaped as what is kept of these parameters."""
+    for i, (kept, parameter) in enumerate(zip(saved.tensors.get(name, ()), parameters, strict=False)):
+        if kept is None:
+            continue
+        shape, dtype = (*parameter.shape, *(2,) * parameter.is_complex()), wide_dtype(kernel_form(parameter))
+        got: str | None = shown(kept)
+        if isinstance(kept, Tensor):
+            got = f"a {kept.layout} {kept.dtype} tensor of shape {tuple(kept.shape)} on {kept.device.type}"
+            dense = kept.layout is torch.strided and kept.device.type != "meta"
+            if dense and kept.dtype == dtype and kept.shape == shape:
+                got = None if bool(as_local(kept).isfinite().all()) else f"a {name} that is not finite"
+        if got is not None:
+            expected = f"a finite {dtype} tensor of shape {shape}"
+            raise refuse(TSAM, f"load_state_dict: {name} of parameter {i}", got, expected)
 
 
 class SamplerState:
@@ -58,6 +83,38 @@ class SamplerState:
     def perturbations(self, table: Table) -> list[Tensor]:
         """ε of each perturbed parameter as the last step left it. RuntimeError where nothing is kept."""
         raise RuntimeError("TSAM: chain_position() needs a sampler that keeps a chain, and a step.")
+
+
+class KeptStates(SamplerState):
+    """Several of them, each with tensors of its own names, as a checkpoint holds them beside each other."""
+
+    def __init__(self, *states: SamplerState) -> None:
+        self._states = states
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether any keeps something of each parameter."""
+        return any(state.tensors for state in self._states)
+
+    def save(self, parameters: Sequence[Tensor]) -> Saved:
+        """Of all."""
+        saved = [state.save(parameters) for state in self._states]
+        numbers = {name: number for each in saved for name, number in each.numbers.items()}
+        return Saved(numbers, {name: tensors for each in saved for name, tensors in each.tensors.items()})
+
+    def check(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
+        """ValueError if any cannot load its part."""
+        for state in self._states:
+            state.check(saved, parameters)
+
+    def load(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
+        """Each takes its part."""
+        for state in self._states:
+            state.load(saved, parameters)
+
+    def kept(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Of all."""
+        return {name: tensor for state in self._states for name, tensor in state.kept(parameter).items()}
 
 
 class Joined(MutableMapping[Any, Any]):

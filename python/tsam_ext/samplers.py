@@ -50,6 +50,7 @@ class Sampler(ABC):
     """How a step samples its perturbations; what every sampler has to decide."""
 
     two_steps: ClassVar[bool] = False  # whether one sample without noise is SAM's ascent and descent
+    carries: ClassVar[bool] = False  # whether its steps leave a direction to later ones where nobody says
     keeps: ClassVar[type[SamplerState]] = SamplerState  # what lasts from step to step
 
     @abstractmethod
@@ -126,6 +127,7 @@ class Ascent(_Drawing):
     """
 
     two_steps = True
+    carries = True
     ascends = True
 
 

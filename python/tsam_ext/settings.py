@@ -30,10 +30,10 @@ from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 
 Tilt = float | Tensor | Callable[[int], float | Tensor]
 Length = float | Callable[[int], float]
-BATCHES = ("whole", "split")
+BATCHES, BETWEEN = ("whole", "split"), ("carry", "plain")
 GROUP_KEYS = ("rho", "radius", "adaptive")
 FOR_ALL = {"tilt", "num_samples", "sampler", "batch", "every", "skip_nonfinite_loss", "same_masks", "generators"}
-FOR_ALL |= {"seed", "model", "scaler", "rounding", "process_group", "sync", "reduction", "weigh_rows"}
+FOR_ALL |= {"seed", "model", "scaler", "rounding", "between", "process_group", "sync", "reduction", "weigh_rows"}
 TILT = "a number (inf and -inf too), a 0-dim tensor or a function of the step"
 
 
@@ -51,6 +51,7 @@ class Settings:
     generators: tuple[torch.Generator, ...]
     capturable: bool
     rounding: Literal["nearest", "stochastic"] = "stochastic"
+    between: Literal["carry", "plain"] | None = None
 
     def __post_init__(self) -> None:
         set_own = object.__setattr__  # Python's own numbers in place of NumPy's, objects in place of names
@@ -68,6 +69,8 @@ class Settings:
         check_choice(TSAM, "batch", self.batch, BATCHES)
         check_choice(TSAM, "rounding", self.rounding, ROUNDINGS)
         set_own(self, "every", check_int(TSAM, "every", self.every, 1, 1 << 31))
+        if self.between is not None:
+            check_choice(TSAM, "between", self.between, BETWEEN)
         if self.capturable:
             # What the host decides anew each step, or does to generators, a replay would not.
             if self.every != 1:
@@ -93,6 +96,12 @@ class Settings:
     def split(self) -> bool:
         """Whether each sample sees a part of the batch."""
         return self.batch == "split"
+
+    @property
+    def carries(self) -> bool:
+        """Whether the steps between those that sample add what these have left."""
+        default = "carry" if self.sampler.carries else "plain"
+        return self.every > 1 and (self.between or default) == "carry"
 
     def is_plain(self, step: int | Tensor) -> bool:
         """Whether ``every`` leaves this step to the plain gradient. With 1 a step on the device is not read."""

@@ -102,6 +102,10 @@ class Alone:
         """All passes are over: the mean, and ``state``, become those of all ranks; returns the first loss of all."""
         return first_loss
 
+    def average(self, gradients: dict[int, Tensor], state: Tensor, *, reduced: bool) -> dict[int, Tensor]:
+        """The means over all ranks of these means; ``state``: their weights. ``reduced``: ranks had the same."""
+        return gradients
+
     def skip(self) -> None:
         """There was no batch."""
 
@@ -343,8 +347,18 @@ class Together(Alone):
                 factor = 1.0
             mean.finish_sum(self.ranks, mean.start_sum(self.ranks), factor)
         if self._sync == "samples" or known.replicas.follows_first:
-            self._follow_buffers()
+            known.replicas.follow_first(self.ranks)
         return first_loss
+
+    def average(self, gradients: dict[int, Tensor], state: Tensor, *, reduced: bool) -> dict[int, Tensor]:
+        """See :class:`Alone`."""
+        if self._sync == "global" and reduced:
+            return gradients
+        if self._sync == "samples":
+            _, shares = join_states(self.ranks.gathered(state), 1)
+            for gradient in gradients.values():
+                gradient.mul_((shares[self.ranks.index] * self.ranks.size).to(gradient.device, gradient.dtype))
+        return Flat(self._table).means(gradients, self.ranks)
 
     def _join_samples(
         self, state: Tensor, first_loss: Tensor | None, states_per_sample: int
@@ -363,25 +377,6 @@ class Together(Alone):
         state.copy_(joined)
         dtype = torch.float64 if first_loss is None else first_loss.dtype
         return shares[ranks.index], all_states[0, -1].to(dtype)
-
-    def _follow_buffers(self) -> None:
-        """The running statistics of all ranks are those of the first, as a model that is evaluated on any wants."""
-        buffers = [
-            buffer
-            for module in self.known.replicas.modules
-            for name, buffer in module.module.named_buffers()
-            if name not in module.parameters_to_ignore
-            and buffer.dtype.is_floating_point
-            and buffer.layout is torch.strided
-        ]
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for buffer in buffers:
-            alike.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-        for tensors in alike.values():
-            joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            self.ranks.follow_first_(joined)
-            for tensor, found in zip(tensors, torch.split(joined, [t.numel() for t in tensors]), strict=True):
-                tensor.copy_(found.view_as(tensor))
 
     def skip(self) -> None:
         """See :class:`Alone`. OtherRankError where other ranks had a batch."""

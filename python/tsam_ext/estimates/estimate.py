@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tsam_ext import _cuda, _ops
+from tsam_ext.carry import UNCARRIED, FullStep, LaterStep
 from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
@@ -43,6 +44,7 @@ class Estimate(ABC):
     """One step over ``step.table``; see the module's docstring."""
 
     tilt_weighs = True
+    carries: type[FullStep] | type[LaterStep] = FullStep
     diagnostics: tuple[str, ...] = ("losses", "weights", "ess", "tilted_loss", "num_nonfinite")
 
     def __init__(self, step: Step, states_per_sample: int = 1) -> None:
@@ -80,6 +82,7 @@ class Estimate(ABC):
         self._kept_buffers: Buffers | None = None
         self._passes = 0
         self._versions: list[int] | None = None  # of what moves, before the pass
+        self.carrying = UNCARRIED if step.carry is None else self.carries(step.carry, step.table, self.spread)
         self.half = [i for i in step.table.moves if step.table.dtypes[i] in HALF]
         self.rounds = step.rounding == "stochastic" and bool(self.half)
         self._realised: Tensor | None = None
@@ -160,6 +163,7 @@ class Estimate(ABC):
         self._masks = RandomMasks(() if capturing else self.spread.devices, () if capturing else step.generators)
         self.tilt = self.scalar(step.tilt)
         self.spread.run(_ops.tilt_begin_, (), self.state, self.tilt)
+        self.carrying.begin()
 
     @property
     def counts_apart(self) -> bool:
@@ -287,11 +291,16 @@ class Estimate(ABC):
         if self.first_loss is None:  # no sample was this rank's
             together.prepare(self.mean, counts_apart=self.counts_apart)
         self.first_loss = together.finish(self.mean, self.state, self.first_loss, self.states_per_sample)
+        self.end_mean()
         self.origin.restore()
         drop_derived(self.step.sharded)
         self.step.history.leave(self.mean.hand_over(mixed=self.gradients.mixed))
         self.closed = True
         self.forget()
+
+    def end_mean(self) -> None:
+        """The mean is that of all ranks: what it leaves for later steps, or gets from earlier ones."""
+        self.carrying.complete(self.mean.sums, self.together)
 
     @torch.no_grad()
     def skip(self) -> None:
@@ -355,6 +364,7 @@ class Estimate(ABC):
         """Lets go of everything of the size of the parameters but the scratch."""
         self.mean.forget()
         self.origin.forget()
+        self.carrying.forget()
 
     @property
     def has_left_gradients(self) -> bool:
@@ -373,7 +383,7 @@ class Estimate(ABC):
         return Report(
             state=self.state,
             num_samples=self.num_samples,
-            names=self.diagnostics,
+            names=self.diagnostics + ("carried_ratio",) * self.carrying.takes_first,
             states_per_sample=self.states_per_sample,
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,
@@ -385,4 +395,5 @@ class Estimate(ABC):
             rho=0.0 if self.scale is None else max(self.table.rho, default=0.0),
             product=self.product,
             realised=self._realised,
+            direction=self.carrying.scalars,
         )

@@ -214,6 +214,8 @@ class HamiltonianEstimate(Estimate):
         else:
             self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > first)
             phase.carry(indices, taken(self.mean.sums, indices), carried, fresh, count=counted)
+        if sample >= 0 and self.carrying.takes_first:
+            self.carrying.add(self._carried, torch.zeros_like(self.tilt), 0.0, skip=False, adopt=False, reduced=True)
 
     @torch.no_grad()
     def _recycle(self, phase: PhaseSpace, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
@@ -233,10 +235,14 @@ class HamiltonianEstimate(Estimate):
         """Whether the weights are complete with this sample; those of several ranks may not be."""
         return self.together.closes and sample == self.num_samples - 1
 
-    def complete(self) -> None:
-        """As the base class's, and the chain goes on from where it is."""
+    def end_mean(self) -> None:
+        """As the base class's, by true gradients; then the mean is scaled, as the scaler expects it."""
+        super().end_mean()
         if self._scaling is not None:
             self._scaling.put_back(self.mean.sums.values())
+
+    def complete(self) -> None:
+        """As the base class's, and the chain goes on from where it is."""
         super().complete()
         if self._under_way:  # not where this rank had no sample
             self.chain.step_ends(taken(self.table.parameters, self.table.moves))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
+from tsam_ext.carry import LaterStep
 from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.table import taken
 
@@ -28,6 +29,7 @@ class PlainEstimate(Estimate):
     """The gradient at θ₀, whatever the sampler: what the steps between those of ``every`` take."""
 
     tilt_weighs = False
+    carries = LaterStep
 
     @property
     def repeats(self) -> bool:
@@ -63,6 +65,7 @@ class PerturbationEstimate(Estimate):
             names = ("realised_norm", "realised_ascent") if ascends else ("realised_norm",)
             self.diagnostics = (*self.diagnostics, *names)
         self._antithetic, self._ascends, self._kind = antithetic, ascends, noise
+        self._probe: dict[int, Tensor] = {}  # a probe's gradients, until its sample is known to count
         self._drawn = -1  # the sample that the parameters have been moved to already
         table = step.table
         self._moved, self._base = taken(table.tensors, table.moves), taken(table.base, table.moves)
@@ -124,19 +127,33 @@ class PerturbationEstimate(Estimate):
         index, skip, together = sample.index, self.step.skip_nonfinite_loss, self.together
         next_one = index + together.stride
         last = next_one >= self.num_samples
+        log_size = 0.0 if self.parts is None else self.parts.log_size(index)
+        if self.carrying.takes_first:
+            self._carry(sample, loss, log_size, gradients)
         if sample.probe:
             self._ascend(gradients, index)
         if last and sample.probe is self._ascends:
             self.measure(self.gradients.as_moved(gradients) if self._ascends else {})
         if sample.probe:
             return
-        log_size = 0.0 if self.parts is None else self.parts.log_size(index)
         self.spread.run(_ops.tilt_update_, (), self.state, loss, log_size, index, skip, last and together.closes)
         if not last and self._merges(gradients):
             self._add_and_perturb(gradients, next_one)
         else:
             first = index == together.first
             self.mean.add(gradients, adopt=first, zero=not first)
+
+    def _carry(self, sample: Sample, loss: Tensor, log_size: float, gradients: dict[int, Tensor]) -> None:
+        """A sample's first gradient goes into the mean that a carried direction is measured against.
+
+        Where samples may be skipped a probe's waits, in memory of its own, for the loss that decides it.
+        """
+        skip, reduced = self.step.skip_nonfinite_loss, self._ascends or self.mean.flat is None
+        if self._ascends and skip and sample.probe:
+            self._probe = gradients
+        elif sample.probe is self._ascends or self._probe:
+            first, self._probe = self._probe or gradients, {}
+            self.carrying.add(first, loss, log_size, skip=skip, adopt=self._ascends, reduced=reduced)
 
     def move_to(self, sample: int) -> None:
         """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""

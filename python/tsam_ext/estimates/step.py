@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tsam_ext.carry import Carry
 from tsam_ext.history import History
 from tsam_ext.loss_scale import Scaler
 from tsam_ext.origin import Scratch
@@ -26,6 +27,7 @@ class Step:
     ``seed``: signed 64-bit. ``count``: steps before this one; a tensor where steps are counted on the device.
     ``scratch``: memory for copies that lasts between steps. ``modules``: of the model, whose buffers are looked after;
     ``sharded``: those of them that fully_shard has made. ``together``: how the step works over several ranks.
+    ``carry``: what the step leaves for later ones, or adds to its gradient.
     """
 
     table: Table
@@ -44,6 +46,7 @@ class Step:
     history: History = field(default_factory=History)
     sharded: Sequence[Any] = ()
     together: Alone = ALONE
+    carry: Carry | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Report:
     ``realised``: of half-precision parameters, where any are perturbed: float64 [3], how far they were from θ₀ at the
     last counted sample. ‖(θ-θ₀)/D‖; the same over the largest rho or radius of theirs; and of the ascent along the
     gradient the share that is left, (θ-θ₀)·g ‖Dg‖ / Σ rho (Dg)², NaN where there is no ascent.
+    ``direction``: the scalars of the direction that the step leaves for later ones (csrc/core/direction.h).
     """
 
     state: Tensor
@@ -75,3 +79,4 @@ class Report:
     rho: float = 0.0
     product: bool = False
     realised: Tensor | None = None
+    direction: Tensor | None = None
