@@ -61,7 +61,7 @@ class Carry(SamplerState):
 
     @torch.no_grad()
     def load(self, saved: Saved, parameters: Sequence[Tensor]) -> None:
-        """Takes what :meth:`save` gave; where that was nothing, steps up to the next full one take the plain gradient."""
+        """Takes what :meth:`save` gave; where that was nothing, gradients are plain ones up to the next full step."""
         self.directions = {}
         for parameter, found in zip(parameters, saved.tensors.get(CARRY, ()), strict=False):
             if found is not None:
@@ -118,10 +118,12 @@ class FullStep(Uncarried):
         self, gradients: dict[int, Tensor], loss: Tensor, log_size: float, *, skip: bool, adopt: bool, reduced: bool
     ) -> None:
         """See :class:`Uncarried`."""
-        own, first = {i: gradient for i, gradient in gradients.items() if i < self._table.own}, not self._mean.sums
+        first, own = not self._mean.sums, self._table.own
+        if own < len(self._table.parameters):  # else the same dict, as one more would count as another holder
+            gradients = {i: gradient for i, gradient in gradients.items() if i < own}
         self._reduced &= reduced
         self._spread.run(_ops.tilt_update_, (), self._state, loss, log_size, 0, skip, False)
-        self._mean.add(own, adopt=adopt and first, zero=not first)
+        self._mean.add(gradients, adopt=adopt and first, zero=not first)
 
     def complete(self, tilted: dict[int, Tensor], together: Alone) -> None:
         """See :class:`Uncarried`: A is there, and v takes the place of G."""

@@ -3,10 +3,11 @@
 Written from the formulas and not from the kernels, on torch alone, in float64 where it matters.
 noise.py: Philox, Box-Muller, ν over a list. rounding.py: stochastic, to half precision. dynamics.py: leapfrog, kick,
 perturb. drift.py: the drifts of HMC. tilt.py: tilted losses and weights, all at once and streaming. hmc.py: a chain on
-any loss. optim.py: the ascent, and a TSAM.
+any loss. direction.py: what is carried between full steps. optim.py: the ascent, and a TSAM.
 Invariant: nothing is fused or cached.
 """
 
+from .direction import add_direction, take_direction
 from .drift import ball_drift, rotation_drift
 from .dynamics import kick, leapfrog, perturb
 from .hmc import (
@@ -32,6 +33,7 @@ __all__ = [
     "StreamingTilt",
     "TorchDraws",
     "Trajectory",
+    "add_direction",
     "ascend",
     "ball_drift",
     "base_offsets",
@@ -47,6 +49,7 @@ __all__ = [
     "round_stochastically",
     "rounding_words",
     "scaled_loss",
+    "take_direction",
     "tilted_loss",
     "tilted_reduce",
     "tilted_weights",
