@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _ops
-from tsam_ext.engine.state import new_state
+from tsam_ext.engine.state import DIRECTION_SLOTS, new_state
 
 LENGTHS = (1, 60, 200)
 ELEMENTS = 16  # of each tensor
@@ -28,6 +28,7 @@ def calls_on(length: int) -> dict[str, Callable[[], object]]:
     state = new_state(1, torch.device("cpu"))
     _ops.tilt_begin_(state, torch.tensor(1.0))
     _ops.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
+    direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)
     ones, flags, base = [1.0] * length, [False] * length, [ELEMENTS * i for i in range(length)]
     noise = (1, 0, 0, 0, ELEMENTS * length, False, False)
     return {
@@ -35,6 +36,8 @@ def calls_on(length: int) -> dict[str, Callable[[], object]]:
         "perturb_": lambda: _ops.perturb_(position, saved, state, ones, flags, base, *noise),
         "grad_norm_": lambda: _ops.grad_norm_(grads, saved, state, flags, 0),
         "ascend_": lambda: _ops.ascend_(position, saved, grads, state, ones, flags, False),
+        "take_direction_": lambda: _ops.take_direction_(total, grads, direction),
+        "add_direction_": lambda: _ops.add_direction_(total, grads, direction),
         "accumulate_": lambda: _ops.accumulate_(total, grads, state),
         TORCH: lambda: torch._foreach_copy_(position, saved),
     }

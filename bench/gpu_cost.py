@@ -144,6 +144,12 @@ PASSES: dict[str, Callable[[Arguments], list[Pass]]] = {
     "displacement_": lambda a: [Pass("displacement_chunks<float>", 3, 3 if a["grads"] else 2), SCALARS],
     "accumulate_": _accumulate,
     "accumulate_perturb_": lambda a: [*_accumulate(a), *_perturb({**a, "save": False})],
+    "take_direction_": lambda a: [
+        Pass("direction_sums<float>", 2, 2),
+        SCALARS,
+        Pass("blend_direction<float>", 2, 2, 1),
+    ],
+    "add_direction_": lambda a: [*_norm({**a, "adaptive": []}), Pass("blend_direction<float>", 2, 2, 1)],
     "restore_": lambda a: [Pass("copy_chunks<float>", 2, 1, 1)],
     "hmc_place_": _place,
     "hmc_begin_": lambda a: _norm(a) if a["automatic"] else [SCALARS],
@@ -188,11 +194,18 @@ class Gradients:
         return torch.zeros(())
 
 
-def record(options: dict[str, Any], tensors: int, mode: Recorder | None = None, *, keep: bool = False) -> Recorder:
-    """One estimate's calls, after one that makes the scratch and starts the chain; ``keep``: p.grad is there."""
+def record(
+    options: dict[str, Any], tensors: int, mode: Recorder | None = None, *, keep: bool = False, later: bool = False
+) -> Recorder:
+    """One estimate's calls, after one that makes the scratch and starts the chain; ``keep``: p.grad is there.
+
+    ``later``: of the step after the first, which with ``every`` is no full one.
+    """
     closure, mode = Gradients(tensors), mode or Recorder()
     estimator = TSAM(closure.params, lr=0.0, **options)
     estimator.estimate_gradient(closure)
+    if later:
+        estimator.apply()
     if not keep:
         for p in closure.params:
             p.grad = None

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "adaptive": True,
     },
     "hmc, delta from the gradient": {"sampler": HMC(delta="auto")},
+    "carried": {"every": 2, "num_samples": 3},
 }
 
 
@@ -65,6 +66,17 @@ def test_the_words_are_those_of_the_formulas(s: int) -> None:
 
 def test_the_words_of_sam() -> None:
     assert words({"num_samples": 1, "radius": 0.0}) == 7
+
+
+def test_the_words_of_a_carried_direction() -> None:
+    """Of a full step, beside it: the mean of the probes, of which the first is there; sums; the direction. Then later
+    steps: the norm, and what is added to the plain gradient, which is where it is."""
+    for s in (1, 2, 5):
+        assert words({"num_samples": s, "every": 3}) == 9 * s + 5 + 3 * (s - 1)
+    assert words({"num_samples": 1, "radius": 0.0, "every": 3}) == 7 + 5
+    later = record({"num_samples": 3, "every": 3}, 2, later=True)
+    assert sum(p.words for _, made in later.calls for p in made) == 4
+    assert later.syncs == 0
 
 
 def test_no_pass_moves_more_than_its_kernel_can_and_each_maximum_is_reached() -> None:
@@ -154,7 +166,9 @@ def test_a_read_on_the_host_is_counted() -> None:
 def test_all_ops_of_an_estimate_are_known() -> None:
     called = {op for options in CASES.values() for op, _ in record(options, 2).calls}
     adapted = {op for op, _ in record({"sampler": HMC(adapt_step_size=True)}, 2).calls}
-    assert called | adapted | {"displacement_"} == PASSES.keys()  # that is for half-precision parameters alone
+    later = {op for op, _ in record(CASES["carried"], 2, later=True).calls}
+    # The last is for half-precision parameters alone.
+    assert called | adapted | later | {"displacement_"} == PASSES.keys()
 
 
 LISTING = """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tsam_ext import _C, _ops
 from tsam_ext import functional as fused
-from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot
+from tsam_ext.engine.state import CHAIN_SLOTS, DIRECTION_SLOTS, ChainSlot
 from tsam_ext.functional import Slot, new_state
 
 
@@ -272,6 +272,8 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "accumulate_": lambda: (lists(4, 9), lists(4, 9), begun()),
     "accumulate_perturb_": lambda: (*(lists(4, 9) for _ in range(4)), begun(), [0.1] * 2, [False, True], [0, 4], 3, 1,
                                     0, 0, 13, False),
+    "take_direction_": lambda: (lists(4, 9), lists(4, 9), torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)),
+    "add_direction_": lambda: (lists(4, 9), lists(4, 9), torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)),
     "restore_": lambda: (lists(4, 9), lists(4, 9)),
     "tilt_summary": lambda: (begun(), 1),
     "hmc_place_": lambda: (*(lists(4, 9) for _ in range(5)), chain(), begun(), [0.1] * 2, [False, True], [0, 4], 0, 0,

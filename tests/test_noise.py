@@ -93,7 +93,7 @@ def test_the_bits_do_not_depend_on_threads(noise: str) -> None:
 PROGRAM = """
 import hashlib, torch
 from tsam_ext import _C
-from tsam_ext.engine.state import new_state
+from tsam_ext.engine.state import DIRECTION_SLOTS, new_state
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for noise in range(len(_C.__noises__)):
@@ -116,7 +116,11 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for row, loss in enumerate((0.3, 0.7)):
                 _C.tilt_update_(state, torch.tensor(loss), 0.0, row, False, row == 1)
                 _C.accumulate_(total, g, state)
-            for tensor in (*x, *saved, *total, state, sums):
+            direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)
+            plain = [p.clone() for p in total]
+            _C.take_direction_(plain, g, direction)
+            _C.add_direction_(total, plain, direction)
+            for tensor in (*x, *saved, *total, *plain, state, sums, direction):
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(_C.__isa__, digest.hexdigest())
 """

@@ -71,16 +71,24 @@ class Carry(SamplerState):
 class Uncarried:
     """A step that neither leaves a direction nor adds one; what a step does for one that does."""
 
-    scalars: Tensor | None = None  # of the direction that it leaves
+    scalars: Tensor | None = None  # of the direction that it leaves (csrc/core/direction.h)
     takes_first = False  # whether it wants the first gradient of each sample
 
     def begin(self) -> None:
         """The passes begin."""
 
     def add(
-        self, gradients: dict[int, Tensor], loss: Tensor, log_size: float, *, skip: bool, adopt: bool, reduced: bool
+        self,
+        sample: int,
+        gradients: dict[int, Tensor],
+        loss: Tensor,
+        *,
+        log_size: float = 0.0,
+        skip: bool = False,
+        adopt: bool = False,
+        reduced: bool = True,
     ) -> None:
-        """One sample's first gradient, which counts by its rows; not at all where ``skip`` and ``loss`` is not finite.
+        """A sample's first gradient, which counts by its rows; not at all where ``skip`` and ``loss`` is not finite.
 
         ``adopt``: its memory may become the mean's. ``reduced``: ranks have the same.
         """
@@ -100,12 +108,12 @@ class FullStep(Uncarried):
 
     takes_first = True
 
-    def __init__(self, carry: Carry, table: Table, spread: Spread) -> None:
+    def __init__(self, carry: Carry, table: Table, spread: Spread, num_samples: int) -> None:
         self._carry, self._table, self._spread = carry, table, spread
-        self._state = new_state(1, spread.home)  # of a tilt of 0: the mean by rows
+        self._state = new_state(num_samples, spread.home)  # of a tilt of 0: the mean by rows
         self._mean = Mean(table, spread, self._state)
         self._reduced = True
-        self.scalars = new_scalars(spread)
+        self.scalars = self._scalars = new_scalars(spread)
 
     def begin(self) -> None:
         """See :class:`Uncarried`; what the steps before have carried is over."""
@@ -115,14 +123,22 @@ class FullStep(Uncarried):
         self._spread.run(_ops.tilt_begin_, (), self._state, torch.zeros_like(self._state[0]))
 
     def add(
-        self, gradients: dict[int, Tensor], loss: Tensor, log_size: float, *, skip: bool, adopt: bool, reduced: bool
+        self,
+        sample: int,
+        gradients: dict[int, Tensor],
+        loss: Tensor,
+        *,
+        log_size: float = 0.0,
+        skip: bool = False,
+        adopt: bool = False,
+        reduced: bool = True,
     ) -> None:
         """See :class:`Uncarried`."""
         first, own = not self._mean.sums, self._table.own
         if own < len(self._table.parameters):  # else the same dict, as one more would count as another holder
             gradients = {i: gradient for i, gradient in gradients.items() if i < own}
         self._reduced &= reduced
-        self._spread.run(_ops.tilt_update_, (), self._state, loss, log_size, 0, skip, False)
+        self._spread.run(_ops.tilt_update_, (), self._state, loss, log_size, sample, skip, False)
         self._mean.add(gradients, adopt=adopt and first, zero=not first)
 
     def complete(self, tilted: dict[int, Tensor], together: Alone) -> None:
@@ -131,7 +147,7 @@ class FullStep(Uncarried):
         indices = sorted(i for i in tilted.keys() | plain.keys() if i < table.own)
         becoming = [plain[i] if i in plain else torch.zeros_like(tilted[i]) for i in indices]
         gradients = [tilted[i] if i in tilted else torch.zeros_like(plain[i]) for i in indices]
-        self._spread.run(_ops.take_direction_, indices, becoming, gradients, self.scalars)
+        self._spread.run(_ops.take_direction_, indices, becoming, gradients, self._scalars)
         self._carry.directions = dict(zip(taken(table.parameters, indices), becoming, strict=True))
 
     def forget(self) -> None:
@@ -142,7 +158,7 @@ class FullStep(Uncarried):
 class LaterStep(Uncarried):
     """A step that adds what the last full one has left, to a plain gradient."""
 
-    def __init__(self, carry: Carry, table: Table, spread: Spread) -> None:
+    def __init__(self, carry: Carry, table: Table, spread: Spread, num_samples: int) -> None:
         self._carry, self._table, self._spread = carry, table, spread
         self._scalars = new_scalars(spread)
 

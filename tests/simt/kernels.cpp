@@ -116,6 +116,16 @@ void run_lists(size_t off) {
     state[kAction] = action;
     go("accumulate_chunks", accumulate_chunks<T>, blocks, pair, state.data(), false);
   }
+  std::vector<double> direction(kDirectionSlots, 0.5), products(kDirectionSums * static_cast<size_t>(blocks), kNaN);
+  go("direction_sums", direction_sums<T>, blocks, pair, products.data(), blocks);
+  expect_numbers("products", products);
+  for (const double add : {0.5, 0.0}) {  // a blend, then nothing
+    direction[kDirectionKeep] = 1.0;
+    direction[kDirectionAdd] = add;
+    go("blend_direction", blend_direction<T>, blocks, pair, direction.data());
+  }
+  direction[kDirectionKeep] = 0.0;
+  go("blend_direction", blend_direction<T>, blocks, pair, direction.data());
   fill(pair, sizes, {pointers(position), pointers(saved)});
   go("copy_chunks", copy_chunks<T>, blocks, pair);
   expect_numbers("partial sums", std::vector<double>(partial.begin(), partial.begin() + blocks));

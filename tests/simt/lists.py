@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tsam_ext import _C, HMC, TSAM
-from tsam_ext.engine.state import CHAIN_SLOTS, ChainSlot, Slot, new_state
+from tsam_ext.engine.state import CHAIN_SLOTS, DIRECTION_SLOTS, ChainSlot, Slot, new_state
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = torch.device(os.environ.get("TSAM_LISTS_DEVICE", "cpu"))
@@ -103,6 +103,15 @@ def run_ops(seed: int) -> Lists:
         if x:
             _C.accumulate_(total, grads if row % 2 else lists.fresh(), state)
     out["mean"] = copies(total, [state, _C.tilt_summary(state, 4)])
+    direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64, device=DEVICE)
+    for stages in ((-1,), (0, 1)):
+        plain, carried = lists.fresh(in_wide=True), lists.fresh()
+        for stage in stages:
+            _C.take_direction_(plain, grads, direction, stage)
+        out[f"direction {len(stages)}"] = copies(plain, [direction])
+        for stage in stages:
+            _C.add_direction_(plain, carried, direction, stage)
+        out[f"carried {len(stages)}"] = copies(plain, [direction])
     merged = lists.fresh(in_wide=True)
     _C.tilt_begin_(state, scalar(3.0))
     for row, loss in enumerate((0.3, 0.9, -0.2)):

@@ -82,7 +82,8 @@ class Estimate(ABC):
         self._kept_buffers: Buffers | None = None
         self._passes = 0
         self._versions: list[int] | None = None  # of what moves, before the pass
-        self.carrying = UNCARRIED if step.carry is None else self.carries(step.carry, step.table, self.spread)
+        of_step = step.table, self.spread, step.num_samples
+        self.carrying = UNCARRIED if step.carry is None else self.carries(step.carry, *of_step)
         self.half = [i for i in step.table.moves if step.table.dtypes[i] in HALF]
         self.rounds = step.rounding == "stochastic" and bool(self.half)
         self._realised: Tensor | None = None

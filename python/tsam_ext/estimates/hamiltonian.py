@@ -215,7 +215,7 @@ class HamiltonianEstimate(Estimate):
             self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > first)
             phase.carry(indices, taken(self.mean.sums, indices), carried, fresh, count=counted)
         if sample >= 0 and self.carrying.takes_first:
-            self.carrying.add(self._carried, torch.zeros_like(self.tilt), 0.0, skip=False, adopt=False, reduced=True)
+            self.carrying.add(sample, self._carried, torch.zeros_like(self.tilt))
 
     @torch.no_grad()
     def _recycle(self, phase: PhaseSpace, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:

@@ -153,7 +153,8 @@ class PerturbationEstimate(Estimate):
             self._probe = gradients
         elif sample.probe is self._ascends or self._probe:
             first, self._probe = self._probe or gradients, {}
-            self.carrying.add(first, loss, log_size, skip=skip, adopt=self._ascends, reduced=reduced)
+            memory = {"adopt": self._ascends, "reduced": reduced}
+            self.carrying.add(sample.index, first, loss, log_size=log_size, skip=skip, **memory)
 
     def move_to(self, sample: int) -> None:
         """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""

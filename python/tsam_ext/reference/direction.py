@@ -17,4 +17,5 @@ def take_direction(plain: Tensor, tilted: Tensor) -> Tensor:
 
 def add_direction(grad: Tensor, direction: Tensor) -> Tensor:
     """g + |g| v."""
-    return grad.double() + grad.double().norm() * direction.double()
+    g, v = grad.double(), direction.double()
+    return torch.add(g, g.norm() * v)
