@@ -47,7 +47,7 @@ class Job:
     @property
     def cost(self) -> int:
         """Whole-batch gradients, for the progress bar."""
-        return self.epochs * self.method.gradients
+        return round(self.epochs * self.method.gradients)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from .command import above_zero, add_command, cannot_run, command_line, conclude
 from .data import DATASETS
 from .record import write_json
 from .run import Job, Result, run_all
-from .train_report import behind, diverged, mean_and_error, paired, picture, read_json, table
-from .train_report import finals as finals_of
+from .train_report import behind, diverged, mean_and_error, picture, read_json, table
 from .training_methods import EPOCHS, LEARNING_RATE, LEARNING_RATES, METHODS, Method, grid
 
 SEEDS: tuple[int, ...] = (11, 12, 13, 14, 15, 16, 17, 18)
@@ -32,7 +31,7 @@ TUNING_SEEDS = (901, 902, 903)
 
 def add_parser(commands: Any) -> None:
     """Adds the command to python -m bench."""
-    names = [m.name for m in METHODS]
+    names, usual = [m.name for m in METHODS], [m.name for m in METHODS if m.usual]
     parser = add_command(
         commands,
         "train",
@@ -51,8 +50,8 @@ def add_parser(commands: Any) -> None:
                         f"{sampler.EPOCHS}, with --quick too {sampler.QUICK_EPOCHS})")  # fmt: skip
     parser.add_argument("--lr", type=above_zero, help=f"learning rate of all methods (default: {LEARNING_RATE}, "
                         f"chosen on validation images; with --quick {QUICK_LEARNING_RATE})")  # fmt: skip
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME",
-                        help=f"methods, of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=names, default=usual, metavar="NAME",
+                        help=f"methods, of {', '.join(names)} (default: all but those that end in plain)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="digits, 4 seeds, 40 epochs, lr 0.05: half a minute")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes, one thread each")
     parser.add_argument("--resume", action="store_true", help="keep the finished runs of an interrupted job")
@@ -100,11 +99,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     print(f"\n{title}, learning rate {rate}, {epochs} epochs")
     print("accuracy of the last epoch on clean test labels, mean ± standard error\n")
     print(table(results, methods))
-    scores = finals_of(results)
-    for method in ("TSAM", "TSAM split"):
-        if method in scores and "SAM" in scores:
-            print("\n{} minus SAM: {:+.2f} ± {:.2f}".format(method, *paired(scores, method, "SAM")), end="")
-    print(f"\n\npicture: {options.out / f'{name}.png'}   figures: {options.out / f'{name}.json'}")
+    print(f"\npicture: {options.out / f'{name}.png'}   figures: {options.out / f'{name}.json'}")
     if not comparable:
         print("no targets: they compare with ERM, and need ERM and one method more")
     return conclude(diverged(results), behind(results), strict=options.strict)
@@ -153,8 +148,9 @@ def _tune(options: argparse.Namespace, command: str) -> int:
     print("accuracy on noisy validation labels, %")
     for rate, (mean, error) in zip(rates, found, strict=True):
         print(f"ERM         lr {rate:<6} {mean:.2f} ± {error:.2f}{'   <' if rate == best else ''}")
-    for method in METHODS[1:]:
-        tries = grid()[method.name]
+    tried = grid()
+    for method in (m for m in METHODS if m.name in tried):  # those that carry have the settings of those that do not
+        tries = tried[method.name]
         found = scores([(Method(method.name, o, method.gradients), best) for o in tries])
         top = max(range(len(tries)), key=lambda i: found[i][0])
         for i, (o, (mean, error)) in enumerate(zip(tries, found, strict=True)):

@@ -49,7 +49,7 @@ def table(results: list[Result], methods: list[Method]) -> str:
         for baseline in ("ERM", "SAM"):
             known = baseline in scores and m.name != baseline
             cells.append("{:+.2f} ± {:.2f}".format(*paired(scores, m.name, baseline)) if known else "")
-        rows.append((*cells, str(m.gradients), f"{seconds[m.name]:.1f}"))  # type: ignore[arg-type]
+        rows.append((*cells, f"{m.gradients:.3g}", f"{seconds[m.name]:.1f}"))  # type: ignore[arg-type]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -74,13 +74,13 @@ def behind(results: list[Result]) -> list[str]:
 def picture(results: list[Result], methods: list[Method], path: Path, title: str) -> None:
     """Curves with a band of one standard error, and each seed's final accuracy, paired, beside them."""
     scores = finals(results)
-    with chart(path, 2, (10, 4.2), width_ratios=(3, 2)) as (left, right):
+    with chart(path, 2, (11, 4.6), width_ratios=(3, 2)) as (left, right):
         for i, m in enumerate(methods):
             curves = np.array([r.accuracy for r in results if r.method == m.name])
             epochs = next(r.epochs for r in results if r.method == m.name)
             center = curves.mean(0)
             error = curves.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else np.zeros_like(center)
-            cost = f"{m.gradients} gradient{'s' if m.gradients > 1 else ''}/step"
+            cost = f"{m.gradients:.3g} gradient{'s' if m.gradients > 1 else ''}/step"
             left.plot(epochs, center, color=f"C{i}", marker="o", markersize=3, label=f"{m.name} ({cost})")
             left.fill_between(epochs, center - error, center + error, color=f"C{i}", alpha=0.2, linewidth=0)
             values = list(scores[m.name].values())
@@ -90,9 +90,9 @@ def picture(results: list[Result], methods: list[Method], path: Path, title: str
             line = [scores[m.name].get(seed, np.nan) for m in methods]
             right.plot(range(len(methods)), line, color="0.8", linewidth=0.8, zorder=1)
         left.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-        left.legend(frameon=False)
+        left.legend(frameon=False, fontsize=7)
         right.set(title="last epoch, one line per seed", xticks=range(len(methods)))
-        right.set_xticklabels([m.name for m in methods])
+        right.set_xticklabels([m.name for m in methods], rotation=30, ha="right", fontsize=7)
         for axes in (left, right):
             axes.grid(axis="y", color="0.92")
 

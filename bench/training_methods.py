@@ -26,11 +26,15 @@ WIDTH = 16
 
 @dataclass(frozen=True)
 class Method:
-    """A name, TSAM's settings (None: the base optimizer alone) and what a step costs."""
+    """A name, TSAM's settings (None: the base optimizer alone) and what a step costs.
+
+    ``usual``: whether the job runs it where nobody names methods.
+    """
 
     name: str
     options: dict[str, Any] | None
-    gradients: int  # whole-batch gradients per step
+    gradients: float  # whole-batch gradients per step, on average
+    usual: bool = True
 
     def optimizer(self, model: nn.Module, learning_rate: float, seed: int) -> Optimizer:
         """A fresh optimizer for ``model``."""
@@ -40,15 +44,25 @@ class Method:
         return TSAM(model.parameters(), SGD, seed=seed, **self.options, **base)
 
 
+SAM: dict[str, Any] = {"num_samples": 1, "radius": 0.0, "rho": 0.1}
+SPLIT: dict[str, Any] = {"num_samples": 4, "batch": "split", "rho": 0.1, "radius": 1.0, "tilt": 1.0}
+
+
+def carried(name: str, options: dict[str, Any], every: int, **more: Any) -> Method:
+    """A method of two gradients a step that samples each ``every``-th step alone, its settings otherwise unchanged."""
+    return Method(f"{name} every {every}", {**options, "every": every, "between": "carry"}, 1 + 1 / every, **more)
+
+
 METHODS = (
     Method("ERM", None, 1),
-    Method("SAM", {"num_samples": 1, "radius": 0.0, "rho": 0.1}, 2),
+    Method("SAM", SAM, 2),
+    carried("SAM", SAM, 2),
+    carried("SAM", SAM, 3),
+    carried("SAM", SAM, 5),
+    Method("SAM every 3 plain", {**SAM, "every": 3, "between": "plain"}, 1 + 1 / 3, usual=False),
     Method("TSAM", {"num_samples": 3, "rho": 0.1, "radius": 1.0, "tilt": 1.0}, 6),
-    Method(
-        "TSAM split",
-        {"num_samples": 4, "batch": "split", "rho": 0.1, "radius": 1.0, "tilt": 1.0},
-        2,
-    ),
+    Method("TSAM split", SPLIT, 2),
+    carried("TSAM split", SPLIT, 3),
 )
 
 

@@ -45,7 +45,7 @@ def saved(rank: int, size: int, folder: str, case: dict[str, Any], flat: bool, s
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("name", ["ascent", "hmc"])
+@pytest.mark.parametrize("name", ["ascent", "every", "hmc"])
 def test_a_checkpoint_of_two_ranks_goes_on_with_the_same_noise_on_one_and_three(
     tmp_path: Path, name: str, flat: bool
 ) -> None:

@@ -32,7 +32,7 @@ DRAWING: list[dict[str, Any]] = [
     {"num_samples": 1, "radius": 0.0},
     {"sampler": "ascent", "tilt": math.inf},
     {"sampler": "noise", "batch": "split"},
-    {"sampler": "ascent", "every": 3},  # the last step, which diagnostics describe, is sampled
+    {"sampler": "ascent", "every": 3, "between": "plain"},  # the last step, which diagnostics describe, is sampled
 ]
 CHAINS: list[dict[str, Any]] = [
     {"sampler": "hmc"},

@@ -36,6 +36,11 @@ class PlainEstimate(Estimate):
         """Never."""
         return False
 
+    @property
+    def counts_apart(self) -> bool:
+        """Its one gradient moves nothing: it travels as a mean does, or is reduced by its own pass."""
+        return True
+
     def moves(self) -> Iterator[Sample]:
         """One pass, where the parameters are."""
         yield from self.one_pass(0, probe=False, steers=False, last=True)
