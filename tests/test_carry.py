@@ -94,11 +94,37 @@ def test_a_chain_carries_against_the_mean_of_the_gradients_that_it_counts(proble
     optimizer.apply()
     assert torch.allclose(carried(optimizer), v, **EXACT)
     assert v.norm() > 1e-3
-    inert = TSAM(problem().parameters, seed=1, sampler="hmc", **options)
-    problem_of = problem()
-    inert = TSAM(problem_of.parameters, seed=1, sampler="hmc", **options)
-    problem_of.train(inert, 1)
+    other = problem()
+    inert = TSAM(other.parameters, seed=1, sampler="hmc", **options)
+    other.train(inert, 1)
     assert carried(inert).count_nonzero() == 0
+
+
+def test_a_chain_under_a_loss_scale_carries_the_same(problem) -> None:
+    """Its gradients are divided, what p.grad gets is not."""
+    found = []
+    for scale in (1.0, 1024.0):
+        task, scaler = problem(), torch.tensor(scale, dtype=torch.float64)
+        options: dict[str, Any] = {
+            "num_samples": 3,
+            "every": 2,
+            "rho": 0.5,
+            "lr": 0.1,
+            "between": "carry",
+            "tilt": 40.0,
+        }
+        optimizer = TSAM(task.parameters, seed=1, sampler=HMC(delta=1.0), scaler=scaler, **options)
+
+        def closure(task: Any = task, scaler: Tensor = scaler) -> Tensor:
+            loss = task.loss()
+            (scaler * loss).backward()
+            return loss.detach()
+
+        optimizer.estimate_gradient(closure)
+        found.append((carried(optimizer), task.gradient() / scale))
+    assert found[0][0].norm() > 1e-3
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, **EXACT)
 
 
 @pytest.mark.parametrize("between", ["carry", "plain", None])
