@@ -33,21 +33,39 @@ ALLOWED = 0.02
 WAYS = {
     "erm": "ERM",
     "sam": "SAM, tsam_ext",
+    "sam2": "SAM every 2 steps, carried, tsam_ext",
+    "sam3": "SAM every 3 steps, carried, tsam_ext",
+    "sam5": "SAM every 5 steps, carried, tsam_ext",
+    "split": "TSAM split in 4, tsam_ext",
+    "split3": "TSAM split in 4 every 3 steps, carried, tsam_ext",
     "tsam": "TSAM s=3, tsam_ext",
     "loop": "TSAM s=3, loops over tensors",
     "foreach": "TSAM s=3, torch._foreach",
     "compiled": "TSAM s=3, torch.compile",
+}
+OURS: dict[str, dict[str, Any]] = {  # TSAM's settings
+    "sam": {"num_samples": 1, "radius": 0.0},
+    "sam2": {"num_samples": 1, "radius": 0.0, "every": 2},
+    "sam3": {"num_samples": 1, "radius": 0.0, "every": 3},
+    "sam5": {"num_samples": 1, "radius": 0.0, "every": 5},
+    "split": {"num_samples": 4, "batch": "split"},
+    "split3": {"num_samples": 4, "batch": "split", "every": 3},
+    "tsam": {"num_samples": SAMPLES},
 }
 Closure = Callable[[], Tensor]
 
 
 @dataclass
 class Row:
-    """One way on one model: seconds of each step, and those of them spent in forward and backward."""
+    """One way on one model: seconds of each step, and those of them spent in forward and backward.
+
+    Of a way that samples only some steps a step is the mean over one full step and those up to the next. ``gradients``
+    of whole batches per step.
+    """
 
     model: str
     way: str
-    gradients: int
+    gradients: float
     batch: int
     loss: float = 0.0  # the last one
     seconds: list[float] = field(default_factory=list)
@@ -65,30 +83,35 @@ class Timed:
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         self.model, self.x, self.y = model, x, y
         self.seconds, self.loss = 0.0, torch.zeros(())
+        self.part: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, y: (x, y)
 
     def __call__(self) -> Tensor:
         """Forward and backward."""
         start = time.perf_counter()
-        loss = cross_entropy(self.model(self.x), self.y)
+        x, y = self.part(self.x, self.y)
+        loss = cross_entropy(self.model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.seconds += time.perf_counter() - start
         self.loss = loss.detach()
         return self.loss
 
 
-def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
-    """One training step as a function of the closure, and how many gradients it takes."""
+def stepper(way: str, model: nn.Module) -> tuple[Callable[[Timed], Any], int, float]:
+    """A few training steps as a function of the closure, how many they are, and the gradients that each takes."""
     params = list(model.parameters())
     base: dict[str, Any] = {"lr": LEARNING_RATE, "momentum": 0.9}
-    if way in ("sam", "tsam"):
-        options: dict[str, Any] = {"num_samples": 1, "radius": 0.0} if way == "sam" else {"num_samples": SAMPLES}
-        ours = TSAM(params, rho=RHO, tilt=TILT, seed=1, model=model, **options, **base)
+    if way in OURS:
+        options = OURS[way]
+        ours, every = TSAM(params, rho=RHO, tilt=TILT, seed=1, model=model, **options, **base), options.get("every", 1)
 
-        def ours_step(closure: Closure) -> None:
-            ours.zero_grad()
-            ours.step(closure)
+        def ours_steps(closure: Timed) -> None:
+            closure.part = ours.part
+            for _ in range(every):
+                ours.zero_grad()
+                ours.step(closure)
 
-        return ours_step, 2 * options["num_samples"]
+        full = 2 * (1 if options.get("batch") == "split" else options["num_samples"])
+        return ours_steps, every, (full + every - 1) / every
     sgd = torch.optim.SGD(params, **base)
     if way == "erm":
 
@@ -97,7 +120,7 @@ def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
             closure()
             sgd.step()
 
-        return erm, 1
+        return erm, 1, 1.0
     settings: dict[str, Any] = {"rho": RHO, "radius": RHO, "tilt": TILT, "num_samples": SAMPLES}
     tensors: list[Tensor] = list(params)
     estimator: baselines.Estimator = (
@@ -110,7 +133,7 @@ def stepper(way: str, model: nn.Module) -> tuple[Callable[[Closure], Any], int]:
         estimator.estimate_gradient(closure)
         sgd.step()
 
-    return step, 2 * SAMPLES
+    return step, 1, 2.0 * SAMPLES
 
 
 def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, bar: Any) -> list[Row]:
@@ -120,22 +143,22 @@ def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, 
     for way in ways:
         torch.manual_seed(0)
         model = NETS[name].build()
-        run, gradients = stepper(way, model)
+        run, count, gradients = stepper(way, model)
         rows.append(Row(name, way, gradients, batch))
-        steps.append((run, Timed(model, x, y)))
+        steps.append((run, count, Timed(model, x, y)))
     began = time.perf_counter()
     for turn in range(-1, rounds):
         if turn > 0 and (time.perf_counter() - began) * (1 + 1 / (turn + 1)) > budget:
             break
-        for row, (run, closure) in zip(rows, steps, strict=True):
+        for row, (run, count, closure) in zip(rows, steps, strict=True):
             bar.set_description(f"{name}, {WAYS[row.way]}")
             closure.seconds = 0.0
             start = time.perf_counter()
             run(closure)
             if turn >= 0:
-                row.seconds.append(time.perf_counter() - start)
-                row.inside.append(closure.seconds)
-    for row, (_, closure) in zip(rows, steps, strict=True):
+                row.seconds.append((time.perf_counter() - start) / count)
+                row.inside.append(closure.seconds / count)
+    for row, (*_, closure) in zip(rows, steps, strict=True):
         row.loss = float(closure.loss)
     return rows
 
@@ -206,7 +229,7 @@ def markdown(rows: list[Row], where: dict[str, Any]) -> str:
         seconds = median(row.seconds)
         outside = median(t - i for t, i in zip(row.seconds, row.inside, strict=True))
         lines.append(
-            f"| {row.model} | {WAYS[row.way]} | {row.gradients} | {len(row.seconds)} | {seconds:.3g} | "
+            f"| {row.model} | {WAYS[row.way]} | {row.gradients:.3g} | {len(row.seconds)} | {seconds:.3g} | "
             f"{1 / seconds:.3g} | {outside * 1e3:.2f} | {row.share:.2%} |"
         )
     return "\n".join(lines) + "\n"
