@@ -72,6 +72,7 @@ ORDER = [
     "engine.spread",
     "engine.ranks",
     "engine.state",
+    "engine.grad_mode",
     "engine.notices",
     "engine.checks",
     "_compile",

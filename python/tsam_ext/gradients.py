@@ -14,9 +14,9 @@ from torch import Tensor
 from .engine.checks import DTYPES, TSAM, refuse
 from .mean import GRAD, Mean
 from .shards import as_local
-from .table import Table, kernel_form, taken
+from .table import DTYPE, STRIDE, Table, kernel_form, taken
 
-STRIDE = Tensor.stride
+NONE, CONTIGUOUS = type(None), Tensor.is_contiguous
 
 
 class Gradients:
@@ -25,20 +25,24 @@ class Gradients:
     def __init__(self, table: Table, mean: Mean) -> None:
         self.mixed = False
         self._table, self._mean = table, mean
-        self._strides = list(map(STRIDE, table.parameters))
         self._has_looked = False  # at the dtypes: what torch allows in p.grad does not change within a step
 
     def gather(self) -> dict[int, Tensor]:
         """What p.grad holds now; ValueError for a sparse gradient of a parameter that is ours. Under no_grad()."""
         table = self._table
-        found = {i: gradient for i, gradient in enumerate(map(GRAD, table.parameters)) if gradient is not None}
+        found = dict(enumerate(map(GRAD, table.parameters)))
+        if NONE in set(map(type, found.values())):
+            found = {i: gradient for i, gradient in found.items() if gradient is not None}
         try:
-            usual = list(map(STRIDE, found.values())) == taken(self._strides, found)
+            if table.is_contiguous:
+                usual = all(map(CONTIGUOUS, found.values()))
+            else:
+                usual = list(map(STRIDE, found.values())) == taken(table.strides, found)
         except RuntimeError:  # sparse ones have no strides
             usual = False
         if usual and not self._has_looked:
             self._has_looked = True
-            of_parameters = [gradient.dtype for gradient in found.values()] == taken(table.dtypes, found)
+            of_parameters = list(map(DTYPE, found.values())) == taken(table.dtypes, found)
             self.mixed = table.tensors is not table.parameters or not of_parameters
         if usual and not self.mixed:
             return found

@@ -8,7 +8,7 @@ Invariant: a look that waits for a device happens once; nothing of the size of t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import torch
@@ -73,7 +73,7 @@ class History:
         if len(left) == len(self._left):
             self._versions = list(map(VERSION, left))
 
-    def check_found(self, found: list[Tensor | None]) -> None:
+    def check_found(self, found: Sequence[Tensor | None]) -> None:
         """Warns of gradients that are neither ours nor cleared; their values are looked at once, if ever."""
         knows_none, self._knows_none = self._knows_none, False
         if knows_none or self._has_looked or not any(gradient is not None for gradient in found):

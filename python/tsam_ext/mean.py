@@ -21,11 +21,13 @@ from .engine.ranks import Ranks
 from .engine.spread import Spread
 from .flat import Flat
 from .shards import as_parameter
-from .table import Table, kernel_form, taken
+from .table import WIDE, Table, kernel_form, taken
 
 GRAD = attrgetter("grad")
-WIDE = (torch.float32, torch.float64)
 _storage_users = torch._C._storage_Use_Count
+
+
+_storage, _identity = Tensor.untyped_storage, attrgetter("_cdata")
 
 
 def _holders(gradients: dict[int, Tensor]) -> list[int]:
@@ -50,8 +52,9 @@ def owned(gradients: dict[int, Tensor]) -> set[int]:
     A view, a gradient in a reducer's bucket, or one that a closure or a hook keeps would be overwritten, by the next
     backward pass or by us.
     """
-    found = {i for i, holders in zip(gradients, _holders(gradients), strict=True) if holders <= HOLDERS}
-    return {i for i in found if _storage_users(gradients[i].untyped_storage()._cdata) <= USERS}
+    found = [i for i, holders in zip(gradients, _holders(gradients), strict=True) if holders <= HOLDERS]
+    users = map(_storage_users, map(_identity, map(_storage, map(gradients.__getitem__, found))))
+    return {i for i, number in zip(found, users, strict=True) if number <= USERS}
 
 
 class Mean:
@@ -65,12 +68,14 @@ class Mean:
         self.sums: dict[int, Tensor] = {}
         self.flat: Flat | None = None
         self.found: list[Tensor | None] = []
+        self.finds = False  # whether any p.grad was there
         self._table, self._spread, self._state = table, spread, state
         self._sparse: set[int] = set()  # whose gradients came sparse, and so go back
 
     def begin(self) -> None:
         """Remembers what p.grad is before the step."""
         self.found = list(map(GRAD, self._table.parameters))
+        self.finds = set(map(type, self.found)) != {type(None)}
 
     def goes_back_sparse(self, index: int) -> None:
         """Notes that this parameter's optimizer expects a sparse gradient."""
@@ -82,12 +87,18 @@ class Mean:
         ``adopt``: memory of these gradients may become the mean's. ``zero``: a mean that begins here begins at 0, as
         earlier samples had no gradient.
         """
-        if gradients.keys() == self.sums.keys():  # all samples but the first, as a rule
+        whole = len(gradients) == len(self._table.parameters)
+        if len(gradients) == len(self.sums) and (whole or gradients.keys() == self.sums.keys()):
+            # All samples but the first, as a rule.
             if gradients:
                 sums = taken(self.sums, gradients)
                 self._spread.run(_ops.accumulate_, gradients, sums, list(gradients.values()), self._state)
             return
         adoptable = self._adoptable(gradients) if adopt else set()
+        if not self.sums and len(adoptable) == len(gradients):
+            self.sums = gradients.copy()
+            self._spread.run(_ops.accumulate_, gradients, list(gradients.values()), [], self._state)
+            return
         adopted = {i: gradient for i, gradient in gradients.items() if i in adoptable and i not in self.sums}
         late = {i: gradient for i, gradient in gradients.items() if i not in adopted}
         self.cover(late, zero=zero)
@@ -156,8 +167,9 @@ class Mean:
         """Whose memory may become the mean's: that of a gradient in full precision, where there was no p.grad."""
         if self.flat is not None:
             return set()
-        found, own = self.found, self._table.own
-        free = {i for i in owned(gradients) if found[i] is None or i >= own}
+        found, own, free = self.found, self._table.own, owned(gradients)
+        if self.finds:
+            free = {i for i in free if found[i] is None or i >= own}
         return {i for i in free if gradients[i].dtype in WIDE}
 
     def hand_over(self, *, mixed: bool) -> list[Tensor]:
@@ -166,6 +178,12 @@ class Mean:
         ``mixed``: whether gradients are in other dtypes than their parameters.
         """
         table, left = self._table, []
+        if not (self.finds or mixed or self._sparse) and table.is_wide and table.own == len(table.parameters):
+            for i, mean in self.sums.items():
+                table.parameters[i].grad = mean
+            for i in () if len(self.sums) == table.own else set(range(table.own)) - self.sums.keys():
+                table.parameters[i].grad = None
+            return list(self.sums.values())
         for i, (parameter, dtype, found) in enumerate(zip(table.parameters, table.dtypes, self.found, strict=True)):
             total = self.sums.get(i)
             if i >= table.own:
@@ -213,4 +231,4 @@ class Mean:
 
     def forget(self) -> None:
         """Lets go of everything of the size of the parameters."""
-        self.sums, self.found, self.flat = {}, [], None
+        self.sums, self.found, self.finds, self.flat = {}, [], False, None

@@ -17,7 +17,14 @@ from . import _ops
 from .engine.spread import Spread
 from .table import Table, taken
 
-Scratch = dict[Tensor, tuple[Any, Tensor]]  # of each parameter: its form, and memory for a copy; lasts between steps
+
+class Scratch(dict[Tensor, tuple[Any, Tensor]]):
+    """Of each parameter its form, and memory for a copy; lasts between steps.
+
+    ``last``: the copies of all that a table moves. The same table again means parameters of the same form.
+    """
+
+    last: tuple[Table, dict[int, Tensor]] | None = None
 
 
 class Origin:
@@ -27,11 +34,17 @@ class Origin:
         self.copies: dict[int, Tensor] = {}
         self._table, self._spread, self._state = table, spread, state
         self._scratch, self._capturing = scratch, capturing
+        self._whole = False  # whether all that moves has been saved at once, and so lies in that order
         self._announced: list[list[int]] = []  # which parameters each saving op was to save
 
     def save(self, indices: list[int]) -> None:
         """Announces that the next op saves these parameters, and finds memory for their copies."""
         self._announced.append(indices)
+        last, whole = self._scratch.last, indices is self._table.moves and not self.copies
+        self._whole = whole
+        if whole and last is not None and last[0] is self._table:
+            self.copies = last[1].copy()
+            return
         for i in indices:
             parameter, tensor = self._table.parameters[i], self._table.tensors[i]
             form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
@@ -39,11 +52,18 @@ class Origin:
             if found is None or found[0] != form:
                 found = self._scratch[parameter] = form, torch.empty_like(tensor, requires_grad=False)
             self.copies[i] = found[1]
+        if whole:
+            self._scratch.last = self._table, self.copies.copy()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is a copy of each parameter that moves, in their order."""
+        return self._whole and len(self.copies) == len(self._table.moves)
 
     def restore(self) -> None:
         """theta = theta_0, bit for bit, for every parameter that has moved; after ops that have all finished."""
         if self.copies:
-            tensors = taken(self._table.tensors, self.copies)
+            tensors = self._table.moved.tensors if self.is_whole else taken(self._table.tensors, self.copies)
             self._spread.run(_ops.restore_, self.copies, tensors, list(self.copies.values()))
             increment_version(tensors)
 

@@ -39,7 +39,7 @@ def planned(
     sharded = sharded_modules(modules) if modules else []
     if sharded:
         drop_gathered(sharded)  # or its modules would show gathered copies in place of their parameters
-    table = Table.of(groups, names, progress.step, others_of(modules, groups))
+    table = progress.table = Table.of(groups, names, progress.step, others_of(modules, groups), known=progress.table)
     if table.own:
         progress.step_to(table.tensors[0].device)  # the model may have moved since
     plain = kind == "plain"

@@ -24,6 +24,7 @@ from .loss_scale import Scaler, has_moved_on
 from .module_state import drawn_seed
 from .origin import Scratch
 from .sampler_state import KeptStates, SamplerState
+from .table import Table
 
 
 class Progress:
@@ -48,8 +49,9 @@ class Progress:
         self.forget()
 
     def forget(self) -> None:
-        """Drops what no copy has: scratch, the running estimate, what describes the last steps."""
-        self.scratch: Scratch = {}
+        """Drops what no copy has: scratch, table, the running estimate, what describes the last steps."""
+        self.scratch = Scratch()
+        self.table: Table | None = None  # of the last step
         self.estimate: Estimate | None = None  # the last one, also while it runs
         self.loads = 0  # checkpoints taken
         self.pending = False  # whether p.grad holds an estimate that no step has used

@@ -10,6 +10,7 @@ scalars stay alike, but for what a device counts of its own (saves).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec, cast
 
 import torch
@@ -56,32 +57,42 @@ def place_of(tensor: Tensor) -> Hashable:
     return tensor.device
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the tensors of a list lie: the place of each, the different ones in order, and the device of those."""
+
+    of_each: list[Hashable]
+    different: list[Hashable]
+    devices: list[torch.device]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Places:
+        """Of a list that is empty the CPU."""
+        each = list(map(place_of, tensors))
+        found = dict(zip(each, tensors, strict=True))
+        return cls(each, list(found), [tensor.device for tensor in found.values()] or [torch.device("cpu")])
+
+
 class Spread:
-    """The devices of a step's tensors, in the order in which the list names them.
+    """The devices of a step's tensors, in the order in which the list names them; ``alone``: whether there is one.
 
     ``run(op, indices, *args)`` calls ``op(*args)`` for those tensors of the list: each list among the arguments has one
     entry per index, or none. Arguments by position, as a dispatcher's keywords cost a third of a short call.
-    ``shards``: the ranks that hold the other rows of the tensors; None where this process holds all.
+    ``shards``: the ranks that hold the other rows of the tensors; None where this process holds all. ``places``: those
+    of the tensors, where they have been asked for.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], shards: Ranks | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor], shards: Ranks | None = None, places: Places | None = None) -> None:
         self._shards = shards
-        self._of = [place_of(tensor) for tensor in tensors]
-        found = dict(zip(self._of, tensors, strict=True))
-        self.devices = [tensor.device for tensor in found.values()] or [torch.device("cpu")]
-        self.home = self.devices[0]
-        self._places = list(found)
+        places = Places.of(tensors) if places is None else places
+        self._of, self._places, self.devices = places.of_each, places.different, places.devices
+        self.home, self.alone = self.devices[0], len(self.devices) == 1
         self._copies: list[
             tuple[slice, list[Tensor]]
         ] = []  # of each tensor of scalars: where totals are, one per device
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.devices))
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one device."""
-        return len(self.devices) == 1
 
     @property
     def has_meta(self) -> bool:

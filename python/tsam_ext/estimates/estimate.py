@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tsam_ext import _cuda, _ops
 from tsam_ext.carry import UNCARRIED, FullStep, LaterStep
 from tsam_ext.engine.checks import TO_NEAREST, TSAM, refuse
+from tsam_ext.engine.grad_mode import without_grad
 from tsam_ext.engine.spread import Spread
 from tsam_ext.engine.state import STEP_HELD, Slot, new_state
 from tsam_ext.gradients import Gradients
@@ -28,7 +29,6 @@ from tsam_ext.mean import Mean
 from tsam_ext.module_state import Buffers, RandomMasks, drop_derived
 from tsam_ext.origin import Origin
 from tsam_ext.shards import begin_anew
-from tsam_ext.table import taken
 
 from .displacement import realised
 from .item import Sample
@@ -37,7 +37,6 @@ from .step import Report, Step
 BACKWARD = (
     "the closure, or the body of samples(), has to compute the loss from the parameters and call backward() on it"
 )
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Estimate(ABC):
@@ -51,7 +50,7 @@ class Estimate(ABC):
         self.table, self.step = step.table, step
         self.num_samples, self.states_per_sample = step.num_samples, states_per_sample
         self.together = step.together
-        self.spread = Spread(step.table.tensors, step.together.shards)
+        self.spread = Spread(step.table.tensors, step.together.shards, step.table.places)
         nowhere = [p for p in step.table.parameters if p.is_meta] if self.spread.has_meta else []
         if any(not isinstance(parameter, FakeTensor) for parameter in nowhere):
             raise refuse(TSAM, "params", "tensors on meta", "tensors in memory (build TSAM after module.to_empty())")
@@ -84,7 +83,7 @@ class Estimate(ABC):
         self._versions: list[int] | None = None  # of what moves, before the pass
         of_step = step.table, self.spread, step.num_samples
         self.carrying = UNCARRIED if step.carry is None else self.carries(step.carry, *of_step)
-        self.half = [i for i in step.table.moves if step.table.dtypes[i] in HALF]
+        self.half = step.table.half
         self.rounds = step.rounding == "stochastic" and bool(self.half)
         self._realised: Tensor | None = None
 
@@ -100,13 +99,13 @@ class Estimate(ABC):
     def move_to(self, sample: int) -> None:
         """Moves the parameters to θ₀+ε of ``sample``, outside a step."""
 
-    @torch.no_grad()
+    @without_grad
     def visit(self, sample: int) -> None:
         """Moves the parameters to θ₀+ε of ``sample``, outside a step; :meth:`undo` brings them back."""
         self.move_to(sample)
         drop_derived(self.step.sharded)
 
-    @torch.no_grad()
+    @without_grad
     def first_half(self) -> None:
         """:meth:`visit` after a pass that the user has run: its gradient has to be there, its buffers are to stay."""
         table, history = self.table, self.step.history
@@ -119,7 +118,7 @@ class Estimate(ABC):
         self._kept_buffers = Buffers(self.step.modules, history, capturing=self.capturing)
         self.visit(0)
 
-    @torch.no_grad()
+    @without_grad
     def second_half(self) -> None:
         """θ₀ back, and the buffers as the first pass has left them."""
         self.undo()
@@ -153,13 +152,13 @@ class Estimate(ABC):
             self.current = None
             self.abort()
 
-    @torch.no_grad()
+    @without_grad
     def _begin(self) -> None:
         step, capturing = self.step, self.capturing
         self.together.begin(self.table, self.spread.home, self._restart)
         self.mean.begin()
         if not capturing:
-            step.history.check_found(self.mean.found[: self.table.own])
+            step.history.check_found(self.mean.found[: self.table.own] if self.mean.finds else ())
         self._kept_buffers = Buffers(step.modules, step.history, capturing=capturing)
         self._masks = RandomMasks(() if capturing else self.spread.devices, () if capturing else step.generators)
         self.tilt = self.scalar(step.tilt)
@@ -171,7 +170,7 @@ class Estimate(ABC):
         """Whether passes that count steer nothing, so that ranks may add up their means instead of their gradients."""
         return False
 
-    @torch.no_grad()
+    @without_grad
     def _restart(self, seed: int) -> None:
         """Ranks have come to know each other in the first pass, whose model has not run yet: its place may change."""
         self.step = replace(self.step, seed=seed)
@@ -223,10 +222,10 @@ class Estimate(ABC):
 
     def _note_versions(self) -> None:
         # A forward that writes parameters does so early; two passes of a step are looked at, as it takes some time.
-        moved = taken(self.table.tensors, self.table.moves) if self._passes <= 2 and self.repeats else []
+        moved = self.table.moved.tensors if self._passes <= 2 and self.repeats else []
         self._versions = list(map(VERSION, moved))
 
-    @torch.no_grad()
+    @without_grad
     def end_pass(self, sample: Sample, loss: Tensor) -> None:
         """After the user's backward pass: its loss, the buffers that it moved, its gradients."""
         if self._kept_buffers is not None and self._masks is not None:
@@ -256,7 +255,7 @@ class Estimate(ABC):
         """Refuses a pass that has written a parameter which is about to be put back."""
         if self._versions:
             moves = self.table.moves
-            now = list(map(VERSION, taken(self.table.tensors, moves)))
+            now = list(map(VERSION, self.table.moved.tensors))
             if now != self._versions:
                 i = next(i for i, old, new in zip(moves, self._versions, now, strict=True) if old != new)
                 raise RuntimeError(
@@ -278,14 +277,14 @@ class Estimate(ABC):
         """An op's ``rounding``, with this sample of the counter where there is anything to round stochastically."""
         return number if self.rounds else TO_NEAREST
 
-    @torch.no_grad()
+    @without_grad
     def measure(self, gradients: dict[int, Tensor]) -> None:
         """Notes for the report how far half-precision parameters are from θ₀, and how far along these gradients."""
         if self.half:
             norm = self.state[Slot.GRAD_NORM]
             self._realised = realised(self.table, self.spread, self.origin.copies, self.half, gradients, norm)
 
-    @torch.no_grad()
+    @without_grad
     def complete(self) -> None:
         """θ₀ back, and the mean of all ranks into p.grad."""
         together = self.together
@@ -303,7 +302,7 @@ class Estimate(ABC):
         """The mean is that of all ranks: what it leaves for later steps, or gets from earlier ones."""
         self.carrying.complete(self.mean.sums, self.together)
 
-    @torch.no_grad()
+    @without_grad
     def skip(self) -> None:
         """The batch was no batch: parameters go back, and p.grad with its values.
 
@@ -324,7 +323,7 @@ class Estimate(ABC):
         finally:
             self.abort()
 
-    @torch.no_grad()
+    @without_grad
     def abort(self) -> None:
         """Puts parameters, gradients, generators and buffers back to before the step. Idempotent."""
         if self.together.several:
@@ -346,14 +345,14 @@ class Estimate(ABC):
                     self._kept_buffers.rewind()
                 self.forget()
 
-    @torch.no_grad()
+    @without_grad
     def undo(self) -> None:
         """θ₀ back, after an exception too."""
         self.origin.undo()
         self.origin.forget()
         drop_derived(self.step.sharded)
 
-    @torch.no_grad()
+    @without_grad
     def originals(self) -> list[tuple[Tensor, Tensor]]:
         """What the step has written, and a copy of what it was before: parameters that have moved, buffers. Syncs."""
         table, moved = self.table, []

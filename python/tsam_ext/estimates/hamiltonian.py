@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tsam_ext.chain import Chain
 from tsam_ext.engine.checks import TSAM, refuse
+from tsam_ext.engine.grad_mode import without_grad
 from tsam_ext.engine.state import CHAIN_SLOTS, STEP_HELD, ChainSlot, Slot
 from tsam_ext.integrators import LEAPFROG, substeps
 from tsam_ext.loss_scale import LossScale, make_finite
@@ -111,7 +112,7 @@ class HamiltonianEstimate(Estimate):
         """Where the chain stands; a draw from the prior if it stands nowhere."""
         self._place(fresh=False)
 
-    @torch.no_grad()
+    @without_grad
     def _place(self, *, fresh: bool) -> PhaseSpace:
         """theta = theta_0 + the chain's position, or a draw from the prior: ``fresh``, or no chain to go on with.
 
@@ -150,7 +151,7 @@ class HamiltonianEstimate(Estimate):
         phase.place(draw=draw)
         return phase
 
-    @torch.no_grad()
+    @without_grad
     def _take_start(self, phase: PhaseSpace) -> None:
         """The chain's state at the start of the step: its gradient is carried from here on."""
         own = owned(self._fresh)
@@ -165,7 +166,7 @@ class HamiltonianEstimate(Estimate):
             self._scaling.spoiled(self._loss)  # the step, but no trajectory of it
             make_finite(self._carried.values())
 
-    @torch.no_grad()
+    @without_grad
     def _leapfrog(self, phase: PhaseSpace, trajectory: int, n: int) -> None:
         """Kick and drift; the first kick of a trajectory is by the carried gradient and on a fresh momentum."""
         if not phase.momentum:
@@ -183,7 +184,7 @@ class HamiltonianEstimate(Estimate):
             measure=n == len(self._substeps) - 1,
         )
 
-    @torch.no_grad()
+    @without_grad
     def _end_trajectory(self, phase: PhaseSpace, trajectory: int, sample: int) -> None:
         """Accept or reject; then the chain's state, whichever it is, is counted."""
         phase.end(
@@ -217,7 +218,7 @@ class HamiltonianEstimate(Estimate):
         if sample >= 0 and self.carrying.takes_first:
             self.carrying.add(sample, self._carried, torch.zeros_like(self.tilt))
 
-    @torch.no_grad()
+    @without_grad
     def _recycle(self, phase: PhaseSpace, part: int, sample: int, row: int, gradients: dict[int, Tensor]) -> None:
         """Counts one state of the trajectory, with its gradient, into the given row of the sample's."""
         phase.recycle(
@@ -262,7 +263,7 @@ class HamiltonianEstimate(Estimate):
         finally:
             self._go_back(launches=not self.capturing)
 
-    @torch.no_grad()
+    @without_grad
     def _go_back(self, launches: bool = True) -> None:
         if self._under_way:
             self.chain.go_back(launches=launches)

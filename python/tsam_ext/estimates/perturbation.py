@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
 from tsam_ext.carry import LaterStep
 from tsam_ext.engine.checks import TSAM, refuse
+from tsam_ext.engine.grad_mode import without_grad
 from tsam_ext.table import taken
 
 from .estimate import Estimate
@@ -72,9 +72,7 @@ class PerturbationEstimate(Estimate):
         self._antithetic, self._ascends, self._kind = antithetic, ascends, noise
         self._probe: dict[int, Tensor] = {}  # a probe's gradients, until its sample is known to count
         self._drawn = -1  # the sample that the parameters have been moved to already
-        table = step.table
-        self._moved, self._base = taken(table.tensors, table.moves), taken(table.base, table.moves)
-        self._adaptive, self._radius = taken(table.adaptive, table.moves), taken(table.radius, table.moves)
+        self._moved = step.table.moved
 
     @property
     def repeats(self) -> bool:
@@ -108,7 +106,7 @@ class PerturbationEstimate(Estimate):
             raise refuse(TSAM, "batch", got, "'whole', or model=ddp, by which ranks know each other before the pass")
         self._move_to(sample)
 
-    @torch.no_grad()
+    @without_grad
     def _move_to(self, index: int) -> None:
         """θ₀ + noise of sample ``index``, unless the sample before has moved there already."""
         if not self.table.draws:
@@ -172,7 +170,8 @@ class PerturbationEstimate(Estimate):
         """What an op has to know of the noise of sample ``index``, as perturb_ and accumulate_perturb_ take it."""
         negate = self._antithetic and index % 2 == 1
         counter = (self.step.seed, self.noise_step, self._number(index) - negate, self._kind)
-        return (self._radius, self._adaptive, self._base, *counter, self.table.dimension, negate)
+        moved = self._moved
+        return (moved.radius, moved.adaptive, moved.base, *counter, self.table.dimension, negate)
 
     def _number(self, index: int) -> int:
         """A sample's place in the noise: of ranks that sample for themselves each has its own."""
@@ -180,19 +179,20 @@ class PerturbationEstimate(Estimate):
 
     def _perturb(self, index: int) -> None:
         """theta = theta_0 + noise of sample ``index``; the first time theta_0 is saved in the same pass."""
-        moves = self.table.moves
+        moves, moved = self.table.moves, self._moved.tensors
         saves = not self.origin.copies
         if saves:
             self.origin.save(moves)
         saved = taken(self.origin.copies, moves)
         rounding = self.rounding(2 * self._number(index))
-        self.spread.run(_ops.perturb_, moves, self._moved, saved, self.state, *self._noise(index), saves, rounding)
-        increment_version(self._moved)
+        self.spread.run(_ops.perturb_, moves, moved, saved, self.state, *self._noise(index), saves, rounding)
+        increment_version(moved)
 
     def _merges(self, gradients: dict[int, Tensor]) -> bool:
         """Whether the mean of these gradients and the next draw are one pass: over the same tensors, and both due."""
-        same = self.mean.sums.keys() == gradients.keys() and list(gradients) == self.table.moves
-        return same and self.table.draws and not self.gradients.mixed
+        # Of all parameters there is one order, that of the list.
+        lengths = {len(gradients), len(self.mean.sums), len(self.table.moves), len(self.table.parameters)}
+        return len(lengths) == 1 and self.table.draws and not self.gradients.mixed
 
     def _add_and_perturb(self, gradients: dict[int, Tensor], index: int) -> None:
         """Brings the mean up to this sample and moves the parameters to sample ``index``."""
@@ -202,13 +202,13 @@ class PerturbationEstimate(Estimate):
             moves,
             taken(self.mean.sums, moves),
             list(gradients.values()),
-            self._moved,
+            self._moved.tensors,
             taken(self.origin.copies, moves),
             self.state,
             *self._noise(index),
             self.rounding(2 * self._number(index)),
         )
-        increment_version(self._moved)
+        increment_version(self._moved.tensors)
         self._drawn = index
 
     def _ascend(self, gradients: dict[int, Tensor], row: int) -> None:
