@@ -92,6 +92,10 @@ PYBIND11_MODULE(_C, m) {
   expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool, List<int64_t>, int64_t, int64_t,
          int64_t>(m, ops, "ascend_", "position", "saved", "grads", "state", "rho", "adaptive", "save",
                   py::arg("base") = py::list(), py::arg("seed") = 0, py::arg("step") = 0, rounding);
+  expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>, bool, int64_t, List<int64_t>, int64_t,
+         int64_t, int64_t, int64_t>(m, ops, "norm_ascend_", "position", "saved", "grads", "state", "rho", "adaptive",
+                                    "save", "row", py::arg("base") = py::list(), py::arg("seed") = 0,
+                                    py::arg("step") = 0, rounding, stage);
   expose<void, Tensors, Tensors, Tensors, Tensor, List<double>, List<bool>>(
       m, ops, "displacement_", "position", "saved", "grads", "sums", "rho", "adaptive");
   expose<void, Tensor, Tensor>(m, ops, "tilt_begin_", "state", "tilt");

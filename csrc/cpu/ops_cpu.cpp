@@ -255,6 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("perturb_", TORCH_BOX(&ops::perturb_<cpu::perturb>));
   m.impl("grad_norm_", TORCH_BOX(&ops::grad_norm_<cpu::grad_norm>));
   m.impl("ascend_", TORCH_BOX(&ops::ascend_<cpu::ascend>));
+  m.impl("norm_ascend_", TORCH_BOX((&ops::norm_ascend_<cpu::grad_norm, cpu::ascend>)));
   m.impl("displacement_", TORCH_BOX(&ops::displacement_<cpu::displacement>));
   m.impl("tilt_begin_", TORCH_BOX(&ops::tilt_begin_<cpu::tilt_begin>));
   m.impl("tilt_update_", TORCH_BOX(&ops::tilt_update_<cpu::tilt_update>));

@@ -192,6 +192,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
   m.impl("perturb_", TORCH_BOX(&tsam::ops::perturb_<tsam::cuda::perturb>));
   m.impl("grad_norm_", TORCH_BOX(&tsam::ops::grad_norm_<tsam::cuda::grad_norm>));
   m.impl("ascend_", TORCH_BOX(&tsam::ops::ascend_<tsam::cuda::ascend>));
+  m.impl("norm_ascend_", TORCH_BOX((&tsam::ops::norm_ascend_<tsam::cuda::grad_norm, tsam::cuda::ascend>)));
   m.impl("displacement_", TORCH_BOX(&tsam::ops::displacement_<tsam::cuda::displacement>));
   m.impl("tilt_begin_", TORCH_BOX(&tsam::ops::tilt_begin_<tsam::cuda::begin>));
   m.impl("tilt_update_", TORCH_BOX(&tsam::ops::tilt_update_<tsam::cuda::update>));

@@ -151,17 +151,17 @@ struct AscendArguments {
   Rounding rounding;
 };
 
-template <void (*run)(const AscendArguments&)>
-void ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state, Numbers rho,
-             Flags adaptive, bool save, Integers base, int64_t seed, int64_t step, int64_t rounding) {
-  const Op op("ascend_", state);
+inline AscendArguments ascend_arguments(const Op& op, const TensorList& position, const TensorList& saved,
+                                        const TensorList& grads, const Tensor& state, int64_t rows, const Numbers& rho,
+                                        const Flags& adaptive, bool save, Integers base, int64_t seed, int64_t step,
+                                        int64_t rounding, bool unsaved = false) {
   const Runs moved = checked_runs(op, "position", position), kept = checked_runs(op, "saved", saved),
              gradients = checked_runs(op, "grads", grads);
-  same_layouts(op, "saved", kept, "position", moved);
+  if (!unsaved) same_layouts(op, "saved", kept, "position", moved);
   same_layouts(op, "grads", gradients, "position", moved);
   same_dtypes(op, "saved", kept, "position", moved);
   same_dtypes(op, "grads", gradients, "position", moved);
-  double* const s = checked_state(op, state, 0);
+  double* const s = checked_state(op, state, rows);
   same_length(op, "rho", rho.size(), "position", moved.size());
   same_length(op, "adaptive", adaptive.size(), "position", moved.size());
   finite(op, "rho", rho);  // below 0: a descent
@@ -169,7 +169,33 @@ void ascend_(const TensorList& position, const TensorList& saved, const TensorLi
   if (rounds.stochastic || !base.empty()) same_length(op, "base", base.size(), "position", moved.size());
   if (base.empty()) base.resize(moved.size());  // nobody looks
   disjoint(op, {{"position", moved}, {"saved", kept}, {"grads", gradients}});
-  run({state, moved, kept, gradients, s, rho, adaptive, save, base, rounds});
+  return {state, moved, unsaved ? moved : kept, gradients, s, rho, adaptive, save, base, rounds};
+}
+
+template <void (*run)(const AscendArguments&)>
+void ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state, Numbers rho,
+             Flags adaptive, bool save, Integers base, int64_t seed, int64_t step, int64_t rounding) {
+  const Op op("ascend_", state);
+  run(ascend_arguments(op, position, saved, grads, state, 0, rho, adaptive, save, std::move(base), seed, step,
+                       rounding));
+}
+
+// grad_norm_ and ascend_ over the same tensors, whose lists are converted and checked once. With save the positions are
+// where the ascent begins, and so the norm's origin. One rho, one adaptive: of all tensors. An empty saved: nobody looks.
+template <void (*norm)(const GradNormArguments&), void (*ascend)(const AscendArguments&)>
+void norm_ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state,
+                  Numbers rho, Flags adaptive, bool save, int64_t row, Integers base, int64_t seed, int64_t step,
+                  int64_t rounding, int64_t stage) {
+  const Op op("norm_ascend_", state);
+  in_range({op, "row"}, row, 0, kMaxSample);
+  if (rho.size() == 1) rho.resize(position.size(), rho[0]);
+  if (adaptive.size() == 1) adaptive.resize(position.size(), adaptive[0]);
+  const bool unsaved = saved.empty() && !save && std::find(adaptive.begin(), adaptive.end(), true) == adaptive.end();
+  const AscendArguments a = ascend_arguments(op, position, saved, grads, state, row + 1, rho, adaptive, save,
+                                             std::move(base), seed, step, rounding, unsaved);
+  const Stage part(op, stage, 1, a.state + kTotal);
+  norm({state, a.grads, save ? a.position : a.saved, a.state, adaptive, row, part});
+  if (part.has(1)) ascend(a);
 }
 
 // What displacement_ adds its sums to.

@@ -50,6 +50,10 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def(
       "ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
       "adaptive, bool save, int[] base=[], int seed=0, int step=0, int rounding=-1) -> ()");
+  // grad_norm_ and ascend_ at once. rho and adaptive: one entry is for all. saved may be empty where nobody needs it.
+  m.def(
+      "norm_ascend_(Tensor(a!)[] position, Tensor(b!)[] saved, Tensor[] grads, Tensor(c!) state, float[] rho, bool[] "
+      "adaptive, bool save, int row, int[] base=[], int seed=0, int step=0, int rounding=-1, int stage=-1) -> ()");
   // How far positions are from where they were saved: to sums, float64 [3], are added those of |change / D|^2, change.g
   // and rho |D g|^2; without grads the last two are 0.
   m.def(

@@ -46,6 +46,21 @@ def ascend_(
     step: int = 0,
     rounding: int = -1,
 ) -> None: ...
+def norm_ascend_(
+    position: list[Tensor],
+    saved: list[Tensor],
+    grads: list[Tensor],
+    state: Tensor,
+    rho: list[float],
+    adaptive: list[bool],
+    save: bool,
+    row: int,
+    base: list[int] = [],
+    seed: int = 0,
+    step: int = 0,
+    rounding: int = -1,
+    stage: int = -1,
+) -> None: ...
 def displacement_(
     position: list[Tensor],
     saved: list[Tensor],

@@ -64,6 +64,9 @@ if TYPE_CHECKING:
         leapfrog as leapfrog,
     )
     from ._C import (
+        norm_ascend_ as norm_ascend_,
+    )
+    from ._C import (
         perturb as perturb,
     )
     from ._C import (
@@ -97,6 +100,7 @@ else:
     perturb_ = _library.perturb_.default
     grad_norm_ = _library.grad_norm_.default
     ascend_ = _library.ascend_.default
+    norm_ascend_ = _library.norm_ascend_.default
     displacement_ = _library.displacement_.default
     tilt_begin_ = _library.tilt_begin_.default
     tilt_update_ = _library.tilt_update_.default
@@ -124,6 +128,7 @@ LIST_OPS = (
     "perturb_",
     "grad_norm_",
     "ascend_",
+    "norm_ascend_",
     "displacement_",
     "tilt_begin_",
     "tilt_update_",

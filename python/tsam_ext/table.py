@@ -38,6 +38,11 @@ def taken(values: Sequence[Value] | Mapping[int, Value], indices: Iterable[int])
     return list(map(values.__getitem__, indices))
 
 
+def one_if_alike(values: list[Value]) -> list[Value]:
+    """One of the values where all are the same, as an op takes a list for all its tensors."""
+    return values[:1] if values and values.count(values[0]) == len(values) else values
+
+
 def kernel_form(tensor: Tensor) -> Tensor:
     """A tensor as kernels take it, in the same memory: of a sharded one this rank's rows, complex as ``[..., 2]``."""
     if type(tensor) not in PLAIN:
@@ -62,7 +67,8 @@ class Moved:
     base: list[int]
     adaptive: list[bool]
     radius: list[float]
-    ascent: list[float]  # rho; below 0 where the base optimizer maximizes, as the worse side is downhill
+    scales: list[bool]  # adaptive, as norm_ascend_ takes it: one entry where all are alike
+    ascent: list[float]  # rho; below 0 where the base optimizer maximizes, as worse is downhill; as scales
 
 
 @dataclass
@@ -250,7 +256,8 @@ class Table:
             taken(self.base, self.moves),
             taken(self.adaptive, self.moves),
             taken(self.radius, self.moves),
-            [-length for length in rho] if self.maximize else rho,
+            one_if_alike(taken(self.adaptive, self.moves)),
+            one_if_alike([-length for length in rho] if self.maximize else rho),
         )
 
     def name(self, index: int) -> str:

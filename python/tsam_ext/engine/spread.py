@@ -28,6 +28,7 @@ STAGES: dict[Callable[..., None], int] = {
     _ops.grad_norm_: 2,
     _ops.take_direction_: 2,
     _ops.add_direction_: 2,
+    _ops.norm_ascend_: 2,
     _ops.hmc_place_: 2,
     _ops.hmc_begin_: 2,
     _ops.hmc_leapfrog_: 3,
@@ -45,6 +46,7 @@ SUMS: dict[Callable[..., None], Callable[..., tuple[bool, ...]]] = {
     _ops.grad_norm_: lambda *a: (True,),
     _ops.take_direction_: lambda *a: (True,),
     _ops.add_direction_: lambda *a: (True,),
+    _ops.norm_ascend_: lambda *a: (True,),
     _ops.hmc_place_: lambda *a: (a[14] and a[13] == BALL,),
     _ops.hmc_begin_: lambda *a: (a[7],),
     _ops.hmc_leapfrog_: lambda *a: (True, a[15] == BALL and a[19]),
@@ -77,7 +79,7 @@ class Spread:
     """The devices of a step's tensors, in the order in which the list names them; ``alone``: whether there is one.
 
     ``run(op, indices, *args)`` calls ``op(*args)`` for those tensors of the list: each list among the arguments has one
-    entry per index, or none. Arguments by position, as a dispatcher's keywords cost a third of a short call.
+    entry per index, one for all, or none. Arguments by position, as a dispatcher's keywords cost a third of a short call.
     ``shards``: the ranks that hold the other rows of the tensors; None where this process holds all. ``places``: those
     of the tensors, where they have been asked for.
     """
@@ -146,7 +148,7 @@ class Spread:
             for device, part in enumerate(parts):
                 # With scalars on a device without tensors too: its copy is to stay like the others.
                 if part or takes_scalars:
-                    own = [self._own(value, device, part) for value in args]
+                    own = [self._own(value, device, part, sum(map(len, parts))) for value in args]
                     op(*own) if stages is None else op(*own, stage)
             if stages is not None and stage < stages - 1:
                 self._add_up(next(value for value in args if isinstance(value, Tensor)))
@@ -154,10 +156,10 @@ class Spread:
     def _followed(self, scalars: Tensor) -> tuple[slice, list[Tensor]]:
         return next(known for known in self._copies if known[1][0] is scalars)
 
-    def _own(self, value: Any, device: int, part: list[int]) -> Any:
-        """What a device gets of an argument."""
+    def _own(self, value: Any, device: int, part: list[int], length: int) -> Any:
+        """What a device gets of an argument; ``length``: of the whole list."""
         if isinstance(value, list):
-            return [value[entry] for entry in part] if value else value
+            return [value[entry] for entry in part] if len(value) == length else value
         if not isinstance(value, Tensor):
             return value
         for _, copies in self._copies:

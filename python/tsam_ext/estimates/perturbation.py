@@ -217,8 +217,12 @@ class PerturbationEstimate(Estimate):
         Where the base optimizer maximizes, the worse side is downhill.
         """
         table, copies, gradients = self.table, self.origin.copies, self.gradients.as_moved(gradients)
-        moves = list(filter(gradients.__contains__, table.moves))
+        whole = len(gradients) == len(table.parameters)
+        moves = table.moves if whole else list(filter(gradients.__contains__, table.moves))
         if not moves:
+            return
+        if whole and len(copies) in (0, len(moves)):
+            self._ascend_all(gradients, row)
             return
         saved = list(filter(copies.__contains__, moves))
         fresh = [i for i in moves if i not in copies] if len(saved) < len(moves) else []
@@ -247,3 +251,27 @@ class PerturbationEstimate(Estimate):
                     self.rounding(2 * self._number(row) + 1),
                 )
         increment_version(taken(table.tensors, moves))
+
+    def _ascend_all(self, gradients: dict[int, Tensor], row: int) -> None:
+        """The same in one call, where all that moves has a gradient, and either all of it is saved or nothing."""
+        moves, moved = self.table.moves, self._moved
+        saves = not self.origin.copies
+        if saves:
+            self.origin.save(moves)
+        self.spread.run(
+            _ops.norm_ascend_,
+            moves,
+            moved.tensors,
+            taken(self.origin.copies, moves) if saves or moved.scales != [False] else [],
+            taken(gradients, moves),
+            self.state,
+            moved.ascent,
+            moved.scales,
+            saves,
+            row,
+            moved.base if self.rounds else [],
+            self.step.seed,
+            self.noise_step,
+            self.rounding(2 * self._number(row) + 1),
+        )
+        increment_version(moved.tensors)
