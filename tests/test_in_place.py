@@ -265,6 +265,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
                          False, True),
     "grad_norm_": lambda: (lists(4, 9), lists(4, 9), new_state(1), [False, True], 0),
     "ascend_": lambda: (lists(4, 9), lists(4, 9), lists(4, 9), begun(), [0.1] * 2, [False, True], True),
+    "norm_ascend_": lambda: (lists(4, 9), lists(4, 9), lists(4, 9), begun(), [0.1] * 2, [False, True], True, 0),
     "displacement_": lambda: (lists(4, 9), lists(4, 9), lists(4, 9), torch.zeros(3, dtype=torch.float64), [0.1] * 2,
                               [False, True]),
     "tilt_begin_": lambda: (new_state(1), torch.tensor(1.0)),

@@ -217,12 +217,14 @@ class PerturbationEstimate(Estimate):
         Where the base optimizer maximizes, the worse side is downhill.
         """
         table, copies, gradients = self.table, self.origin.copies, self.gradients.as_moved(gradients)
-        whole = len(gradients) == len(table.parameters)
-        moves = table.moves if whole else list(filter(gradients.__contains__, table.moves))
+        moves = table.moves
+        if len(gradients) < len(table.parameters):
+            moves = list(filter(gradients.__contains__, moves))
         if not moves:
             return
-        if whole and len(copies) in (0, len(moves)):
-            self._ascend_all(gradients, row)
+        counter = (self.step.seed, self.noise_step, self.rounding(2 * self._number(row) + 1))
+        if len(moves) == len(table.moves) and len(copies) in (0, len(moves)):
+            self._ascend_all(gradients, row, counter)
             return
         saved = list(filter(copies.__contains__, moves))
         fresh = [i for i in moves if i not in copies] if len(saved) < len(moves) else []
@@ -246,23 +248,21 @@ class PerturbationEstimate(Estimate):
                     taken(table.adaptive, chosen),
                     saves,
                     taken(table.base, chosen) if self.rounds else [],
-                    self.step.seed,
-                    self.noise_step,
-                    self.rounding(2 * self._number(row) + 1),
+                    *counter,
                 )
         increment_version(taken(table.tensors, moves))
 
-    def _ascend_all(self, gradients: dict[int, Tensor], row: int) -> None:
+    def _ascend_all(self, gradients: dict[int, Tensor], row: int, counter: tuple[int, int, int]) -> None:
         """The same in one call, where all that moves has a gradient, and either all of it is saved or nothing."""
-        moves, moved = self.table.moves, self._moved
-        saves = not self.origin.copies
+        moves, moved, origin = self.table.moves, self._moved, self.origin
+        saves = not origin.copies
         if saves:
-            self.origin.save(moves)
+            origin.save(moves)
         self.spread.run(
             _ops.norm_ascend_,
             moves,
             moved.tensors,
-            taken(self.origin.copies, moves) if saves or moved.scales != [False] else [],
+            taken(origin.copies, moves) if saves or any(moved.scales) else [],
             taken(gradients, moves),
             self.state,
             moved.ascent,
@@ -270,8 +270,6 @@ class PerturbationEstimate(Estimate):
             saves,
             row,
             moved.base if self.rounds else [],
-            self.step.seed,
-            self.noise_step,
-            self.rounding(2 * self._number(row) + 1),
+            *counter,
         )
         increment_version(moved.tensors)
