@@ -27,7 +27,9 @@ def groups_of(parameters: list[list[Tensor]]) -> Groups:
 def some_groups() -> Groups:
     torch.manual_seed(0)
     shapes = [[(4, 3), (3,)], [(6, 1), (5,)]]
-    return groups_of([[nn.Parameter(torch.randn(shape)) for shape in group] for group in shapes])
+    groups = groups_of([[nn.Parameter(torch.randn(shape)) for shape in group] for group in shapes])
+    groups[0]["params"].append(nn.Parameter(torch.ones(3), requires_grad=False))
+    return groups
 
 
 def first(groups: Groups) -> Tensor:
@@ -61,6 +63,7 @@ CHANGES: dict[str, Callable[[Groups], Any]] = {
     "adaptive": lambda groups: groups[0].update(adaptive=True),
     "maximize": lambda groups: [group.update(maximize=True) for group in groups],
     "frozen": lambda groups: first(groups).requires_grad_(False),
+    "frozen instead of another": lambda groups: [p.requires_grad_(not p.requires_grad) for p in groups[0]["params"][1:]],
     "a new group": lambda groups: groups.extend(groups_of([[nn.Parameter(torch.ones(2))]])),
     "a group less": lambda groups: groups.pop(),
     "a parameter less": lambda groups: groups[0]["params"].pop(),

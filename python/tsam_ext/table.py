@@ -134,7 +134,6 @@ class _Asked:
             and self.counts == earlier.counts
             and self.lengths == earlier.lengths
             and self.maximize is earlier.maximize
-            and earlier.plain
             and self.sizes == earlier.sizes
             and self.trainable == earlier.trainable
             and self.dtypes == earlier.dtypes
