@@ -38,6 +38,7 @@ def calls_on(length: int) -> dict[str, Callable[[], object]]:
         "ascend_": lambda: _ops.ascend_(position, saved, grads, state, ones, flags, False),
         "take_direction_": lambda: _ops.take_direction_(total, grads, direction),
         "add_direction_": lambda: _ops.add_direction_(total, grads, direction),
+        "norm_ascend_": lambda: _ops.norm_ascend_(position, [], grads, state, ones[:1], flags[:1], False, 0),
         "accumulate_": lambda: _ops.accumulate_(total, grads, state),
         TORCH: lambda: torch._foreach_copy_(position, saved),
     }

@@ -141,6 +141,7 @@ PASSES: dict[str, Callable[[Arguments], list[Pass]]] = {
     "perturb_": _perturb,
     "grad_norm_": _norm,
     "ascend_": _ascend,
+    "norm_ascend_": lambda a: [*_norm(a), *_ascend(a)],
     "displacement_": lambda a: [Pass("displacement_chunks<float>", 3, 3 if a["grads"] else 2), SCALARS],
     "accumulate_": _accumulate,
     "accumulate_perturb_": lambda a: [*_accumulate(a), *_perturb({**a, "save": False})],

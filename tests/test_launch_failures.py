@@ -110,6 +110,7 @@ def saving_ops(x: list[Tensor], state: Tensor) -> dict[str, Callable[[], None]]:
     return {
         "perturb_": lambda: _C.perturb_(x, saved, state, ones, flags, base, 3, 1, 0, 1, 32, False, True),
         "ascend_": lambda: _C.ascend_(x, saved, grads, state, ones, flags, True),
+        "norm_ascend_": lambda: _C.norm_ascend_(x, saved, grads, state, ones, flags, True, 0),
         "hmc_place_": lambda: _C.hmc_place_(
             x, saved, *buffers, chain, state, ones, flags, base, 3, 1, 32, 1, True
         ),
@@ -119,10 +120,10 @@ def saving_ops(x: list[Tensor], state: Tensor) -> dict[str, Callable[[], None]]:
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("name", ["perturb_", "ascend_", "hmc_place_"])
+@pytest.mark.parametrize("name", ["perturb_", "ascend_", "norm_ascend_", "hmc_place_"])
 def test_an_op_that_saves_moves_all_or_nothing(name: str) -> None:
     torch.manual_seed(0)
-    x, state = [torch.randn(5).to(dtype) for dtype in DTYPES], new_state(0)
+    x, state = [torch.randn(5).to(dtype) for dtype in DTYPES], new_state(1)
     start = [p.clone() for p in x]
     op = saving_ops(x, state)[name]
     count = launches(op)
@@ -140,9 +141,9 @@ def test_an_op_that_saves_moves_all_or_nothing(name: str) -> None:
         assert all(map(torch.equal, x, moved)) and state[Slot.SAVES] == 1, n
 
 
-@pytest.mark.parametrize("name", ["perturb_", "ascend_", "hmc_place_"])
+@pytest.mark.parametrize("name", ["perturb_", "ascend_", "norm_ascend_", "hmc_place_"])
 def test_a_second_failure_is_said(name: str) -> None:
-    x, state = [torch.ones(5, dtype=dtype) for dtype in DTYPES], new_state(0)
+    x, state = [torch.ones(5, dtype=dtype) for dtype in DTYPES], new_state(1)
     op = saving_ops(x, state)[name]
     refuse(launches(op), 2)  # the one that counts, and the first that puts back
     with pytest.raises(RuntimeError, match=r"launched: .*; and position could not be put back: .*launched"):

@@ -111,6 +111,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             _C.grad_norm_(g, saved, state, flags, 0)
             _C.ascend_(x, saved, g, state, [0.05] * 4, flags, False)
             _C.ascend_(x, saved, g, state, [0.05] * 4, flags, False, [1, 70_004, 0, 70_020], 5, 6, 3)
+            _C.norm_ascend_(x, saved, g, state, [0.05], flags, False, 1, [1, 70_004, 0, 70_020], 5, 6, 5)
             sums = torch.zeros(3, dtype=torch.float64)
             _C.displacement_(x, saved, g, sums, [0.05] * 4, flags)
             for row, loss in enumerate((0.3, 0.7)):

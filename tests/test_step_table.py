@@ -37,6 +37,11 @@ def first(groups: Groups) -> Tensor:
     return parameter
 
 
+def beside(groups: Groups) -> list[Tensor]:
+    parameters: list[Tensor] = groups[0]["params"][1:]
+    return parameters
+
+
 def set_data(place: int, change: Callable[[Tensor], Tensor]) -> Callable[[Groups], None]:
     def run(groups: Groups) -> None:
         group, index = divmod(place, 2)
@@ -63,7 +68,7 @@ CHANGES: dict[str, Callable[[Groups], Any]] = {
     "adaptive": lambda groups: groups[0].update(adaptive=True),
     "maximize": lambda groups: [group.update(maximize=True) for group in groups],
     "frozen": lambda groups: first(groups).requires_grad_(False),
-    "frozen instead of another": lambda groups: [p.requires_grad_(not p.requires_grad) for p in groups[0]["params"][1:]],
+    "frozen instead of another": lambda groups: [p.requires_grad_(not p.requires_grad) for p in beside(groups)],
     "a new group": lambda groups: groups.extend(groups_of([[nn.Parameter(torch.ones(2))]])),
     "a group less": lambda groups: groups.pop(),
     "a parameter less": lambda groups: groups[0]["params"].pop(),

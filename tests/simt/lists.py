@@ -87,6 +87,10 @@ def run_ops(seed: int) -> Lists:
     _C.grad_norm_(grads, saved, state, flags, 0)
     _C.ascend_(x, saved, grads, state, lists.radius, flags, False)
     out["ascended"] = copies(x, [state])
+    _C.norm_ascend_(x, saved, grads, state, lists.radius, flags, False, 1)
+    out["ascended at once"] = copies(x, [state])
+    _C.norm_ascend_(x, [], grads, state, [0.1], [False], False, 2)
+    out["ascended at once without copies"] = copies(x, [state])
     if x:  # torch cannot dispatch without a tensor, nor accumulate_ tell no tensors from an adopted gradient
         _C.restore_(x, saved)
     out["restored bits"] = copies(x)

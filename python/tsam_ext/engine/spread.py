@@ -79,7 +79,7 @@ class Spread:
     """The devices of a step's tensors, in the order in which the list names them; ``alone``: whether there is one.
 
     ``run(op, indices, *args)`` calls ``op(*args)`` for those tensors of the list: each list among the arguments has one
-    entry per index, one for all, or none. Arguments by position, as a dispatcher's keywords cost a third of a short call.
+    entry per index, one for all, or none. Arguments by position: a dispatcher's keywords cost a third of a short call.
     ``shards``: the ranks that hold the other rows of the tensors; None where this process holds all. ``places``: those
     of the tensors, where they have been asked for.
     """
