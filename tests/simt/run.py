@@ -36,6 +36,7 @@ OPS = (
     "test_capturable.py",
     "test_spread.py",
     "test_merged_pass.py",
+    "test_norm_ascend.py",
     "test_bench_gpu_cost.py",
 )
 # Optimized, checked by the compiler as strictly as the CPU ops; one set of CPU kernels, for what is not emulated yet.
