@@ -25,6 +25,7 @@ from tsam_ext import TSAM
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ascent": {"sampler": "ascent", "rho": 0.3, "radius": 0.2},
     "sam": {"sampler": "ascent", "rho": 0.3, "radius": 0.0, "num_samples": 1},
+    "carried": {"sampler": "ascent", "rho": 0.3, "radius": 0.2, "every": 3, "num_samples": 2},
     "noise": {"sampler": "noise", "radius": 0.5, "every": 2},
     "hmc": {"sampler": "hmc", "delta": "auto", "rho": 0.5, "num_leapfrog_steps": 2},
     "ball": {"sampler": "hmc", "delta": 30.0, "prior": "ball", "rho": 0.5, "recycle": True, "num_leapfrog_steps": 2},
@@ -85,7 +86,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("done", [0, 3])
+@pytest.mark.parametrize("done", [0, 3, 4])
 def test_every_pass_saves_what_was_before_the_step(sampler: str, done: int) -> None:
     """Before and after each forward and backward pass; the step has the bits of one that nobody has looked at."""
     task, twin = Task(sampler), Task(sampler)
@@ -93,7 +94,8 @@ def test_every_pass_saves_what_was_before_the_step(sampler: str, done: int) -> N
         task.step()
         twin.step()
     before = copy.deepcopy((task.net.state_dict(), task.optimizer.state_dict()))
-    fresh = sampler == "fresh" and done > 0  # the step has drawn over where the chain was, which no step asks for
+    # The step has drawn over where the chain was, or lets go of what steps before it have carried: no step asks for it.
+    fresh = (sampler, done) in {("fresh", 3), ("fresh", 4), ("carried", 3)}
     seen: list[Both] = []
     task.step(lambda: seen.append(task.saved()))
     twin.step()

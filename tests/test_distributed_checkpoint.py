@@ -32,6 +32,7 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ascent": {"sampler": "ascent", "rho": 0.3, "radius": 0.1},
+    "carried": {"sampler": "ascent", "rho": 0.3, "every": 4},
     "hmc": {"sampler": "hmc", "delta": "auto", "rho": 0.5},
     "ball": {"sampler": "hmc", "delta": 30.0, "rho": 0.5, "prior": "ball", "num_leapfrog_steps": 2, "every": 2},
 }

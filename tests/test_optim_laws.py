@@ -83,7 +83,8 @@ def run_pair(problem: Any, groups: bool, steps: int = 2, **options: Any) -> tupl
     for kind in (tsam, ReferenceTSAM):
         task = problem()
         params = grouped(task, options.get("sampler", "ascent")) if groups else task.parameters
-        optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **options)
+        own = {"between": "plain"} if kind is tsam else {}  # the oracle carries nothing
+        optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **own, **options)
         results.append((task, task.train(optimizer, steps), optimizer))
     return tuple(results)
 
@@ -195,7 +196,7 @@ def test_a_split_batch_without_perturbation_or_tilt_is_the_whole_batch(problem) 
 def test_plain_steps_are_the_base_optimizer_s(problem, batch: str) -> None:
     """every=3: steps 1 and 2 take the plain gradient of all rows, step 3 the noise of step 3."""
     ours, theirs = problem(), problem()
-    optimizer = tsam(ours.parameters, lr=0.1, momentum=0.9, every=3, batch=batch, seed=5)
+    optimizer = tsam(ours.parameters, lr=0.1, momentum=0.9, every=3, between="plain", batch=batch, seed=5)
     ours.train(optimizer, 1)
     plain = torch.optim.SGD(theirs.parameters, lr=0.1, momentum=0.9)
     theirs.net.load_state_dict(ours.net.state_dict())

@@ -29,7 +29,11 @@ CARRY = "carry"
 
 
 class Carry(SamplerState):
-    """What lasts between full steps: v of each parameter. A full step that does not complete leaves none."""
+    """What lasts between full steps: v of each parameter.
+
+    A full step lets go of it when it begins. If it fails it is taken again, so that a checkpoint from inside it lacks
+    nothing.
+    """
 
     tensors: ClassVar[tuple[str, ...]] = (CARRY,)
 
