@@ -165,7 +165,7 @@ class Table:
     dimension: int = 0
     own: int = 0
     maximize: bool = False
-    _asked: _Asked | None = None  # where an equal answer means an equal table
+    asked: _Asked | None = None  # where an equal answer means an equal table
 
     @classmethod
     def of(
@@ -182,7 +182,7 @@ class Table:
         that it was made from is as it was.
         """
         asked = _Asked.of(groups, names, step, others)
-        if known is not None and known._asked is not None and asked.is_still(known._asked):
+        if known is not None and known.asked is not None and asked.is_still(known.asked):
             return known
         table, element, begin = cls(maximize=asked.maximize), 0, 0
         for g, (count, (rho, radius, adaptive)) in enumerate(zip(asked.counts, asked.lengths, strict=True)):
@@ -213,7 +213,7 @@ class Table:
             table.tensors = list(map(kernel_form, table.parameters))
         elif asked.plain:
             asked.look_at_shapes()
-            table._asked = asked
+            table.asked = asked
         if sharded:
             for i, parameter in enumerate(table.parameters[: table.own]):
                 if is_sharded(parameter):  # where its local rows begin
