@@ -65,7 +65,18 @@ def test_the_core_is_free_of_torch_and_of_the_other_layers() -> None:
 
 def test_kernels_are_free_of_torch_and_module_of_kernels() -> None:
     cpu = ROOT / "csrc" / "cpu"
-    for name in ("apply.h", "copy.h", "halves.h", "hmc_pass.h", "lanes.h", "kernels.h", "kernels.cpp", "isa.cpp"):
+    for name in (
+        "apply.h",
+        "copy.h",
+        "halves.h",
+        "hmc_pass.h",
+        "lanes.h",
+        "leapfrog_pass.h",
+        "rows.h",
+        "kernels.h",
+        "kernels.cpp",
+        "isa.cpp",
+    ):
         assert not any("torch" in i or "ops/" in i for i in includes(cpu / name)), name
     assert all("pybind11" in i for i in includes(ROOT / "csrc" / "module.cpp"))
     for path in (ROOT / "csrc").rglob("*.cpp"):
@@ -98,7 +109,11 @@ def test_torch_ops_is_named_in_one_file() -> None:
 
 STEP = ["optim", "progress", "origin", "mean", "phase_space", "table", "_ops"]
 STEP += [f"estimates/{name}" for name in ("estimate", "hamiltonian", "perturbation")]
-STEP += ["engine/checks", "engine/spread", *(f"functional/{name}" for name in ("dynamics", "in_place", "tilted"))]
+STEP += [
+    "engine/checks",
+    "engine/spread",
+    *(f"functional/{name}" for name in ("dynamics", "in_place", "moves", "tilted")),
+]
 
 
 @pytest.mark.parametrize("name", STEP)
