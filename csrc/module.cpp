@@ -79,6 +79,9 @@ PYBIND11_MODULE(_C, m) {
   expose<TensorPair, Tensor, Tensor, Tensor, Tensor, Tensor>(m, ops, "leapfrog", "position", "momentum",
                                                              "grad_log_density", "step_size", "inverse_mass");
   expose<Tensor, Tensor, Tensor, Tensor>(m, ops, "kick", "momentum", "grad_log_density", "a");
+  expose<void, Tensor, Tensor, Tensor, Tensor, Tensor>(m, ops, "leapfrog_", "position", "momentum", "grad_log_density",
+                                                       "step_size", "inverse_mass");
+  expose<void, Tensor, Tensor, Tensor>(m, ops, "kick_", "momentum", "grad_log_density", "a");
   expose<Tensor, Tensor, Tensor, int64_t, int64_t, int64_t, int64_t>(m, ops, "perturb", "x", "radius", "seed", "draw",
                                                                      "base", "kind");
   expose<Tensor, Tensor, int64_t>(m, ops, "tilt_summary", "state", "num_samples");

@@ -55,6 +55,8 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "inverse_mass": 2.0,
     },
     "kick": lambda: {"momentum": vector(), "grad_log_density": vector(), "a": 0.1},
+    "leapfrog_": lambda: GOOD["leapfrog"](),
+    "kick_": lambda: GOOD["kick"](),
     "perturb": lambda: {"x": vector(), "radius": 0.1, "seed": 1, "draw": 0, "base": 0, "kind": "ball"},
     "perturb_": lambda: {
         "position": pair(),

@@ -71,6 +71,8 @@ def test_kernels_are_free_of_torch_and_module_of_kernels() -> None:
         "halves.h",
         "hmc_pass.h",
         "lanes.h",
+        "leapfrog_pass.h",
+        "rows.h",
         "sums.h",
         "kernels.h",
         "kernels.cpp",
@@ -108,7 +110,11 @@ def test_torch_ops_is_named_in_one_file() -> None:
 
 STEP = ["optim", "progress", "origin", "mean", "phase_space", "table", "_ops"]
 STEP += [f"estimates/{name}" for name in ("estimate", "hamiltonian", "perturbation")]
-STEP += ["engine/checks", "engine/spread", *(f"functional/{name}" for name in ("dynamics", "in_place", "tilted"))]
+STEP += [
+    "engine/checks",
+    "engine/spread",
+    *(f"functional/{name}" for name in ("dynamics", "in_place", "moves", "tilted")),
+]
 
 
 @pytest.mark.parametrize("name", STEP)

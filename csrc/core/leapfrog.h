@@ -13,21 +13,29 @@ TSAM_CORE_BEGIN
 
 template <typename C>
 struct Kick {
+  // V: a number, or lanes of them.
+  template <typename V>
+  TSAM_HD static V moved(const V& grad, const V& a, const V& momentum) {
+    return fused(a, grad, momentum);
+  }
   template <int W>
   TSAM_HD void operator()(const C (&grad)[W], const C (&a)[W], C (&momentum)[W]) const {
-    for (int i = 0; i < W; ++i) momentum[i] = fused(a[i], grad[i], momentum[i]);
+    for (int i = 0; i < W; ++i) momentum[i] = moved(grad[i], a[i], momentum[i]);
   }
 };
 
 template <typename C>
 struct Leapfrog {
+  // V: a number, or lanes of them.
+  template <typename V>
+  TSAM_HD static void move(const V& grad, const V& step, const V& inverse_mass, V& position, V& momentum) {
+    momentum = fused(V(C(0.5)) * step, grad, momentum);
+    position = fused(step * inverse_mass, momentum, position);
+  }
   template <int W>
   TSAM_HD void operator()(const C (&grad)[W], const C (&step)[W], const C (&inverse_mass)[W], C (&position)[W],
                           C (&momentum)[W]) const {
-    for (int i = 0; i < W; ++i) {
-      momentum[i] = fused(C(0.5) * step[i], grad[i], momentum[i]);
-      position[i] = fused(step[i] * inverse_mass[i], momentum[i], position[i]);
-    }
+    for (int i = 0; i < W; ++i) move(grad[i], step[i], inverse_mass[i], position[i], momentum[i]);
   }
 };
 

@@ -54,15 +54,22 @@ struct Ascend {
   C scale;
   bool adaptive;
 
+  // V: a number, or lanes of them. By D^2 g, or by g.
+  template <typename V>
+  TSAM_HD V moved_by(const V& origin, const V& grad, const V& position) const {
+    const V d = magnitude(origin);
+    return fused(V(scale) * d, d * grad, position);
+  }
+  template <typename V>
+  TSAM_HD V moved(const V& grad, const V& position) const {
+    return fused(V(scale), grad, position);
+  }
   template <int W>
   TSAM_HD void operator()(const C (&origin)[W], const C (&grad)[W], C (&position)[W]) const {
     if (adaptive) {
-      for (int i = 0; i < W; ++i) {
-        const C d = magnitude(origin[i]);
-        position[i] = fused(scale * d, d * grad[i], position[i]);
-      }
+      for (int i = 0; i < W; ++i) position[i] = moved_by(origin[i], grad[i], position[i]);
     } else {
-      for (int i = 0; i < W; ++i) position[i] = fused(scale, grad[i], position[i]);
+      for (int i = 0; i < W; ++i) position[i] = moved(grad[i], position[i]);
     }
   }
 };

@@ -141,9 +141,14 @@ template <typename C>
 struct Accumulate {
   C keep, add;
 
+  // V: a number, or lanes of them.
+  template <typename V>
+  TSAM_HD V mean(const V& grad, const V& accumulator) const {
+    return fused(V(add), grad, V(keep) * accumulator);
+  }
   template <int W>
   TSAM_HD void operator()(const C (&grad)[W], C (&accumulator)[W]) const {
-    for (int i = 0; i < W; ++i) accumulator[i] = fused(add, grad[i], keep * accumulator[i]);
+    for (int i = 0; i < W; ++i) accumulator[i] = mean(grad[i], accumulator[i]);
   }
 };
 

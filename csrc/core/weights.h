@@ -82,9 +82,14 @@ TSAM_HD void tilted_softmax(const Losses& losses, const Shares& shares, int64_t 
 struct WeightedSum {
   double weight;
 
+  // V: a number, or lanes of them.
+  template <typename V>
+  TSAM_HD V added(const V& x, const V& sum) const {
+    return fused(V(weight), x, sum);
+  }
   template <typename C, int W>
   TSAM_HD void operator()(const C (&x)[W], double (&sum)[W]) const {
-    for (int i = 0; i < W; ++i) sum[i] = fma(weight, static_cast<double>(x[i]), sum[i]);
+    for (int i = 0; i < W; ++i) sum[i] = added(static_cast<double>(x[i]), sum[i]);
   }
 };
 

@@ -90,6 +90,20 @@ TSAM_HD void for_blocks(int64_t n, Body body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// Whole blocks of what needs no conversion stay in registers, sixteen lanes at a time: as arrays of 64 or 128 they
+// would go through memory and back, twice the time of a pass in cache.
+template <typename T, typename Count>
+constexpr bool kInRegisters = std::is_same_v<T, compute_t<T>> && !std::is_same_v<Count, int>;
+
+// body(a null pointer of the lanes to walk a run of T in): narrow ones where the list does not fit into the caches.
+template <typename T, typename Body>
+TSAM_HD void with_lanes(bool past_caches, const Body& body) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    if (past_caches) return body(static_cast<NarrowLanes<T>*>(nullptr));
+  }
+  body(static_cast<Lanes<compute_t<T>>*>(nullptr));
+}
+
 // What a run's z is made of: four from an element that is a multiple of 4, and 128 from such an element on, never from
 // one before the last.
 struct NormalBlocks {

@@ -1,4 +1,4 @@
-// The differentiable ops on CPU tensors: out of place, one result each (leapfrog two).
+// The differentiable ops on CPU tensors: out of place, one result each (leapfrog two); and two of them in place.
 //
 // Layout: ops/differentiable_arguments.h has checked the arguments and allocated the results; derivatives are formulas
 // over these same ops (python/tsam_ext/_ops.py). Invariant: each result is rounded once.
@@ -19,7 +19,12 @@ namespace {
 
 using namespace ops;
 
-std::vector<double> even_shares(size_t s) { return std::vector<double>(s, 1.0 / static_cast<double>(s)); }
+struct EvenShares {
+  double share;
+
+  explicit EvenShares(int64_t s) : share(1.0 / static_cast<double>(s)) {}
+  double operator[](int64_t) const { return share; }
+};
 
 std::vector<double> widened(const Run& run) {
   std::vector<double> values(static_cast<size_t>(run.size), 0.0);
@@ -30,13 +35,13 @@ std::vector<double> widened(const Run& run) {
 std::vector<double> weights_of(const Run& losses, double tilt) {
   const std::vector<double> values = widened(losses);
   std::vector<double> weights(values.size());
-  tilted_softmax(values.data(), even_shares(values.size()).data(), losses.size, tilt, weights.data());
+  tilted_softmax(values.data(), EvenShares(losses.size), losses.size, tilt, weights.data());
   return weights;
 }
 
 void tilted_loss(const TiltedArguments& a) {
   const std::vector<double> values = widened(a.losses);
-  const double value = tilted_value(values.data(), even_shares(values.size()).data(), a.losses.size, a.tilt);
+  const double value = tilted_value(values.data(), EvenShares(a.losses.size), a.losses.size, a.tilt);
   kernels().round_sum(a.out.dtype, a.out.data, &value, 1);
 }
 
@@ -73,10 +78,12 @@ struct ReadFactor {
 void leapfrog(const LeapfrogArguments& a) {
   const DType dtype = a.position.dtype;
   const ReadFactor step(a.step), inverse(a.inverse_mass);
+  const bool past_caches = goes_past_caches({a.position});
   const Kernels& k = kernels();
   for_chunks(plan_of({a.position}), [&](int64_t, const Chunk& chunk) {
     k.leapfrog(dtype, at(a.position, chunk), at(a.momentum, chunk), at(a.grad, chunk), step.at(chunk, dtype),
-               inverse.at(chunk, dtype), at(a.position_out, chunk), at(a.momentum_out, chunk), chunk.length);
+               inverse.at(chunk, dtype), at(a.position_out, chunk), at(a.momentum_out, chunk), chunk.length,
+               past_caches);
   });
 }
 
@@ -84,9 +91,11 @@ void leapfrog(const LeapfrogArguments& a) {
 void kick(const KickArguments& a) {
   const DType dtype = a.momentum.dtype;
   const ReadFactor factor(a.a);
+  const bool past_caches = goes_past_caches({a.momentum});
   const Kernels& k = kernels();
   for_chunks(plan_of({a.momentum}), [&](int64_t, const Chunk& chunk) {
-    k.kick(dtype, at(a.momentum, chunk), at(a.grad, chunk), factor.at(chunk, dtype), at(a.out, chunk), chunk.length);
+    k.kick(dtype, at(a.momentum, chunk), at(a.grad, chunk), factor.at(chunk, dtype), at(a.out, chunk), chunk.length,
+           past_caches);
   });
 }
 
@@ -117,5 +126,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, CPU, m) {
   m.impl("tilted_reduce", TORCH_BOX(&ops::tilted_reduce<cpu::tilted_reduce>));
   m.impl("leapfrog", TORCH_BOX(&ops::leapfrog<cpu::leapfrog>));
   m.impl("kick", TORCH_BOX(&ops::kick<cpu::kick>));
+  m.impl("leapfrog_", TORCH_BOX(&ops::leapfrog_<cpu::leapfrog>));
+  m.impl("kick_", TORCH_BOX(&ops::kick_<cpu::kick>));
   m.impl("perturb", TORCH_BOX(&ops::perturb<cpu::perturb>));
 }

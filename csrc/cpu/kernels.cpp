@@ -6,10 +6,11 @@
 
 #include <cstring>
 
-#include "../core/leapfrog.h"
 #include "../core/weights.h"
 #include "copy.h"
 #include "hmc_pass.h"
+#include "leapfrog_pass.h"
+#include "rows.h"
 #include "sums.h"
 
 namespace tsam {
@@ -49,8 +50,7 @@ void perturb_run(T* position, const T* from, T* saved, int64_t n, uint64_t eleme
   const auto block = [&](int64_t i, auto count, const float (&z)[W]) {
     beside(i, count);
     if (saved != nullptr) std::memcpy(saved + i, from + i, static_cast<size_t>(count) * sizeof(T));
-    // What needs no conversion stays in registers; arrays of 128 lanes would go through memory and back.
-    if constexpr (std::is_same_v<T, C> && !std::is_same_v<decltype(count), int>) {
+    if constexpr (kInRegisters<T, decltype(count)>) {
       for (int k = 0; k < W; k += Lanes<C>::kCount)
         functor.moved(Lanes<C>(from + i + k), lanes_of<C>(z + k)).store(position + i + k);
     } else {
@@ -78,7 +78,7 @@ void perturb(DType dtype, void* position, const void* origin, void* saved, int64
   });
 }
 
-template <typename T, typename Write>
+template <typename L, typename T, typename Write>
 void ascend_run(T* p, const T* o, T* kept, const T* g, int64_t n, double scale, bool past_caches, uint64_t element,
                 const Write& write) {
   using C = compute_t<T>;
@@ -87,16 +87,23 @@ void ascend_run(T* p, const T* o, T* kept, const T* g, int64_t n, double scale, 
   const Ascend<C> functor{static_cast<C>(scale), o != nullptr};
   for_blocks<W>(n, [&](int64_t i, auto count) {
     if (kept != nullptr) save_block<W>(p + i, count, kept + i, past_caches);
-    C x[W], d[W], gradient[W];
-    load(p + i, count, x);
-    load(g + i, count, gradient);
-    if (o != nullptr) {
-      load(o + i, count, d);
+    if constexpr (kInRegisters<T, decltype(count)>) {
+      for (int64_t k = i; k < i + W; k += L::kCount) {
+        const L x(p + k), gradient(g + k);
+        (o != nullptr ? functor.moved_by(L(o + k), gradient, x) : functor.moved(gradient, x)).store(p + k);
+      }
     } else {
-      for (int k = 0; k < W; ++k) d[k] = C(0);
+      C x[W], d[W], gradient[W];
+      load(p + i, count, x);
+      load(g + i, count, gradient);
+      if (o != nullptr) {
+        load(o + i, count, d);
+      } else {
+        for (int k = 0; k < W; ++k) d[k] = C(0);
+      }
+      functor(d, gradient, x);
+      write(x, element + static_cast<uint64_t>(i), count, p + i);
     }
-    functor(d, gradient, x);
-    write(x, element + static_cast<uint64_t>(i), count, p + i);
   });
   if (kept != nullptr && past_caches) streamed();
 }
@@ -106,8 +113,11 @@ void ascend(DType dtype, void* position, const void* origin, void* saved, const 
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     with_rounding<T>(round, [&](const auto& write) {
-      ascend_run(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved),
-                 static_cast<const T*>(grad), n, scale, past_caches, element, write);
+      with_lanes<T>(past_caches, [&](auto* lanes) {
+        using L = std::remove_pointer_t<decltype(lanes)>;
+        ascend_run<L>(static_cast<T*>(position), static_cast<const T*>(origin), static_cast<T*>(saved),
+                      static_cast<const T*>(grad), n, scale, past_caches, element, write);
+      });
     });
   });
 }
@@ -131,7 +141,7 @@ void assign(DType dtype, void* accumulator, const void* grad, int64_t n, bool pa
 }
 
 // One lane block of blend.
-template <typename T, int W>
+template <typename T, int W, typename L = Lanes<compute_t<T>>>
 struct Blend {
   using C = compute_t<T>;
   C* accumulator;
@@ -145,11 +155,16 @@ struct Blend {
 
   template <typename Count>
   void operator()(int64_t i, Count count) const {
-    C x[W], g[W];
-    load(accumulator + i, count, x);
-    load(grad + i, count, g);
-    functor(g, x);
-    store(x, count, accumulator + i);
+    if constexpr (kInRegisters<T, Count>) {
+      for (int64_t k = i; k < i + W; k += L::kCount)
+        functor.mean(L(grad + k), L(accumulator + k)).store(accumulator + k);
+    } else {
+      C x[W], g[W];
+      load(accumulator + i, count, x);
+      load(grad + i, count, g);
+      functor(g, x);
+      store(x, count, accumulator + i);
+    }
   }
 };
 
@@ -157,11 +172,13 @@ void blend(DType dtype, void* accumulator, const void* grad, void* saved, int64_
            bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const Blend<T, kLanes> block(accumulator, grad, keep, add);
     T* const kept = static_cast<T*>(saved);
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      if (kept != nullptr) save_block<kLanes>(block.grad + i, count, kept + i, past_caches);
-      block(i, count);
+    with_lanes<T>(past_caches, [&](auto* lanes) {
+      const Blend<T, kLanes, std::remove_pointer_t<decltype(lanes)>> block(accumulator, grad, keep, add);
+      for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+        if (kept != nullptr) save_block<kLanes>(block.grad + i, count, kept + i, past_caches);
+        block(i, count);
+      });
     });
     if (kept != nullptr && past_caches) streamed();
   });
@@ -187,33 +204,22 @@ void poison(DType dtype, void* accumulator, int64_t n) {
   });
 }
 
-template <int W, typename T, typename Count>
-void add_rows(double (&sum)[W], const T* values, int64_t row, int64_t step, Count count, int64_t rows,
-              const double* weights) {
-  for (int64_t j = 0; j < rows; ++j) {
-    double x[W];
-    const T* v = values + j * row;
-    if (step == 1) {
-      load(v, count, x);
-    } else {
-      for (int k = 0; k < W; ++k) x[k] = k < count ? static_cast<double>(to_compute(v[k * step])) : 0.0;
-    }
-    WeightedSum{weights[j]}(x, sum);
-  }
-}
-
 void weighted_sum(DType dtype, void* out, const void* values, int64_t row, int64_t step, int64_t n, int64_t rows,
                   const double* weights) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using C = compute_t<T>;
     const T* v = static_cast<const T*>(values);
+    T* const to = static_cast<T*>(out);
     for_blocks<kLanes>(n, [&](int64_t i, auto count) {
+      if constexpr (kInRegisters<T, decltype(count)>) {
+        if (step == 1) return sum_rows(to + i, v + i, row, rows, weights);
+      }
       double sum[kLanes] = {};
       add_rows(sum, v + i * step, row, step, count, rows, weights);
       C rounded[kLanes];
       for (int k = 0; k < kLanes; ++k) rounded[k] = static_cast<C>(sum[k]);
-      store(rounded, count, static_cast<T*>(out) + i);
+      store(rounded, count, to + i);
     });
   });
 }
@@ -234,45 +240,25 @@ void round_sum(DType dtype, void* out, const double* sum, int64_t n) {
   });
 }
 
-template <typename T, typename C, typename Count>
-void load_factor(const cpu::Factor& factor, int64_t i, Count count, C (&x)[kLanes]) {
-  if (factor.each != nullptr) {
-    load(static_cast<const T*>(factor.each) + i, count, x);
-  } else {
-    for (int k = 0; k < kLanes; ++k) x[k] = static_cast<C>(factor.all);
-  }
-}
-
 void leapfrog(DType dtype, const void* position, const void* momentum, const void* grad, cpu::Factor step,
-              cpu::Factor inverse_mass, void* position_out, void* momentum_out, int64_t n) {
+              cpu::Factor inverse_mass, void* position_out, void* momentum_out, int64_t n, bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      C x[kLanes], p[kLanes], g[kLanes], h[kLanes], m[kLanes];
-      load(static_cast<const T*>(position) + i, count, x);
-      load(static_cast<const T*>(momentum) + i, count, p);
-      load(static_cast<const T*>(grad) + i, count, g);
-      load_factor<T>(step, i, count, h);
-      load_factor<T>(inverse_mass, i, count, m);
-      Leapfrog<C>{}(g, h, m, x, p);
-      store(x, count, static_cast<T*>(position_out) + i);
-      store(p, count, static_cast<T*>(momentum_out) + i);
+    with_lanes<T>(past_caches, [&](auto* lanes) {
+      leapfrog_run<std::remove_pointer_t<decltype(lanes)>>(
+          static_cast<const T*>(position), static_cast<const T*>(momentum), static_cast<const T*>(grad),
+          FactorOf<T>(step), FactorOf<T>(inverse_mass), static_cast<T*>(position_out), static_cast<T*>(momentum_out),
+          n);
     });
   });
 }
 
-void kick(DType dtype, const void* momentum, const void* grad, cpu::Factor a, void* out, int64_t n) {
+void kick(DType dtype, const void* momentum, const void* grad, cpu::Factor a, void* out, int64_t n, bool past_caches) {
   for_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    using C = compute_t<T>;
-    for_blocks<kLanes>(n, [&](int64_t i, auto count) {
-      C p[kLanes], g[kLanes], factor[kLanes];
-      load(static_cast<const T*>(momentum) + i, count, p);
-      load(static_cast<const T*>(grad) + i, count, g);
-      load_factor<T>(a, i, count, factor);
-      Kick<C>{}(g, factor, p);
-      store(p, count, static_cast<T*>(out) + i);
+    with_lanes<T>(past_caches, [&](auto* lanes) {
+      kick_run<std::remove_pointer_t<decltype(lanes)>>(static_cast<const T*>(momentum), static_cast<const T*>(grad),
+                                                       FactorOf<T>(a), static_cast<T*>(out), n);
     });
   });
 }

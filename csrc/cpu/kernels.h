@@ -59,6 +59,7 @@ struct HmcPass {
   Round round;
 };
 
+// `past_caches`: the lists do not fit into the caches (parallel.h), which changes no bit.
 struct Kernels {
   const char* isa;
 
@@ -116,7 +117,7 @@ struct Kernels {
   // momentum_out = momentum + step / 2 grad, position_out = position + step inverse_mass momentum_out.
   // Words: read 3, write 2, and 1 for each factor that has a value per element.
   void (*leapfrog)(DType dtype, const void* position, const void* momentum, const void* grad, Factor step,
-                   Factor inverse_mass, void* position_out, void* momentum_out, int64_t n);
+                   Factor inverse_mass, void* position_out, void* momentum_out, int64_t n, bool past_caches);
 
   // One pass of HMC. Words: what is not null, once each; the momentum of a draw is not read.
   HmcSums (*hmc)(DType dtype, const HmcRun& run, const HmcPass& pass, int64_t n);
@@ -129,7 +130,7 @@ struct Kernels {
                     const Round& round);
 
   // out = momentum + a grad. Words: read 2, write 1, and 1 if a has a value per element.
-  void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n);
+  void (*kick)(DType dtype, const void* momentum, const void* grad, Factor a, void* out, int64_t n, bool past_caches);
 };
 
 // The table for this processor; TSAM_ISA=baseline, avx2 or avx512 in the environment picks a lower one.

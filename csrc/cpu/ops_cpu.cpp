@@ -82,7 +82,7 @@ void grad_norm(const GradNormArguments& a) {
 // Words: read 2 (adaptive 3), write 1; with save read 2, write 2. Takes |D g| from state.
 void ascend(const AscendArguments& a) {
   const Kernels& k = kernels();
-  const bool past_caches = a.save && goes_past_caches(a.saved);
+  const bool past_caches = goes_past_caches(a.position);
   const Round round = round_of(a.rounding);
   for_chunks(plan_of(a.position), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);

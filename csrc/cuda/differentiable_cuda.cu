@@ -1,4 +1,4 @@
-// The differentiable ops on CUDA tensors: out of place, one result each (leapfrog two).
+// The differentiable ops on CUDA tensors: out of place, one result each (leapfrog two); and two of them in place.
 //
 // Layout: ops/differentiable_arguments.h has checked the arguments and allocated the results;
 // differentiable_kernels.cuh has the kernels, perturb those of the list op. Invariant: the host learns no value of a
@@ -124,5 +124,7 @@ STABLE_TORCH_LIBRARY_IMPL(tsam, TSAM_CUDA_KEY, m) {
   m.impl("tilted_reduce", TORCH_BOX(&tsam::ops::tilted_reduce<tsam::cuda::tilted_reduce>));
   m.impl("leapfrog", TORCH_BOX(&tsam::ops::leapfrog<tsam::cuda::leapfrog>));
   m.impl("kick", TORCH_BOX(&tsam::ops::kick<tsam::cuda::kick>));
+  m.impl("leapfrog_", TORCH_BOX(&tsam::ops::leapfrog_<tsam::cuda::leapfrog>));
+  m.impl("kick_", TORCH_BOX(&tsam::ops::kick_<tsam::cuda::kick>));
   m.impl("perturb", TORCH_BOX(&tsam::ops::perturb<tsam::cuda::perturb>));
 }

@@ -20,6 +20,23 @@ namespace ops {
 
 using namespace checks;
 
+// Memory for a result of these sizes and strides, of the dtype and on the device of `like`. Not torch::stable's
+// empty_like, which looks the op up by its name each time (half a microsecond).
+inline Tensor new_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// In the layout of a dense tensor.
+inline Tensor new_like(const Tensor& like, const Run& run) {
+  return new_strided(like, run.layout.dim, run.layout.sizes, run.layout.strides);
+}
+
 inline Run checked_losses(const Op& op, const Tensor& losses) {
   const Run run = checked_run({op, "losses"}, losses);
   if (losses.dim() != 1 || run.size == 0) fail({op, "losses"}, shape_name(losses), "a vector of at least one loss");
@@ -42,7 +59,7 @@ Tensor tilted_loss(Tensor losses, double tilt) {
   const Op op("tilted_loss", losses);
   const Run values = checked_losses(op, losses);
   checked_tilt(op, tilt);
-  Tensor out = torch::stable::new_empty(losses, {});
+  Tensor out = new_strided(losses, 0, nullptr, nullptr);
   run({losses, values, tilt, checked_run({op, "result"}, out)});
   return out;
 }
@@ -52,7 +69,7 @@ Tensor tilted_weights(Tensor losses, double tilt) {
   const Op op("tilted_weights", losses);
   const Run values = checked_losses(op, losses);
   checked_tilt(op, tilt);
-  Tensor out = torch::stable::new_empty(losses, losses.sizes());
+  Tensor out = new_like(losses, values);
   run({losses, values, tilt, checked_run({op, "result"}, out)});
   return out;
 }
@@ -114,19 +131,60 @@ struct LeapfrogArguments {
   Run position_out, momentum_out;
 };
 
+// With the results in the memory of position and momentum.
+inline LeapfrogArguments checked_leapfrog(const Op& op, const Tensor& position, const Tensor& momentum,
+                                          const Tensor& grad, const Tensor& step_size, const Tensor& inverse_mass) {
+  const Run x = checked_run({op, "position"}, position);
+  const Run p = checked_alike({op, "momentum"}, momentum, position, x.dtype, "position");
+  const Run g = checked_alike({op, "grad_log_density"}, grad, position, x.dtype, "position");
+  const CheckedFactor step = checked_factor({op, "step_size"}, step_size, position, x.dtype, "position");
+  const CheckedFactor inverse = checked_factor({op, "inverse_mass"}, inverse_mass, position, x.dtype, "position");
+  return {position, x, p, g, step, inverse, x, p};
+}
+
 template <void (*run)(const LeapfrogArguments&)>
 std::tuple<Tensor, Tensor> leapfrog(Tensor position, Tensor momentum, Tensor grad_log_density, Tensor step_size,
                                     Tensor inverse_mass) {
   const Op op("leapfrog", position);
-  const Run x = checked_run({op, "position"}, position);
-  const Run p = checked_alike({op, "momentum"}, momentum, position, x.dtype, "position");
-  const Run g = checked_alike({op, "grad_log_density"}, grad_log_density, position, x.dtype, "position");
-  const CheckedFactor step = checked_factor({op, "step_size"}, step_size, position, x.dtype, "position");
-  const CheckedFactor inverse = checked_factor({op, "inverse_mass"}, inverse_mass, position, x.dtype, "position");
-  Tensor new_position = torch::stable::empty_like(position), new_momentum = torch::stable::empty_like(position);
-  run({position, x, p, g, step, inverse, checked_run({op, "result"}, new_position),
-       checked_run({op, "result"}, new_momentum)});
+  LeapfrogArguments a = checked_leapfrog(op, position, momentum, grad_log_density, step_size, inverse_mass);
+  Tensor new_position = new_like(position, a.position), new_momentum = new_like(position, a.position);
+  a.position_out = checked_run({op, "result"}, new_position);
+  a.momentum_out = checked_run({op, "result"}, new_momentum);
+  run(a);
   return {new_position, new_momentum};
+}
+
+// The memory of an argument.
+struct NamedSpan {
+  const char* argument;
+  const char* data;
+  int64_t bytes;
+
+  NamedSpan(const char* argument, const Run& run) : argument(argument), data(run.data), bytes(run.bytes) {}
+  // A value per element is laid out as `like`; a number is one element.
+  NamedSpan(const char* argument, const CheckedFactor& factor, const Run& like)
+      : argument(argument),
+        data(factor.each != nullptr ? factor.each : static_cast<const char*>(factor.all.data)),
+        bytes(factor.each != nullptr ? like.bytes : item_bytes(factor.all.dtype)) {}
+  const char* end() const { return data + bytes; }
+};
+
+// What an op in place writes shares no memory with what it reads.
+inline void apart(const Op& op, const char* written, const Run& run, std::initializer_list<NamedSpan> others) {
+  for (const NamedSpan& other : others)
+    if (run.data < other.end() && other.data < run.data + run.bytes)
+      fail({op, other.argument}, std::string("memory shared with ") + written, "tensors that do not overlap");
+}
+
+template <void (*run)(const LeapfrogArguments&)>
+void leapfrog_(Tensor position, Tensor momentum, Tensor grad_log_density, Tensor step_size, Tensor inverse_mass) {
+  const Op op("leapfrog_", position);
+  const LeapfrogArguments a = checked_leapfrog(op, position, momentum, grad_log_density, step_size, inverse_mass);
+  const NamedSpan grad("grad_log_density", a.grad), step("step_size", a.step, a.grad),
+      inverse("inverse_mass", a.inverse_mass, a.grad);
+  apart(op, "position", a.position, {NamedSpan("momentum", a.momentum), grad, step, inverse});
+  apart(op, "momentum", a.momentum, {grad, step, inverse});
+  run(a);
 }
 
 struct KickArguments {
@@ -136,15 +194,30 @@ struct KickArguments {
   Run out;
 };
 
+// With the result in the memory of momentum.
+inline KickArguments checked_kick(const Op& op, const Tensor& momentum, const Tensor& grad, const Tensor& a) {
+  const Run p = checked_run({op, "momentum"}, momentum);
+  const Run g = checked_alike({op, "grad_log_density"}, grad, momentum, p.dtype, "momentum");
+  return {momentum, p, g, checked_factor({op, "a"}, a, momentum, p.dtype, "momentum"), p};
+}
+
 template <void (*run)(const KickArguments&)>
 Tensor kick(Tensor momentum, Tensor grad_log_density, Tensor a) {
   const Op op("kick", momentum);
-  const Run p = checked_run({op, "momentum"}, momentum);
-  const Run g = checked_alike({op, "grad_log_density"}, grad_log_density, momentum, p.dtype, "momentum");
-  const CheckedFactor factor = checked_factor({op, "a"}, a, momentum, p.dtype, "momentum");
-  Tensor out = torch::stable::empty_like(momentum);
-  run({momentum, p, g, factor, checked_run({op, "result"}, out)});
+  KickArguments arguments = checked_kick(op, momentum, grad_log_density, a);
+  Tensor out = new_like(momentum, arguments.momentum);
+  arguments.out = checked_run({op, "result"}, out);
+  run(arguments);
   return out;
+}
+
+template <void (*run)(const KickArguments&)>
+void kick_(Tensor momentum, Tensor grad_log_density, Tensor a) {
+  const Op op("kick_", momentum);
+  const KickArguments arguments = checked_kick(op, momentum, grad_log_density, a);
+  apart(op, "momentum", arguments.momentum,
+        {NamedSpan("grad_log_density", arguments.grad), NamedSpan("a", arguments.a, arguments.grad)});
+  run(arguments);
 }
 
 // The draw is step << 28 | sample of the optimizer's noise.
@@ -166,7 +239,7 @@ Tensor perturb(Tensor x, Tensor radius, int64_t seed, int64_t draw, int64_t base
   in_range({op, "draw"}, draw, 0, (int64_t{1} << 60) - 1);
   in_range({op, "base"}, base, 0, INT64_MAX);
   const Noise& noise = checked_noise({op, "kind"}, kind);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_like(x, from);
   const uint64_t key = static_cast<uint64_t>(seed);
   const uint32_t step = static_cast<uint32_t>(draw >> 28), sample = static_cast<uint32_t>(draw & kMaxSample);
   run({x, from, length, make_stream(key, step, noise.purpose, sample), make_stream(key, step, kBallRadius, sample),

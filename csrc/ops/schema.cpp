@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(tsam, m) {
   m.def("kick(Tensor momentum, Tensor grad_log_density, Tensor a) -> Tensor");
   m.def("perturb(Tensor x, Tensor radius, int seed, int draw, int base, int kind) -> Tensor");
 
+  // The same moves in place; not differentiable.
+  m.def(
+      "leapfrog_(Tensor(a!) position, Tensor(b!) momentum, Tensor grad_log_density, Tensor step_size, "
+      "Tensor inverse_mass) -> ()");
+  m.def("kick_(Tensor(a!) momentum, Tensor grad_log_density, Tensor a) -> ()");
+
   // Weights of the samples that state has seen, then ESS and tilted loss: float64 [num_samples + 2].
   m.def("tilt_summary(Tensor state, int num_samples) -> Tensor");
 

@@ -61,7 +61,13 @@ if TYPE_CHECKING:
         kick as kick,
     )
     from ._C import (
+        kick_ as kick_,
+    )
+    from ._C import (
         leapfrog as leapfrog,
+    )
+    from ._C import (
+        leapfrog_ as leapfrog_,
     )
     from ._C import (
         norm_ascend_ as norm_ascend_,
@@ -121,6 +127,8 @@ else:
     tilted_reduce = _library.tilted_reduce.default
     leapfrog = _library.leapfrog.default
     kick = _library.kick.default
+    leapfrog_ = _library.leapfrog_.default
+    kick_ = _library.kick_.default
     perturb = _library.perturb.default
     tilt_summary = _library.tilt_summary.default
 
@@ -146,7 +154,9 @@ LIST_OPS = (
     "hmc_adapt_",
 )
 
-NAMES = (*LIST_OPS, "tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb", "tilt_summary")
+IN_PLACE = ("leapfrog_", "kick_")  # of one tensor; not differentiable
+DIFFERENTIABLE = ("tilted_loss", "tilted_weights", "tilted_reduce", "leapfrog", "kick", "perturb")
+NAMES = (*LIST_OPS, *IN_PLACE, *DIFFERENTIABLE, "tilt_summary")
 
 
 def _check_devices(name: str, args: tuple[Any, ...]) -> None:
@@ -211,7 +221,7 @@ def weights_backward(weights: Tensor, grad: Tensor, tilt: float) -> Tensor:
     """d/dL of Σ grad · softmax(tL): t w ⊙ (grad − Σ w grad); zero where the weights are constant (t = 0, ±inf)."""
     if tilt == 0.0 or tilt in (float("inf"), float("-inf")):
         return torch.zeros_like(weights)
-    return tilt * weights * (grad - (weights * grad).sum(0, keepdim=True))
+    return torch._softmax_backward_data(grad, weights, 0, weights.dtype) * tilt
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -232,8 +242,13 @@ def _weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 def reduce_backward(weights: Tensor, values: Tensor, grad: Tensor, tilt: float) -> tuple[Tensor, Tensor]:
     """Gradients of Σ w_j values_j to the losses and to the values."""
     rows = values.reshape(values.shape[0], grad.numel())
-    with torch.autocast(values.device.type, enabled=False):  # it would round both factors to half precision
-        products = (rows @ grad.reshape(grad.numel(), 1)).squeeze(1).to(weights.dtype)
+    column = grad.reshape(grad.numel(), 1)
+    if torch.is_autocast_enabled(values.device.type):  # it would round both factors to half precision
+        with torch.autocast(values.device.type, enabled=False):
+            products = rows @ column
+    else:
+        products = rows @ column
+    products = products.squeeze(1).to(weights.dtype)
     shape = (weights.shape[0],) + (1,) * grad.dim()
     return weights_backward(weights, products, tilt), weights.to(values.dtype).reshape(shape) * grad
 
@@ -301,7 +316,7 @@ def perturb_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad, of_radius, None, None, None, None
 
 
-for _name in LIST_OPS:
+for _name in (*LIST_OPS, *IN_PLACE):
     _register_fake(_name, _fake_in_place)
 _register_fake("tilted_loss", _fake_loss)
 _register_fake("tilted_weights", _fake_weights)

@@ -226,6 +226,10 @@ def run_single(lists: Make) -> Lists:
             name = "perturb" if needs_norm else "perturb bits"
             out[name].append(_C.perturb(x, radius, 3, 4 << 28, lists.base[i], kind))
         out["leapfrog bits"] += [*_C.leapfrog(x, p, g, radius, g if i % 2 else radius), _C.kick(p, g, radius)]
+        moved = [x.clone(), p.clone()]
+        _C.leapfrog_(*moved, g, radius, g if i % 2 else radius)
+        _C.kick_(moved[1], g, radius)
+        out["leapfrog bits"] += moved
         losses = torch.randn(5, generator=lists.generator).to(DEVICE)
         values = torch.randn(5, min(x.numel(), 5000), generator=lists.generator).to(x)
         for t in (0.0, 2.0, -3.0, float("inf"), float("-inf")):

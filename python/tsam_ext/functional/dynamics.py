@@ -27,7 +27,7 @@ from tsam_ext.engine.checks import (
     shown,
 )
 
-from .transforms import apply, loop_of_vmap
+from .transforms import apply, below_autograd, loop_of_vmap
 
 __all__ = ["kick", "leapfrog", "perturb"]
 
@@ -70,10 +70,10 @@ def leapfrog(
     position = check_tensor(op, "position", position)
     momentum = check_alike(op, "momentum", momentum, position, "position")
     grad_log_density = check_alike(op, "grad_log_density", grad_log_density, position, "position")
-    step = _factor(op, "step_size", step_size, position, "position")
-    inverse = _factor(op, "inverse_mass", inverse_mass, position, "position", positive=True)
+    step = factor_of(op, "step_size", step_size, position, "position")
+    inverse = factor_of(op, "inverse_mass", inverse_mass, position, "position", positive=True)
     result: tuple[Tensor, Tensor] = apply(
-        _Leapfrog, _LeapfrogReverse, *_aligned(position, momentum, grad_log_density, step, inverse)
+        _Leapfrog, _LeapfrogReverse, *aligned(position, momentum, grad_log_density, step, inverse)
     )
     return result
 
@@ -102,8 +102,8 @@ def kick(momentum: Tensor, grad_log_density: Tensor, a: Tensor | float) -> Tenso
     op = "kick"
     momentum = check_tensor(op, "momentum", momentum)
     grad_log_density = check_alike(op, "grad_log_density", grad_log_density, momentum, "momentum")
-    factor = _factor(op, "a", a, momentum, "momentum")
-    result: Tensor = apply(_Kick, _KickReverse, *_aligned(momentum, grad_log_density, factor))
+    factor = factor_of(op, "a", a, momentum, "momentum")
+    result: Tensor = apply(_Kick, _KickReverse, *aligned(momentum, grad_log_density, factor))
     return result
 
 
@@ -161,16 +161,16 @@ def perturb(
     draw = check_int(op, "draw", draw, 0, (1 << 60) - 1)
     base = check_int(op, "base", base, 0, (1 << 62) - 1)
     noise = check_noise(op, "kind", kind)
-    x = x if is_dense(x) else x.contiguous()
+    x = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     result: Tensor = apply(_Perturb, _PerturbReverse, x, radius, key, draw, base, noise)
     return result
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+    return torch.scalar_tensor(value, dtype=torch.float64, device=like.device)
 
 
-def _factor(op: str, argument: str, value: object, like: Tensor, reference: str, positive: bool = False) -> Tensor:
+def factor_of(op: str, argument: str, value: object, like: Tensor, reference: str, positive: bool = False) -> Tensor:
     """A factor as the ops take it: 0-dim of any dtype, or one value per element."""
     if not isinstance(value, Tensor):
         number = check_number(op, argument, value, "a finite positive number" if positive else "a finite number")
@@ -188,8 +188,10 @@ def _factor(op: str, argument: str, value: object, like: Tensor, reference: str,
     return factor.to(like.dtype).expand(like.shape)
 
 
-def _aligned(first: Tensor, *rest: Tensor) -> list[Tensor]:
+def aligned(first: Tensor, *rest: Tensor) -> list[Tensor]:
     """The tensors in the layout of the first, or contiguous where that one has gaps; 0-dim factors stay."""
+    if first.is_contiguous():
+        return [first, *[tensor.contiguous() for tensor in rest]]
     if not is_dense(first):
         return [tensor.contiguous() for tensor in (first, *rest)]
     order = order_of(first)
@@ -232,11 +234,13 @@ def _vmap(function: Any, reverse: Any, info: Any, in_dims: tuple[int | None, ...
 
 @kept_whole
 class _LeapfrogReverse(torch.autograd.Function):
+    op = _ops.leapfrog
+
     @staticmethod
     def forward(
         position: Tensor, momentum: Tensor, grad: Tensor, step: Tensor, inverse_mass: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return _ops.leapfrog(position, momentum, grad, step, inverse_mass)
+        return below_autograd(_ops.leapfrog, position, momentum, grad, step, inverse_mass)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -274,9 +278,11 @@ class _Leapfrog(_LeapfrogReverse):
 
 @kept_whole
 class _KickReverse(torch.autograd.Function):
+    op = _ops.kick
+
     @staticmethod
     def forward(momentum: Tensor, grad: Tensor, a: Tensor) -> Tensor:
-        return _ops.kick(momentum, grad, a)
+        return below_autograd(_ops.kick, momentum, grad, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -307,9 +313,11 @@ class _Kick(_KickReverse):
 
 @kept_whole
 class _PerturbReverse(torch.autograd.Function):
+    op = _ops.perturb
+
     @staticmethod
     def forward(x: Tensor, radius: Tensor, seed: int, draw: int, base: int, kind: int) -> Tensor:
-        return _ops.perturb(x, radius, seed, draw, base, kind)
+        return below_autograd(_ops.perturb, x, radius, seed, draw, base, kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

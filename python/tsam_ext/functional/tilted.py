@@ -15,13 +15,14 @@ from tsam_ext import _ops
 from tsam_ext._compile import kept_whole
 from tsam_ext.engine.checks import check_alike, check_tensor, check_tilt, refuse
 
-from .transforms import apply, loop_of_vmap
+from .transforms import apply, below_autograd, loop_of_vmap
 
 __all__ = ["tilted_loss", "tilted_reduce", "tilted_weights"]
 
 
 def _checked(op: str, losses: object, tilt: object) -> tuple[Tensor, float]:
-    tilt = check_tilt(op, tilt)
+    if type(tilt) is not float or tilt != tilt:
+        tilt = check_tilt(op, tilt)
     losses = check_tensor(op, "losses", losses)
     if losses.dim() != 1 or losses.shape[0] == 0:
         raise refuse(op, "losses", f"shape {tuple(losses.shape)}", "a vector of at least one loss")
@@ -107,6 +108,12 @@ def tilted_reduce(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
     return result
 
 
+def _weights(losses: Tensor, tilt: float) -> Tensor:
+    """tilted_weights of what has been checked."""
+    result: Tensor = apply(_TiltedWeights, _TiltedWeightsReverse, losses, tilt)
+    return result
+
+
 class _Tilted(torch.autograd.Function):
     """What the three share: inputs kept for both modes."""
 
@@ -119,14 +126,16 @@ class _Tilted(torch.autograd.Function):
 
 @kept_whole
 class _TiltedLossReverse(_Tilted):
+    op = _ops.tilted_loss
+
     @staticmethod
     def forward(losses: Tensor, tilt: float) -> Tensor:
-        return _ops.tilted_loss(losses, tilt)
+        return below_autograd(_ops.tilted_loss, losses, tilt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (losses,) = ctx.saved_tensors
-        return _ops.loss_backward(tilted_weights(losses, ctx.tilt), grad), None
+        return _ops.loss_backward(_weights(losses, ctx.tilt), grad), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -142,14 +151,16 @@ class _TiltedLoss(_TiltedLossReverse):
 
 @kept_whole
 class _TiltedWeightsReverse(_Tilted):
+    op = _ops.tilted_weights
+
     @staticmethod
     def forward(losses: Tensor, tilt: float) -> Tensor:
-        return _ops.tilted_weights(losses, tilt)
+        return below_autograd(_ops.tilted_weights, losses, tilt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (losses,) = ctx.saved_tensors
-        return _ops.weights_backward(tilted_weights(losses, ctx.tilt), grad, ctx.tilt), None
+        return _ops.weights_backward(_weights(losses, ctx.tilt), grad, ctx.tilt), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -166,14 +177,16 @@ class _TiltedWeights(_TiltedWeightsReverse):
 
 @kept_whole
 class _TiltedReduceReverse(_Tilted):
+    op = _ops.tilted_reduce
+
     @staticmethod
     def forward(losses: Tensor, values: Tensor, tilt: float) -> Tensor:
-        return _ops.tilted_reduce(losses, values, tilt)
+        return below_autograd(_ops.tilted_reduce, losses, values, tilt)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         losses, values = ctx.saved_tensors
-        weights = tilted_weights(losses, ctx.tilt)
+        weights = _weights(losses, ctx.tilt)
         return *_ops.reduce_backward(weights, values, grad, ctx.tilt), None
 
     @staticmethod
