@@ -211,3 +211,24 @@ def test_a_parameter_without_a_gradient_drifts(problem) -> None:
         assert len({tuple(u.tolist()) for u in seen}) > STEPS
         positions.append([*seen, *optimizer.chain_position()])
     torch.testing.assert_close(positions[0], positions[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "ball"])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_energies_of_gradients_that_float32_cannot_square(prior: str, size: float) -> None:
+    """δ makes up for their size: energies in float32 lanes are those in float64, and none of them is zero."""
+    slope = torch.randn(3000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * size
+    energies = []
+    for dtype in (torch.float32, torch.float64):
+        parameter = torch.nn.Parameter(torch.zeros(3000, dtype=dtype))
+        options = {"delta": 5.0 / size, "num_samples": 2, "num_leapfrog_steps": 2, "step_size": 0.5, "tilt": 0.0}
+        optimizer = tsam([parameter], lr=0.0, rho=1.0, seed=1, sampler="hmc", prior=prior, **options)
+
+        def closure(parameter: Tensor = parameter) -> Tensor:
+            parameter.grad = slope.to(parameter.dtype)
+            return torch.dot(parameter.detach().double(), slope)
+
+        optimizer.step(closure)
+        energies.append(optimizer.diagnostics.energy_errors)
+    torch.testing.assert_close(energies[0], energies[1], rtol=1e-4, atol=1e-3)
+    assert (energies[1].abs() > 1e-2).all()

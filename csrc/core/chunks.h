@@ -31,8 +31,9 @@ struct Chunk {
 TSAM_CORE_BEGIN
 
 // The tensor whose chunks contain chunk c: the last t with first_chunk[t] <= c. Empty tensors have no chunk and
-// are never found.
-TSAM_HD int64_t find_tensor(const int64_t* first_chunk, int64_t num_tensors, int64_t c) {
+// are never found. The prefix array and the sizes are anything with [].
+template <typename First>
+TSAM_HD int64_t find_tensor(const First& first_chunk, int64_t num_tensors, int64_t c) {
   int64_t low = 0, high = num_tensors;
   while (high - low > 1) {
     const int64_t middle = low + (high - low) / 2;
@@ -45,8 +46,8 @@ TSAM_HD int64_t find_tensor(const int64_t* first_chunk, int64_t num_tensors, int
   return low;
 }
 
-TSAM_HD Chunk chunk_at(const int64_t* first_chunk, const int64_t* sizes, int64_t num_tensors, int64_t c,
-                       int64_t chunk) {
+template <typename First, typename Sizes>
+TSAM_HD Chunk chunk_at(const First& first_chunk, const Sizes& sizes, int64_t num_tensors, int64_t c, int64_t chunk) {
   const int64_t tensor = find_tensor(first_chunk, num_tensors, c);
   const int64_t offset = (c - first_chunk[tensor]) * chunk;
   const int64_t left = sizes[tensor] - offset;

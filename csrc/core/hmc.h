@@ -56,7 +56,30 @@ struct HmcKick {
     qq = fused(wide, wide, qq);
     p = fused(V(a), q, p);
   }
+
+  // The same into sums of core/sums.h, which count q in steps of 1 / unit (energy_unit): p.q unit and q.q unit^2.
+  template <typename Sum>
+  TSAM_HD void operator()(C t, C grad, C& p, C unit, Sum& pq, Sum& qq) const {
+    const C q = t * grad, counted = unit * q;
+    pq.add_product(p, counted);
+    qq.add_product(counted, counted);
+    p = fused(a, q, p);
+  }
 };
+
+// What feeds an energy is looked at where a q is of the size of p, however large or small q itself may be: a power of
+// two beside |a|, within what leaves float32 its range; 0 where no kick has an energy.
+TSAM_HD float energy_unit(double a) {
+  if (a == 0.0) return 0.0f;
+  constexpr uint32_t kLeast = (127u - 20u) << 23, kMost = (127u + 60u) << 23;
+  const uint32_t power = bits_from_float(static_cast<float>(a)) & 0x7F800000u;
+  return float_from_bits(power < kLeast ? kLeast : power > kMost ? kMost : power);
+}
+
+// 1 / unit; 0 for 0.
+TSAM_HD double per_unit(float unit) {
+  return unit == 0.0f ? 0.0 : static_cast<double>(float_from_bits((254u << 23) - bits_from_float(unit)));
+}
 
 // sum += x y
 template <typename V, typename D>

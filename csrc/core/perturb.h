@@ -7,7 +7,7 @@
 // Invariant: one multiply-add per element, in the compute type; scalars come in float64 and are rounded once.
 #pragma once
 
-#include "dtype.h"
+#include "sums.h"
 
 namespace tsam {
 
@@ -85,6 +85,42 @@ TSAM_HD void add_displacement(C position, C origin, C grad, bool adaptive, doubl
   squares = fma(moved, moved, squares);
   along = fma(change, static_cast<double>(grad), along);
   ascent = fma(scaled, scaled, ascent);
+}
+
+// The same for W elements at once.
+template <int W>
+TSAM_HD void add_displacements(const double (&position)[W], const double (&origin)[W], const double (&grad)[W],
+                               bool adaptive, WideSum& squares, WideSum& along, WideSum& ascent) {
+  TSAM_UNROLL
+  for (int k = 0; k < W; ++k)
+    add_displacement(position[k], origin[k], grad[k], adaptive, squares.sum, along.sum, ascent.sum);
+}
+
+// In pairs of float32: change, change / D and D g are each a float32 and what that leaves.
+template <int W>
+TSAM_HD void add_displacements(const float (&position)[W], const float (&origin)[W], const float (&grad)[W],
+                               bool adaptive, RangedSum& squares, RangedSum& along, RangedSum& ascent) {
+  TSAM_UNROLL
+  for (int k = 0; k < W; ++k) {
+    const float d = adaptive ? magnitude(origin[k]) : 1.0f;
+    float change_rest;
+    const float change = two_sum(position[k], -origin[k], change_rest), inverse = 1.0f / d;
+    const float moved = change == 0.0f ? 0.0f : change * inverse, scaled = d * grad[k];
+    const bool stays = change == 0.0f, flat = grad[k] == 0.0f || (d == 0.0f && scaled == 0.0f);
+    if ((stays || in_range(moved * moved)) && (stays || grad[k] == 0.0f || in_range(fabsf(change * grad[k]))) &&
+        (flat || in_range(scaled * scaled))) {
+      // (m + r)^2 = m^2 + 2 m r to within the pair's precision, and r makes up for what the inverse is rounded by.
+      const float moved_rest = stays ? 0.0f : (fmaf(-moved, d, change) + change_rest) * inverse;
+      squares.pair.add_product(moved, moved);
+      squares.pair.low = fmaf(2.0f * moved, moved_rest, squares.pair.low);
+      along.pair.add_product(change, grad[k]);
+      along.pair.low = fmaf(change_rest, grad[k], along.pair.low);
+      ascent.pair.add_product(scaled, scaled);
+      ascent.pair.low = fmaf(2.0f * scaled, fmaf(d, grad[k], -scaled), ascent.pair.low);
+    } else {
+      add_displacement(position[k], origin[k], grad[k], adaptive, squares.rest, along.rest, ascent.rest);
+    }
+  }
 }
 
 // What makes unit vectors of normals whose sum of squares is known, and points of the ball.

@@ -29,6 +29,13 @@ TSAM_HD double kick_length(const double* chain, Prior prior, int64_t dimension, 
   return kick * chain[kDelta] * step_time(chain, prior, dimension);
 }
 
+// The unit of the last kick's sums, which are taken before its length is worked out: the kick before it was about as
+// long.
+TSAM_HD float last_kick_unit(const double* chain) {
+  if (chain[kDelta] == 0.0) return 0.0f;
+  return chain[kKick] == 0.0 ? 1.0f : energy_unit(chain[kKick]);
+}
+
 // `squares`: |T g|^2 of the step's first gradient, looked at where delta is automatic.
 TSAM_HD void step_begin(double* chain, double* state, double loss, double tilt, double delta, bool automatic,
                         double squares, int64_t dimension) {

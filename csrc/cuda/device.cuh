@@ -3,7 +3,7 @@
 //
 // Layout: kernels are torch-free and take raw pointers and plain structs by value; shared memory is declared by
 // TSAM_SHARED alone, a large parameter by TSAM_PARAMETER(type). Invariant: every launch goes through launch(),
-// which says whether it was accepted; cudaLaunchKernelEx does that without asking for the last error. load_kernel()
+// which says whether it was accepted; cudaLaunchKernelExC does that without asking for the last error. load_kernel()
 // comes before, for a kernel's first launch not to fail halfway through an op.
 #pragma once
 
@@ -11,6 +11,7 @@
 
 // From the emulation: __global__, the index variables, barriers, shuffles and votes, vector types, streams and errors,
 // launch(), TSAM_SHARED, TSAM_PARAMETER, and what ops_cuda.cu needs of the runtime.
+#include "../core/dtype.h"
 #include "simt.h"
 
 #define TSAM_DEVICE inline
@@ -21,6 +22,9 @@ template <typename Word>
 TSAM_DEVICE void store_word(const Word& word, Word* to) {
   *to = word;
 }
+
+TSAM_DEVICE float widen_half(Float16 x) { return to_compute(x); }
+TSAM_DEVICE void narrow_half(float x, Float16& out) { from_compute(x, out); }
 }  // namespace cuda
 }  // namespace tsam
 
@@ -32,7 +36,9 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <utility>
+#include <type_traits>
+
+#include "../core/dtype.h"
 
 #define TSAM_DEVICE __device__ __forceinline__
 #define TSAM_LAUNCH_BOUNDS(...) __launch_bounds__(__VA_ARGS__)
@@ -55,6 +61,19 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
   __stwb(to, word);
 }
 
+// float16 by the processor's own conversions, which take one instruction where core/dtype.h's integers take thirty. The
+// same bits but a NaN's: PTX leaves open which one is read, and the one that is stored is chosen here.
+TSAM_DEVICE float widen_half(Float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+TSAM_DEVICE void narrow_half(float x, Float16& out) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  out.bits = x != x ? uint16_t{0x7E00} : bits;
+}
+
 // Brings a kernel to the current device now: by itself the driver does that at the first launch, and fails there. In a
 // captured graph too, since it changes nothing that a graph holds.
 [[nodiscard]] inline cudaError_t load_kernel(const void* kernel) {
@@ -67,15 +86,17 @@ TSAM_DEVICE void store_word(const Word& word, Word* to) {
   return error != cudaSuccess ? error : back;
 }
 
-template <typename... Parameters, typename... Args>
+// Parameters go by their addresses, so that nobody but the driver copies a table.
+template <typename... Parameters>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                                 cudaStream_t stream, Args&&... args) {
+                                 cudaStream_t stream, const std::decay_t<Parameters>&... parameters) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))..., nullptr};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 
 }  // namespace cuda

@@ -98,18 +98,19 @@ void perturb(const NoiseArguments& a) {
   const Runs to{a.out}, from{a.x};
   const int64_t blocks = normed ? blocks_of(a.x.size) : 0;
   const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, kHeader);
-  const auto entry = [&](TablePair& table, size_t k, size_t) { table.element[k] = static_cast<uint64_t>(a.base); };
+  const auto entry = [&](auto& at, size_t) { at.element = static_cast<uint64_t>(a.base); };
   if (normed)
-    for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
-      device.run<noise_sum_squares<TablePair>>(share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
-                                               numbers(partial) + share.before);
+    for_shares<2>({&to, &from}, 0, entry, [&](const auto& share) {
+      device.run<noise_sum_squares<2, kFewIn<decltype(share)>>>(
+          share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr}, numbers(partial) + share.before);
     });
   device.finish<1>(FinishDraw{numbers(scale), a.noise, a.x.size, a.radius_stream, a.radius}, numbers(partial), blocks);
-  for_shares<2>({&to, &from}, 0, entry, [&](const Share<2>& share) {
+  for_shares<2>({&to, &from}, 0, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, CountedStream{a.stream, nullptr},
-                                    numbers(scale), /*negate=*/false, /*save=*/false, CountedStream{});
+      device.run<perturb_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table,
+                                                             CountedStream{a.stream, nullptr}, numbers(scale),
+                                                             /*negate=*/false, /*save=*/false, CountedStream{});
     });
   });
 }

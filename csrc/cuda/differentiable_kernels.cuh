@@ -79,8 +79,9 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
     }
     return;
   }
-  const bool whole = aligned(values, to) && rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  for_lanes<W>(chunk.length, 0, whole, [&](int i, auto lanes) {
+  Lay lay = lay_by_memory<W>(values, to);
+  if (rows.row * static_cast<int64_t>(sizeof(T)) % 16 != 0) lay = Lay{0, false, true};
+  for_lanes<W, true>(chunk.length, lay, [&](int i, auto lanes) {
     double sum[W] = {};
     C mean[W];
     for (int64_t j = 0; j < rows.rows; ++j) {
@@ -128,9 +129,9 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) leapfrog_chunks(TSAM_PARAMETER(Leap
   constexpr int W = 4;
   const Chunk chunk = chunk_of(run.n);
   const C step_number = run.step.number(), mass_number = run.inverse_mass.number();
-  const bool whole = aligned(run.position, run.momentum, run.grad, run.step.each, run.inverse_mass.each,
-                             run.position_out, run.momentum_out);
-  for_lanes<W>(chunk.length, 0, whole, [&](int begin, auto lanes) {
+  const Lay lay = lay_by_memory<W>(run.position, run.momentum, run.grad, run.step.each, run.inverse_mass.each,
+                                   run.position_out, run.momentum_out);
+  for_lanes<W, false>(chunk.length, lay, [&](int begin, auto lanes) {
     const int64_t i = chunk.offset + begin;
     C x[W], p[W], g[W], step[W], inverse[W];
     load(run.position + i, lanes, x);
@@ -159,15 +160,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) kick_chunks(TSAM_PARAMETER(KickRun<
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(run.n);
   const C number = run.a.number();
-  for_lanes<W>(chunk.length, 0, aligned(run.momentum, run.grad, run.a.each, run.out), [&](int begin, auto lanes) {
-    const int64_t i = chunk.offset + begin;
-    C p[W], g[W], a[W];
-    load(run.momentum + i, lanes, p);
-    load(run.grad + i, lanes, g);
-    run.a(i, lanes, number, a);
-    Kick<C>{}(g, a, p);
-    store(p, lanes, run.out + i);
-  });
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(run.momentum, run.grad, run.a.each, run.out),
+                     [&](int begin, auto lanes) {
+                       const int64_t i = chunk.offset + begin;
+                       C p[W], g[W], a[W];
+                       load(run.momentum + i, lanes, p);
+                       load(run.grad + i, lanes, g);
+                       run.a(i, lanes, number, a);
+                       Kick<C>{}(g, a, p);
+                       store(p, lanes, run.out + i);
+                     });
 }
 
 // The scale of a draw of one tensor, where perturb_chunks looks for it.

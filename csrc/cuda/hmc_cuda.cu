@@ -26,24 +26,24 @@ void place(const HmcPlaceArguments& a) {
   const int64_t blocks = normed ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks), scale = device.workspace(1, 1);
   const Runs* const lists[kPlaceLists] = {&a.position, &a.scaled.origin, &a.x[0], &a.x[1], &a.x[2]};
-  const auto entry = [&](PlaceTable& table, size_t k, size_t i) {
-    table.element[k] = static_cast<uint64_t>(a.base[i]);
-    table.scale[k] = a.scaled.scale(i);
-    table.adaptive[k] = a.scaled.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.element = static_cast<uint64_t>(a.base[i]);
+    at.scale = a.scaled.scale(i);
+    at.adaptive = a.scaled.adaptive[i];
   };
   if (normed)
-    for_shares<kPlaceLists>(lists, 0, entry, [&](const Share<kPlaceLists>& share) {
-      device.run<noise_sum_squares<PlaceTable>>(share.blocks, kThreads, share.table, stream,
-                                                numbers(partial) + share.before);
+    for_shares<kPlaceLists>(lists, 0, entry, [&](const auto& share) {
+      device.run<noise_sum_squares<kPlaceLists, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, stream,
+                                                                          numbers(partial) + share.before);
     });
   const FinishPlace finish{numbers(scale), a.scaled.prior, a.scaled.dimension, a.counter.stream(kBallRadius)};
   if (a.draw && device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
   if (a.stage.number == 0) return;
-  move_shares<kPlaceLists>(device, lists, entry, a.state, [&](const Share<kPlaceLists>& share) {
+  move_shares<kPlaceLists>(device, lists, entry, a.state, [&](const auto& share) {
     for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<hmc_place_chunks<T>>(share.blocks, kThreads, share.table, stream, a.chain,
-                                      a.draw ? numbers(scale) : nullptr, a.rounding.counted);
+      device.run<hmc_place_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, stream, a.chain,
+                                                               a.draw ? numbers(scale) : nullptr, a.rounding.counted);
     });
   });
 }
@@ -53,15 +53,16 @@ void begin(const HmcBeginArguments& a) {
   const bool summed = a.automatic && a.stage.has(0);
   const int64_t blocks = summed ? device_plan(a.grads).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
-  const auto entry = [&](TablePair& table, size_t k, size_t i) {
-    table.scale[k] = a.scaled.rho[i];
-    table.adaptive[k] = a.scaled.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.scale = a.scaled.rho[i];
+    at.adaptive = a.scaled.adaptive[i];
   };
   if (summed)
-    for_shares<2>({&a.grads, &a.scaled.origin}, 0, entry, [&](const Share<2>& share) {
+    for_shares<2>({&a.grads, &a.scaled.origin}, 0, entry, [&](const auto& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+        device.run<grad_sum_squares<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table,
+                                                                 numbers(partial) + share.before);
       });
     });
   const StepBegin finish{a.chain, a.state, a.loss, a.tilt, a.delta, a.automatic, a.scaled.dimension};
@@ -77,17 +78,17 @@ void leapfrog(const HmcLeapfrogArguments& a) {
   PassScalars* const scalars = reinterpret_cast<PassScalars*>(numbers(memory));
   const Runs* const lists[kLeapfrogLists] = {&a.position, &a.scaled.origin, &a.momentum, &a.grads,
                                              &a.x[0],     &a.x[1],          &a.x[2]};
-  const auto entry = [&](LeapfrogTable& table, size_t k, size_t i) {
-    table.element[k] = static_cast<uint64_t>(a.base[i]);
-    table.scale[k] = a.scaled.scale(i);
-    table.adaptive[k] = a.scaled.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.element = static_cast<uint64_t>(a.base[i]);
+    at.scale = a.scaled.scale(i);
+    at.adaptive = a.scaled.adaptive[i];
   };
   const SubstepScalars at{a.chain, scalars, a.scaled.prior, a.scaled.dimension, a.substep, a.first, a.measure};
   const auto pass = [&](auto kind, auto first) {
-    for_shares<kLeapfrogLists>(lists, 0, entry, [&](const Share<kLeapfrogLists>& share) {
+    for_shares<kLeapfrogLists>(lists, 0, entry, [&](const auto& share) {
       const auto run = [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<hmc_pass<T, decltype(kind)::value, decltype(first)::value>>(
+        device.run<hmc_pass<T, decltype(kind)::value, decltype(first)::value, kFewIn<decltype(share)>>>(
             share.blocks, kThreads, share.table, a.counter.stream(kMomentum), a.measure, a.chain, scalars,
             numbers(partial) + share.before, blocks, a.rounding.counted);
       };
@@ -126,15 +127,16 @@ void end(const HmcEndArguments& a) {
   const OnDevice device(a.home);
   const int64_t blocks = a.stage.has(0) ? device_plan(a.momentum).num_chunks() : 0;
   const Tensor partial = device.workspace(2, blocks);
-  const auto entry = [&](TensorTable<3>& table, size_t k, size_t i) {
-    table.scale[k] = a.scaled.scale(i);
-    table.adaptive[k] = a.scaled.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.scale = a.scaled.scale(i);
+    at.adaptive = a.scaled.adaptive[i];
   };
   if (a.stage.has(0))
-    for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const Share<3>& share) {
+    for_shares<3>({&a.scaled.origin, &a.momentum, &a.grads}, 0, entry, [&](const auto& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<hmc_last_kick<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+        device.run<hmc_last_kick<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.chain,
+                                                              numbers(partial) + share.before, blocks);
       });
     });
   const StepEnd finish{a.chain, a.state, a.loss,       a.counter.stream(kAccept), a.scaled.prior, a.scaled.dimension,
@@ -149,12 +151,13 @@ void recycle(const HmcRecycleArguments& a) {
 
 void carry(const HmcCarryArguments& a) {
   const OnDevice device(a.home);
-  const auto entry = [](TensorTable<3>&, size_t, size_t) {};
+  const auto entry = [](auto&, size_t) {};
   const Runs* const proposal = a.adopted ? &a.accumulator : &a.grads;
-  for_shares<3>({&a.accumulator, &a.carried, proposal}, 1, entry, [&](const Share<3>& share) {
+  for_shares<3>({&a.accumulator, &a.carried, proposal}, 1, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<hmc_carry_chunks<T>>(share.blocks, kThreads, share.table, a.chain, a.state, a.count, a.adopted);
+      device.run<hmc_carry_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.chain, a.state,
+                                                               a.count, a.adopted);
     });
   });
 }

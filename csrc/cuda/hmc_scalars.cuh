@@ -51,6 +51,7 @@ struct SubstepBegin {
   TSAM_DEVICE void operator()(const double*) const {
     if (at.first) trajectory_begin(at.chain);
     at.scalars->kick = kick_length(at.chain, at.prior, at.dimension, at.substep.kick);
+    at.scalars->unit = energy_unit(at.scalars->kick);
     if (at.prior != Prior::kBall) at.scalars->set(prior_drift(at.prior, at.time(), HmcSums{}));
   }
 };

@@ -77,9 +77,9 @@ class OnDevice {
 #endif
 
   template <auto kernel, typename... Args>
-  void run(int64_t blocks, int threads, Args&&... args) const {
+  void run(int64_t blocks, int threads, const Args&... args) const {
     static_cast<void>(listed<kernel>);
-    start(kernel, blocks, threads, std::forward<Args>(args)...);
+    start(kernel, blocks, threads, args...);
   }
 
   template <int K, typename Finish>
@@ -105,10 +105,14 @@ class OnDevice {
   }
 
  private:
-  template <typename... Parameters, typename... Args>
-  void start(void (*kernel)(Parameters...), int64_t blocks, int threads, Args&&... args) const {
+  template <typename... Parameters>
+  void start(void (*kernel)(Parameters...), int64_t blocks, int threads,
+             const std::decay_t<Parameters>&... parameters) const {
+    constexpr size_t all = (sizeof(std::decay_t<Parameters>) + ... + 0),
+                     largest = std::max({size_t{0}, sizeof(std::decay_t<Parameters>)...});
+    static_assert(all - largest <= kOtherParameters, "more than a table leaves room for");
     check_cuda(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream_,
-                      static_cast<Parameters>(args)...),
+                      parameters...),
                "a kernel could not be launched");
   }
 
@@ -151,44 +155,63 @@ void for_positions(DType dtype, const Rounding& rounding, const Body& body) {
 }
 
 // One launch's share of a list.
-template <int L>
+template <int L, bool few>
 struct Share {
-  TensorTable<L> table;
+  TensorTable<L, few> table;
   DType dtype;
   int64_t before, blocks;  // of this list's blocks
 };
 
+// Of the type of a share: whether its kernels are those of few tensors.
+template <typename Share>
+constexpr bool kFewIn = decltype(std::decay_t<Share>::table)::kFew;
+
+// The share of the n tensors at `indices`. What lies beyond them needs no zeros, as it is never read.
+template <int L, bool few, typename Entry>
+void fill(Share<L, few>& share, const Runs* const (&lists)[L], int key, const int64_t* indices, size_t n,
+          const Entry& entry) {
+  share.blocks = 0;
+  for (size_t k = 0; k < n; ++k) {
+    const size_t i = static_cast<size_t>(indices[k]);
+    TensorEntry<L>& at = share.table.entries[k];
+    for (int l = 0; l < L; ++l) at.data[l] = lists[l]->empty() ? nullptr : (*lists[l])[i].data;
+    at.size = (*lists[key])[i].size;
+    at.element = 0;
+    at.scale = 1.0;
+    at.first_chunk = static_cast<int32_t>(share.blocks);
+    at.adaptive = false;
+    entry(at, i);
+    share.blocks += (at.size + kDeviceChunk - 1) / kDeviceChunk;
+  }
+  share.table.num_tensors = static_cast<int64_t>(n);
+}
+
 // body(share) for tables over the given lists, all as long as the first and, but for the accumulators of list `key`'s
-// dtype, of its types; entry(table, place, index) fills in what is not a pointer or a size.
+// dtype, of its types; entry(entry of the table, index) fills in what is not a pointer or a size.
 template <int L, typename Entry, typename Body>
 void for_shares(const Runs* const (&lists)[L], int key, const Entry& entry, const Body& body) {
   const Runs& first = *lists[key];
-  // 32 KB that need no zeros: what lies beyond num_tensors is never read.
-  Share<L> share;
-  share.before = 0;
+  int64_t before = 0;
+  const auto take = [&](auto& share, DType dtype, const int64_t* indices, size_t n) {
+    fill(share, lists, key, indices, n, entry);
+    share.dtype = dtype;
+    share.before = before;
+    body(share);
+    before += share.blocks;
+  };
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     std::vector<int64_t> indices;
     for (size_t i = 0; i < first.size(); ++i)
       if (first[i].dtype == dtype && first[i].size > 0) indices.push_back(static_cast<int64_t>(i));
     for (size_t begin = 0; begin < indices.size(); begin += kTensorsPerLaunch<L>) {
       const size_t n = std::min(indices.size() - begin, static_cast<size_t>(kTensorsPerLaunch<L>));
-      std::vector<int64_t> sizes(n);
-      for (size_t k = 0; k < n; ++k) {
-        const size_t i = static_cast<size_t>(indices[begin + k]);
-        for (int l = 0; l < L; ++l) share.table.data[l][k] = lists[l]->empty() ? nullptr : (*lists[l])[i].data;
-        share.table.size[k] = sizes[k] = first[i].size;
-        share.table.element[k] = 0;
-        share.table.scale[k] = 1.0;
-        share.table.adaptive[k] = false;
-        entry(share.table, k, i);
+      if (n <= static_cast<size_t>(kTensorsPerLaunch<L, true>)) {
+        Share<L, true> share;
+        take(share, dtype, indices.data() + begin, n);
+      } else {
+        Share<L, false> share;
+        take(share, dtype, indices.data() + begin, n);
       }
-      const ChunkPlan plan(sizes, kDeviceChunk);
-      std::copy(plan.first_chunk().begin(), plan.first_chunk().end(), share.table.first_chunk);
-      share.table.num_tensors = static_cast<int>(n);
-      share.dtype = dtype;
-      share.blocks = plan.num_chunks();
-      body(share);
-      share.before += share.blocks;
     }
   }
 }

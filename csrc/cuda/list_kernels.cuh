@@ -1,9 +1,9 @@
 // The kernels of the list ops: core functors over the chunks of a TensorTable. Words moved per float32 element stand
 // beside each kernel; they are those of csrc/cpu/kernels.h.
 //
-// Layout: a kernel serves one storage type; scalars of the step (noise scale, norm, coefficients) are read from `state`
-// in device memory, written there by a finish kernel earlier on the same stream.
-// Invariant: an element's bits are those of the CPU back end; sums agree to rounding.
+// Layout: a kernel serves one storage type and one size of table; scalars of the step (noise scale, norm, coefficients)
+// are read from `state` in device memory, written there by a finish kernel earlier on the same stream. Invariant: an
+// element's bits are those of the CPU back end; sums agree to rounding.
 #pragma once
 
 #include "../core/direction.h"
@@ -15,45 +15,40 @@
 namespace tsam {
 namespace cuda {
 
-using TablePair = TensorTable<2>;
-using TableTriple = TensorTable<3>;
-
 // partial[b] = sum of z^2 over the chunk, z normal: signs need no norm. Words: 0.
-template <typename Table>
+template <int L, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    noise_sum_squares(TSAM_PARAMETER(Table) table, CountedStream counted, double* partial) {
+    noise_sum_squares(TSAM_PARAMETER(TensorTable<L, few>) table, CountedStream counted, double* partial) {
   const Stream stream = stream_now(counted);
   const Chunk chunk = chunk_of(table);
-  const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
-  double sum = 0.0;
-  for_lanes<4>(chunk.length, static_cast<int>(element % 4), true, [&](int i, auto lanes) {
+  const uint64_t element = table[chunk].element + static_cast<uint64_t>(chunk.offset);
+  PairSum sums[1] = {};  // a normal is 0 or of a size that float32 squares without loss (core/philox.h)
+  for_lanes<4, false>(chunk.length, Lay{static_cast<int>(element % 4), true, false}, [&](int i, auto lanes) {
     float z[4];
     normals<1>(stream, (element + static_cast<uint64_t>(static_cast<int64_t>(i))) / 4, z);
     TSAM_UNROLL
     for (int k = 0; k < 4; ++k)
-      if (lanes[k]) sum = fma(static_cast<double>(z[k]), static_cast<double>(z[k]), sum);
+      if (lanes[k]) sums[0].add_product(z[k], z[k]);
   });
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  store_sums<kThreads>(sums, partial, 1, [](int) { return 1.0; });
 }
 
 // Lists: position, saved. As the CPU's perturb (save: read 1, write 2; otherwise read 1, write 1). The scale is the
 // state's noise scale times the tensor's.
-template <typename T>
+template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    perturb_chunks(TSAM_PARAMETER(TablePair) table, CountedStream counted, const double* state, bool negate, bool save,
-                   CountedStream rounding) {
+    perturb_chunks(TSAM_PARAMETER(TensorTable<2, few>) table, CountedStream counted, const double* state, bool negate,
+                   bool save, CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
-  const uint64_t element = table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset);
+  const uint64_t element = table[chunk].element + static_cast<uint64_t>(chunk.offset);
   const Stream stream = stream_now(counted), words = kStochastic<T> ? stream_now(rounding) : Stream{};
   const double scale = state[kNoiseScale];
-  const Perturb<C> functor{static_cast<C>((negate ? -scale : scale) * table.scale[chunk.tensor]),
-                           table.adaptive[chunk.tensor]};
+  const Perturb<C> functor{static_cast<C>((negate ? -scale : scale) * table[chunk].scale), table[chunk].adaptive};
   T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
   const T* const from = save ? position : saved;
-  for_lanes<W>(chunk.length, static_cast<int>(element % 4), aligned(position, saved), [&](int i, auto lanes) {
+  for_lanes<W, false, !kStochastic<T>>(chunk.length, lay_by_quads<W>(element, position, saved), [&](int i, auto lanes) {
     float z[W];
     const uint64_t first = element + static_cast<uint64_t>(static_cast<int64_t>(i));
     normals_or_signs<W / 4>(stream, first, z);
@@ -68,15 +63,16 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 }
 
 // Lists: grads, origin. partial[b] = scale^2 sum of (D g)^2 over the chunk. Words: read 1 (2 adaptive).
-template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) grad_sum_squares(TSAM_PARAMETER(TablePair) table, double* partial) {
+template <typename T, bool few>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    grad_sum_squares(TSAM_PARAMETER(TensorTable<2, few>) table, double* partial) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
-  const bool adaptive = table.adaptive[chunk.tensor];
+  const bool adaptive = table[chunk].adaptive;
   const T *const grad = table.template at<T>(0, chunk), *const origin = table.template at<T>(1, chunk);
-  double sum = 0.0;
-  for_lanes<W>(chunk.length, 0, aligned(grad, origin), [&](int i, auto lanes) {
+  any_sum_t<C> sums[1] = {};
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(grad, adaptive ? origin : grad), [&](int i, auto lanes) {
     C x[W];
     load(grad + i, lanes, x);
     if (adaptive) {
@@ -84,28 +80,28 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) grad_sum_squares(TSAM_PARAMETER(Tab
       load(origin + i, lanes, d);
       for (int k = 0; k < W; ++k) x[k] *= magnitude(d[k]);
     }
-    for (int k = 0; k < W; ++k) sum = fma(static_cast<double>(x[k]), static_cast<double>(x[k]), sum);
+    sums[0].add_products(x, x);
   });
-  sum = block_sum<kThreads>(sum);
-  const double scale = table.scale[chunk.tensor];
-  if (threadIdx.x == 0) partial[blockIdx.x] = scale * scale * sum;
+  store_sums<kThreads>(sums, partial, 1, [&](int) { return table[chunk].scale * table[chunk].scale; });
 }
 
 // Lists: position, saved, grads. Words: read 2 (adaptive 3), write 1; save: read 2, write 2. The scale is the tensor's
 // rho over the state's norm.
-template <typename T>
+template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    ascend_chunks(TSAM_PARAMETER(TableTriple) table, const double* state, bool save, CountedStream rounding) {
+    ascend_chunks(TSAM_PARAMETER(TensorTable<3, few>) table, const double* state, bool save, CountedStream rounding) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
-  const bool adaptive = table.adaptive[chunk.tensor];
-  const Ascend<C> functor{static_cast<C>(ascent_scale(table.scale[chunk.tensor], state[kGradNorm])), adaptive};
+  const bool adaptive = table[chunk].adaptive;
+  const Ascend<C> functor{static_cast<C>(ascent_scale(table[chunk].scale, state[kGradNorm])), adaptive};
   T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
   const T* const grad = table.template at<T>(2, chunk);
-  const uint64_t element = kStochastic<T> ? table.element[chunk.tensor] + static_cast<uint64_t>(chunk.offset) : 0;
+  const uint64_t element = kStochastic<T> ? table[chunk].element + static_cast<uint64_t>(chunk.offset) : 0;
   const Stream words = kStochastic<T> ? stream_now(rounding) : Stream{};
-  for_lanes<W>(chunk.length, static_cast<int>(element % 4), aligned(position, saved, grad), [&](int i, auto lanes) {
+  const Lay lay =
+      kStochastic<T> ? lay_by_quads<W>(element, position, saved, grad) : lay_by_memory<W>(position, saved, grad);
+  for_lanes<W, !kStochastic<T>>(chunk.length, lay, [&](int i, auto lanes) {
     T raw[W];
     C x[W], d[W], g[W];
     load_raw(position + i, lanes, raw);
@@ -126,17 +122,18 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 
 // Lists: position, saved, grads (read where there are any). Row k of the partials is sum k of the block, the last times
 // the tensor's rho. Words: read 3 (2).
-template <typename T>
+template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    displacement_chunks(TSAM_PARAMETER(TableTriple) table, bool along, double* partial, int64_t n) {
+    displacement_chunks(TSAM_PARAMETER(TensorTable<3, few>) table, bool along, double* partial, int64_t n) {
   using C = compute_t<T>;
-  constexpr int W = 16 / sizeof(C);  // the sums take the other registers
+  // The sums take the other registers, and one more loop would have float64's division spill.
+  constexpr int W = 16 / sizeof(C);
   const Chunk chunk = chunk_of(table);
-  const bool adaptive = table.adaptive[chunk.tensor];
+  const bool adaptive = table[chunk].adaptive;
   const T *const position = table.template at<T>(0, chunk), *const saved = table.template at<T>(1, chunk);
   const T* const grad = along ? table.template at<T>(2, chunk) : position;
-  double sums[3] = {};
-  for_lanes<W>(chunk.length, 0, aligned(position, saved, grad), [&](int i, auto lanes) {
+  any_sum_t<C> sums[3] = {};
+  for_lanes<W, false>(chunk.length, lay_by_memory<W>(position, saved, grad), [&](int i, auto lanes) {
     C x[W], o[W], g[W];
     load(position + i, lanes, x);
     load(saved + i, lanes, o);
@@ -145,18 +142,17 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     } else {
       for (int k = 0; k < W; ++k) g[k] = C(0);
     }
-    for (int k = 0; k < W; ++k) add_displacement(x[k], o[k], g[k], adaptive, sums[0], sums[1], sums[2]);
+    add_displacements(x, o, g, adaptive, sums[0], sums[1], sums[2]);
   });
-  sums[2] *= table.scale[chunk.tensor];
-  store_sums<kThreads>(sums, partial, n);
+  store_sums<kThreads>(sums, partial, n, [&](int k) { return k == 2 ? table[chunk].scale : 1.0; });
 }
 
 // Lists: accumulator (of the compute type), grads. Words: what state's action says: blend read 2, write 1; assign read
 // 1, write 1; poison write 1; skip 0. An adopted accumulator holds the gradient of the first sample already: there is
 // nothing to blend with it, and the device cannot refuse, so that such a mistake comes out as NaN.
-template <typename T>
+template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    accumulate_chunks(TSAM_PARAMETER(TablePair) table, const double* state, bool adopted) {
+    accumulate_chunks(TSAM_PARAMETER(TensorTable<2, few>) table, const double* state, bool adopted) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const int asked = tilt_action(state);
@@ -166,7 +162,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   const Accumulate<C> functor{static_cast<C>(state[kKeep]), static_cast<C>(state[kAdd])};
   C* const accumulator = table.template at<C>(0, chunk);
   const T* const grad = table.template at<T>(1, chunk);
-  for_lanes<W>(chunk.length, 0, aligned(accumulator, grad), [&](int i, auto lanes) {
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(grad, accumulator), [&](int i, auto lanes) {
     C x[W];
     if (action == kPoison) {
       for (int k = 0; k < W; ++k) x[k] = static_cast<C>(kNaN);
@@ -183,30 +179,31 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 }
 
 // Lists: plain (of the compute type), tilted. Row k of the partials is sum k of the block. Words: read 2.
-template <typename T>
+template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    direction_sums(TSAM_PARAMETER(TablePair) table, double* partial, int64_t n) {
+    direction_sums(TSAM_PARAMETER(TensorTable<2, few>) table, double* partial, int64_t n) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   const Chunk chunk = chunk_of(table);
   const C* const plain = table.template at<C>(0, chunk);
   const T* const tilted = table.template at<T>(1, chunk);
-  double sums[kDirectionSums] = {};
-  for_lanes<W>(chunk.length, 0, aligned(plain, tilted), [&](int i, auto lanes) {
+  any_sum_t<C> sums[kDirectionSums] = {};
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(tilted, plain), [&](int i, auto lanes) {
     C g[W], a[W];
     load(plain + i, lanes, g);
     load(tilted + i, lanes, a);
-    for (int k = 0; k < W; ++k)
-      add_products(static_cast<double>(a[k]), static_cast<double>(g[k]), sums[kTiltedSquares], sums[kProduct],
-                   sums[kPlainSquares]);
+    sums[kTiltedSquares].add_products(a, a);
+    sums[kProduct].add_products(a, g);
+    sums[kPlainSquares].add_products(g, g);
   });
-  store_sums<kThreads>(sums, partial, n);
+  store_sums<kThreads>(sums, partial, n, [](int) { return 1.0; });
 }
 
 // Lists: what the direction is taken in or added to (of the compute type), A or the direction. Words: read 2, write 1;
 // nothing to carry: write 1 or nothing.
-template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) blend_direction(TSAM_PARAMETER(TablePair) table, const double* direction) {
+template <typename T, bool few>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
+    blend_direction(TSAM_PARAMETER(TensorTable<2, few>) table, const double* direction) {
   using C = compute_t<T>;
   constexpr int W = kLanes<T>;
   if (writes_nothing(direction)) return;
@@ -215,7 +212,7 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) blend_direction(TSAM_PARAMETER(Tabl
   const Accumulate<C> functor{static_cast<C>(direction[kDirectionKeep]), static_cast<C>(direction[kDirectionAdd])};
   C* const blended = table.template at<C>(0, chunk);
   const T* const other = table.template at<T>(1, chunk);
-  for_lanes<W>(chunk.length, 0, aligned(blended, other), [&](int i, auto lanes) {
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(other, blended), [&](int i, auto lanes) {
     C x[W];
     if (zeros) {
       for (int k = 0; k < W; ++k) x[k] = C(0);
@@ -230,13 +227,13 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads) blend_direction(TSAM_PARAMETER(Tabl
 }
 
 // Lists: to, from. Bit for bit. Words: read 1, write 1.
-template <typename T>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads) copy_chunks(TSAM_PARAMETER(TablePair) table) {
+template <typename T, bool few>
+__global__ void TSAM_LAUNCH_BOUNDS(kThreads) copy_chunks(TSAM_PARAMETER(TensorTable<2, few>) table) {
   constexpr int W = 16 / sizeof(T);
   const Chunk chunk = chunk_of(table);
   T* const to = table.template at<T>(0, chunk);
   const T* const from = table.template at<T>(1, chunk);
-  for_lanes<W>(chunk.length, 0, aligned(to, from), [&](int i, auto lanes) {
+  for_lanes<W, true>(chunk.length, lay_by_memory<W>(to, from), [&](int i, auto lanes) {
     T raw[W];
     load_raw(from + i, lanes, raw);
     store_raw(raw, lanes, to + i);

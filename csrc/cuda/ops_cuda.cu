@@ -26,23 +26,23 @@ void perturb(const PerturbArguments& a) {
   const bool normed = a.noise.needs_norm;
   const int64_t blocks = normed && a.stage.has(0) ? device_plan(a.position).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
-  const auto entry = [&](TablePair& table, size_t k, size_t i) {
-    table.element[k] = static_cast<uint64_t>(a.base[i]);
-    table.scale[k] = a.radius[i];
-    table.adaptive[k] = a.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.element = static_cast<uint64_t>(a.base[i]);
+    at.scale = a.radius[i];
+    at.adaptive = a.adaptive[i];
   };
   if (normed && a.stage.has(0))
-    for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
-      device.run<noise_sum_squares<TablePair>>(share.blocks, kThreads, share.table, stream,
-                                               numbers(partial) + share.before);
+    for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const auto& share) {
+      device.run<noise_sum_squares<2, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, stream,
+                                                                numbers(partial) + share.before);
     });
   const FinishNoise finish{a.state, a.noise, a.dimension, a.counter.stream(kBallRadius)};
   if (device.finish_stage<1>(a.stage, 0, finish, numbers(partial), blocks)) return;
-  move_shares<2>(device, {&a.position, &a.saved}, entry, a.save ? a.state : nullptr, [&](const Share<2>& share) {
+  move_shares<2>(device, {&a.position, &a.saved}, entry, a.save ? a.state : nullptr, [&](const auto& share) {
     for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<perturb_chunks<T>>(share.blocks, kThreads, share.table, stream, a.state, a.negate, a.save,
-                                    a.rounding.counted);
+      device.run<perturb_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, stream, a.state,
+                                                             a.negate, a.save, a.rounding.counted);
     });
   });
 }
@@ -51,12 +51,13 @@ void grad_norm(const GradNormArguments& a) {
   const OnDevice device(a.home);
   const int64_t blocks = a.stage.has(0) ? device_plan(a.grads).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
-  const auto entry = [&](TablePair& table, size_t k, size_t i) { table.adaptive[k] = a.adaptive[i]; };
+  const auto entry = [&](auto& at, size_t i) { at.adaptive = a.adaptive[i]; };
   if (a.stage.has(0))
-    for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const Share<2>& share) {
+    for_shares<2>({&a.grads, &a.origin}, 0, entry, [&](const auto& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+        device.run<grad_sum_squares<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table,
+                                                                 numbers(partial) + share.before);
       });
     });
   device.finish_stage<1>(a.stage, 0, FinishNorm{a.state, a.row}, numbers(partial), blocks);
@@ -64,16 +65,17 @@ void grad_norm(const GradNormArguments& a) {
 
 void ascend(const AscendArguments& a) {
   const OnDevice device(a.home);
-  const auto entry = [&](TableTriple& table, size_t k, size_t i) {
-    table.element[k] = static_cast<uint64_t>(a.base[i]);
-    table.scale[k] = a.rho[i];
-    table.adaptive[k] = a.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.element = static_cast<uint64_t>(a.base[i]);
+    at.scale = a.rho[i];
+    at.adaptive = a.adaptive[i];
   };
   double* const counter = a.save ? a.state : nullptr;
-  move_shares<3>(device, {&a.position, &a.saved, &a.grads}, entry, counter, [&](const Share<3>& share) {
+  move_shares<3>(device, {&a.position, &a.saved, &a.grads}, entry, counter, [&](const auto& share) {
     for_positions(share.dtype, a.rounding, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<ascend_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.save, a.rounding.counted);
+      device.run<ascend_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.state, a.save,
+                                                            a.rounding.counted);
     });
   });
 }
@@ -83,15 +85,15 @@ void displacement(const DisplacementArguments& a) {
   const OnDevice device(a.home);
   const int64_t blocks = device_plan(a.position).num_chunks();
   const Tensor partial = device.workspace(kDisplacements, blocks);
-  const auto entry = [&](TableTriple& table, size_t k, size_t i) {
-    table.scale[k] = a.rho[i];
-    table.adaptive[k] = a.adaptive[i];
+  const auto entry = [&](auto& at, size_t i) {
+    at.scale = a.rho[i];
+    at.adaptive = a.adaptive[i];
   };
-  for_shares<3>({&a.position, &a.saved, &a.grads}, 0, entry, [&](const Share<3>& share) {
+  for_shares<3>({&a.position, &a.saved, &a.grads}, 0, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<displacement_chunks<T>>(share.blocks, kThreads, share.table, !a.grads.empty(),
-                                         numbers(partial) + share.before, blocks);
+      device.run<displacement_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, !a.grads.empty(),
+                                                                  numbers(partial) + share.before, blocks);
     });
   });
   device.finish<kDisplacements>(AddSums<kDisplacements>{a.sums}, numbers(partial), blocks);
@@ -105,12 +107,13 @@ void update(const TiltUpdateArguments& a) {
 
 void accumulate(const AccumulateArguments& a) {
   const OnDevice device(a.home);
-  const auto entry = [](TablePair&, size_t, size_t) {};
+  const auto entry = [](auto&, size_t) {};
   // Without gradients all that can happen is NaN, which is written by the accumulator's own type.
-  for_shares<2>({&a.accumulator, &a.grads}, a.adopted ? 0 : 1, entry, [&](const Share<2>& share) {
+  for_shares<2>({&a.accumulator, &a.grads}, a.adopted ? 0 : 1, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<accumulate_chunks<T>>(share.blocks, kThreads, share.table, a.state, a.adopted);
+      device.run<accumulate_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.state,
+                                                                a.adopted);
     });
   });
 }
@@ -122,11 +125,11 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
 }
 
 void blend(const OnDevice& device, const DirectionArguments& a) {
-  const auto entry = [](TablePair&, size_t, size_t) {};
-  for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const Share<2>& share) {
+  const auto entry = [](auto&, size_t) {};
+  for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<blend_direction<T>>(share.blocks, kThreads, share.table, a.direction);
+      device.run<blend_direction<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.direction);
     });
   });
 }
@@ -136,12 +139,13 @@ void take_direction(const DirectionArguments& a) {
   const OnDevice device(a.home);
   const int64_t blocks = a.stage.has(0) ? device_plan(a.blended).num_chunks() : 0;
   const Tensor partial = device.workspace(kDirectionSums, blocks);
-  const auto entry = [](TablePair&, size_t, size_t) {};
+  const auto entry = [](auto&, size_t) {};
   if (a.stage.has(0))
-    for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const Share<2>& share) {
+    for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const auto& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<direction_sums<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before, blocks);
+        device.run<direction_sums<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table,
+                                                               numbers(partial) + share.before, blocks);
       });
     });
   if (device.finish_stage<kDirectionSums>(a.stage, 0, TakeDirection{a.direction}, numbers(partial), blocks)) return;
@@ -153,12 +157,13 @@ void add_direction(const DirectionArguments& a) {
   const OnDevice device(a.home);
   const int64_t blocks = a.stage.has(0) ? device_plan(a.blended).num_chunks() : 0;
   const Tensor partial = device.workspace(1, blocks);
-  const auto entry = [](TablePair&, size_t, size_t) {};
+  const auto entry = [](auto&, size_t) {};
   if (a.stage.has(0))
-    for_shares<2>({&a.blended, &a.blended}, 0, entry, [&](const Share<2>& share) {
+    for_shares<2>({&a.blended, &a.blended}, 0, entry, [&](const auto& share) {
       for_storage(share.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        device.run<grad_sum_squares<T>>(share.blocks, kThreads, share.table, numbers(partial) + share.before);
+        device.run<grad_sum_squares<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table,
+                                                                 numbers(partial) + share.before);
       });
     });
   if (device.finish_stage<1>(a.stage, 0, AddDirection{a.direction}, numbers(partial), blocks)) return;
@@ -167,11 +172,11 @@ void add_direction(const DirectionArguments& a) {
 
 void restore(const RestoreArguments& a) {
   const OnDevice device(a.home);
-  const auto entry = [](TablePair&, size_t, size_t) {};
-  for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const Share<2>& share) {
+  const auto entry = [](auto&, size_t) {};
+  for_shares<2>({&a.position, &a.saved}, 0, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<copy_chunks<T>>(share.blocks, kThreads, share.table);
+      device.run<copy_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table);
     });
   });
 }

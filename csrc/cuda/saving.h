@@ -12,17 +12,17 @@
 namespace tsam {
 namespace cuda {
 
-template <int L>
-void put_back(const OnDevice& device, const Share<L>& share) {
-  TablePair pair;
-  const auto n = static_cast<size_t>(share.table.num_tensors);
-  for (size_t list = 0; list < 2; ++list) std::copy_n(share.table.data[list], n, pair.data[list]);
-  std::copy_n(share.table.size, n, pair.size);
-  std::copy_n(share.table.first_chunk, n + 1, pair.first_chunk);
+template <int L, bool few>
+void put_back(const OnDevice& device, const Share<L, few>& share) {
+  TensorTable<2, few> pair;
   pair.num_tensors = share.table.num_tensors;
+  for (int64_t k = 0; k < pair.num_tensors; ++k) {
+    const TensorEntry<L>& from = share.table.entries[k];
+    pair.entries[k] = TensorEntry<2>{{from.data[0], from.data[1]}, from.size, 0, 1.0, from.first_chunk, false};
+  }
   for_storage(share.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    device.run<copy_chunks<T>>(share.blocks, kThreads, pair);
+    device.run<copy_chunks<T, few>>(share.blocks, kThreads, pair);
   });
 }
 
@@ -32,7 +32,7 @@ void move_shares(const OnDevice& device, const Runs* const (&lists)[L], const En
                  const Pass& pass) {
   int64_t moved = 0;  // blocks
   try {
-    for_shares<L>(lists, 0, entry, [&](const Share<L>& share) {
+    for_shares<L>(lists, 0, entry, [&](const auto& share) {
       pass(share);
       moved = share.before + share.blocks;
     });
@@ -40,7 +40,7 @@ void move_shares(const OnDevice& device, const Runs* const (&lists)[L], const En
   } catch (const std::exception& error) {
     if (state == nullptr) throw;
     try {
-      for_shares<L>(lists, 0, entry, [&](const Share<L>& share) {
+      for_shares<L>(lists, 0, entry, [&](const auto& share) {
         if (share.before < moved) put_back(device, share);
       });
     } catch (const std::exception& second) {

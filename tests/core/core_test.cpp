@@ -25,6 +25,7 @@ static void check(bool ok, const char* what) {
 }
 
 #include "conversions.h"
+#include "sums.h"
 
 static uint64_t digest(const void* data, size_t bytes) {
   uint64_t h = 1469598103934665603u;  // FNV-1a
@@ -336,6 +337,9 @@ int main() {
   chunks();
   spans();
   moves();
+  sums();
+  units();
+  displacements();
   std::printf("%d failures\n", failures);
   return failures;
 }

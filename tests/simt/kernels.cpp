@@ -42,21 +42,22 @@ struct List {
   }
 };
 
-template <int L>
-int64_t fill(TensorTable<L>& table, const std::vector<int64_t>& sizes, const std::vector<char*> (&lists)[L]) {
+template <int L, bool few>
+int64_t fill(TensorTable<L, few>& table, const std::vector<int64_t>& sizes, const std::vector<char*> (&lists)[L]) {
   table.num_tensors = 0;
-  table.first_chunk[0] = 0;
+  int64_t blocks = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] == 0) continue;
-    const int k = table.num_tensors++;
-    for (int l = 0; l < L; ++l) table.data[l][k] = lists[l][i];
-    table.size[k] = sizes[i];
-    table.element[k] = 4 * i + i % 3;
-    table.scale[k] = 0.5;
-    table.adaptive[k] = i % 2 == 0;
-    table.first_chunk[k + 1] = table.first_chunk[k] + (sizes[i] + kDeviceChunk - 1) / kDeviceChunk;
+    TensorEntry<L>& entry = table.entries[table.num_tensors++];
+    for (int l = 0; l < L; ++l) entry.data[l] = lists[l][i];
+    entry.size = sizes[i];
+    entry.element = 4 * i + i % 3;
+    entry.scale = 0.5;
+    entry.adaptive = i % 2 == 0;
+    entry.first_chunk = static_cast<int32_t>(blocks);
+    blocks += (sizes[i] + kDeviceChunk - 1) / kDeviceChunk;
   }
-  return table.first_chunk[table.num_tensors];
+  return blocks;
 }
 
 template <typename T>
@@ -67,7 +68,7 @@ std::vector<char*> pointers(const List<T>& list) {
 }
 
 template <typename Kernel, typename... Args>
-void go(const char* what, Kernel kernel, int64_t blocks, Args... args) {
+void go(const char* what, Kernel kernel, int64_t blocks, const Args&... args) {
   check(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, nullptr, args...), what);
 }
 
@@ -81,67 +82,67 @@ void expect_numbers(const char* what, const std::vector<double>& values) {
 
 const CountedStream kWords{make_stream(3, 1, kStochasticRounding, 0), nullptr};
 
-template <typename T>
+template <typename T, bool few>
 void run_lists(size_t off) {
   using C = compute_t<T>;
   const std::vector<int64_t> sizes = {kDeviceChunk + 37, 0, 5, 130};
   const List<T> position(sizes, off), saved(sizes, 0), grads(sizes, off ? 1 : 0);
   const List<C> total(sizes, off);
   std::vector<double> state(64, 0.5), partial(8, kNaN);
-  TablePair pair;
-  TableTriple triple;
+  TensorTable<2, few> pair;
+  TensorTable<3, few> triple;
   const int64_t blocks = fill(pair, sizes, {pointers(position), pointers(saved)});
   const CountedStream stream{make_stream(3, 1, kPerturbation, 2), nullptr};
-  go("noise_sum_squares", noise_sum_squares<TablePair>, blocks, pair, stream, partial.data());
+  go("noise_sum_squares", noise_sum_squares<2, few>, blocks, pair, stream, partial.data());
   check(launch(finish_sums<1, FinishNoise>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
                FinishNoise{state.data(), kNoises[2], 200, {make_stream(3, 1, kBallRadius, 2), nullptr}}),
         "finish");
   const CountedStream signs{make_stream(3, 1, kSigns, 2), nullptr};
   for (const CountedStream& drawn : {stream, signs})
-    go("perturb_chunks", perturb_chunks<T>, blocks, pair, drawn, state.data(), false, true, kWords);
+    go("perturb_chunks", perturb_chunks<T, few>, blocks, pair, drawn, state.data(), false, true, kWords);
   fill(pair, sizes, {pointers(grads), pointers(saved)});
-  go("grad_sum_squares", grad_sum_squares<T>, blocks, pair, partial.data());
+  go("grad_sum_squares", grad_sum_squares<T, few>, blocks, pair, partial.data());
   check(launch(finish_sums<1, FinishNorm>, 1, kFinishThreads, 0, nullptr, partial.data(), blocks,
                FinishNorm{state.data(), 0}),
         "finish");
   fill(triple, sizes, {pointers(position), pointers(saved), pointers(grads)});
-  go("ascend_chunks", ascend_chunks<T>, blocks, triple, state.data(), false, kWords);
+  go("ascend_chunks", ascend_chunks<T, few>, blocks, triple, state.data(), false, kWords);
   std::vector<double> changes(3 * static_cast<size_t>(blocks), kNaN);
   for (const bool along : {true, false}) {
-    go("displacement_chunks", displacement_chunks<T>, blocks, triple, along, changes.data(), blocks);
+    go("displacement_chunks", displacement_chunks<T, few>, blocks, triple, along, changes.data(), blocks);
     expect_numbers("displacement", changes);
   }
   fill(pair, sizes, {pointers(total), pointers(grads)});
   for (const Action action : {kAssign, kBlend}) {
     state[kAction] = action;
-    go("accumulate_chunks", accumulate_chunks<T>, blocks, pair, state.data(), false);
+    go("accumulate_chunks", accumulate_chunks<T, few>, blocks, pair, state.data(), false);
   }
   std::vector<double> direction(kDirectionSlots, 0.5), products(kDirectionSums * static_cast<size_t>(blocks), kNaN);
-  go("direction_sums", direction_sums<T>, blocks, pair, products.data(), blocks);
+  go("direction_sums", direction_sums<T, few>, blocks, pair, products.data(), blocks);
   expect_numbers("products", products);
   for (const double add : {0.5, 0.0}) {  // a blend, then nothing
     direction[kDirectionKeep] = 1.0;
     direction[kDirectionAdd] = add;
-    go("blend_direction", blend_direction<T>, blocks, pair, direction.data());
+    go("blend_direction", blend_direction<T, few>, blocks, pair, direction.data());
   }
   direction[kDirectionKeep] = 0.0;
-  go("blend_direction", blend_direction<T>, blocks, pair, direction.data());
+  go("blend_direction", blend_direction<T, few>, blocks, pair, direction.data());
   fill(pair, sizes, {pointers(position), pointers(saved)});
-  go("copy_chunks", copy_chunks<T>, blocks, pair);
+  go("copy_chunks", copy_chunks<T, few>, blocks, pair);
   expect_numbers("partial sums", std::vector<double>(partial.begin(), partial.begin() + blocks));
   expect_numbers("state", state);
 }
 
-template <typename T, HmcPassKind kind, bool first>
-void run_pass(const LeapfrogTable& table, int64_t blocks, const std::vector<double>& chain,
+template <typename T, HmcPassKind kind, bool first, bool few>
+void run_pass(const TensorTable<kLeapfrogLists, few>& table, int64_t blocks, const std::vector<double>& chain,
               const PassScalars& scalars) {
   std::vector<double> partial(static_cast<size_t>(blocks) * kPassSums<kind>, kNaN);
-  go("hmc_pass", hmc_pass<T, kind, first>, blocks, table, CountedStream{make_stream(3, 1, kMomentum, 0), nullptr}, true,
-     chain.data(), &scalars, partial.data(), blocks, kWords);
+  go("hmc_pass", hmc_pass<T, kind, first, few>, blocks, table, CountedStream{make_stream(3, 1, kMomentum, 0), nullptr},
+     true, chain.data(), &scalars, partial.data(), blocks, kWords);
   expect_numbers("sums of a pass", partial);
 }
 
-template <typename T>
+template <typename T, bool few>
 void run_hmc(size_t off) {
   using C = compute_t<T>;
   const std::vector<int64_t> sizes = {kDeviceChunk + 37, 0, 5, 130};
@@ -150,17 +151,17 @@ void run_hmc(size_t off) {
   std::vector<double> chain(kChain, 0.0), state(64, 0.5), partial(8, kNaN);
   const double length = 0.1;
   const Drift drift = rotation_drift(0.3);
-  const PassScalars scalars{0.25, drift, DriftMap<float>(drift)};
-  PlaceTable places;
-  LeapfrogTable table;
-  TensorTable<3> triple;
+  const PassScalars scalars{0.25, drift, DriftMap<float>(drift), energy_unit(0.25)};
+  TensorTable<kPlaceLists, few> places;
+  TensorTable<kLeapfrogLists, few> table;
+  TensorTable<3, few> triple;
   const int64_t blocks =
       fill(places, sizes, {pointers(position), pointers(saved), pointers(x0), pointers(x1), pointers(x2)});
   fill(table, sizes,
        {pointers(position), pointers(saved), pointers(momentum), pointers(grads), pointers(x0), pointers(x1),
         pointers(x2)});
   for (const double* const draw : {&length, static_cast<const double*>(nullptr)})
-    go("hmc_place_chunks", hmc_place_chunks<T>, blocks, places,
+    go("hmc_place_chunks", hmc_place_chunks<T, few>, blocks, places,
        CountedStream{make_stream(3, 1, kPerturbation, 0), nullptr}, chain.data(), draw, kWords);
   run_pass<T, HmcPassKind::kWhole, true>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kWhole, false>(table, blocks, chain, scalars);
@@ -168,22 +169,24 @@ void run_hmc(size_t off) {
   run_pass<T, HmcPassKind::kKick, false>(table, blocks, chain, scalars);
   run_pass<T, HmcPassKind::kDrift, false>(table, blocks, chain, scalars);
   fill(triple, sizes, {pointers(saved), pointers(momentum), pointers(grads)});
-  go("hmc_last_kick", hmc_last_kick<T>, blocks, triple, partial.data(), blocks);
+  go("hmc_last_kick", hmc_last_kick<T, few>, blocks, triple, chain.data(), partial.data(), blocks);
   expect_numbers("sums of the last kick", std::vector<double>(partial.begin(), partial.begin() + 2 * blocks));
   fill(triple, sizes, {pointers(total), pointers(carried), pointers(grads)});
   for (const double taken : {0.0, 1.0}) {
     chain[kTaken] = taken;
     for (const bool adopted : {false, true}) {
       state[kAction] = adopted ? kAssign : kBlend;
-      go("hmc_carry_chunks", hmc_carry_chunks<T>, blocks, triple, chain.data(), state.data(), true, adopted);
+      go("hmc_carry_chunks", hmc_carry_chunks<T, few>, blocks, triple, chain.data(), state.data(), true, adopted);
     }
   }
 }
 
 template <typename T>
 void run(size_t off) {
-  run_lists<T>(off);
-  run_hmc<T>(off);
+  run_lists<T, false>(off);
+  run_hmc<T, false>(off);
+  run_lists<T, true>(off);
+  run_hmc<T, true>(off);
 }
 
 }  // namespace

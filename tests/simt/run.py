@@ -21,6 +21,7 @@ OPS = (
     "test_launch_failures.py",
     "test_list_ops.py",
     "test_direction_ops.py",
+    "test_alignment.py",
     "test_noise.py",
     "test_in_place.py",
     "test_functional.py",

@@ -101,7 +101,7 @@ T shuffle(uint32_t mask, T value, Direction direction, int by, int width, Place 
 template <typename... Parameters>
 struct Call {
   void (*kernel)(Parameters...);
-  std::tuple<std::decay_t<Parameters>...> parameters;
+  std::tuple<const std::decay_t<Parameters>&...> parameters;
 
   static void body(void* call) {
     Call& self = *static_cast<Call*>(call);
@@ -156,11 +156,11 @@ extern "C" __attribute__((visibility("default"))) void simt_refuse(uint64_t nth,
 extern "C" __attribute__((visibility("default"))) void simt_refuse_load(uint64_t nth);
 
 // Runs the whole grid before it returns; what it returns stands for the launch's and the kernel's own errors.
-template <typename... Parameters, typename... Args>
+template <typename... Parameters>
 [[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                                 cudaStream_t, Args&&... args) {
+                                 cudaStream_t, const std::decay_t<Parameters>&... parameters) {
   static_assert((sizeof(std::decay_t<Parameters>) + ... + 0) <= 32764, "more than a kernel's parameters can hold");
-  simt::Call<Parameters...> call{kernel, {std::forward<Args>(args)...}};
+  simt::Call<Parameters...> call{kernel, {parameters...}};
   return simt::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, &simt::Call<Parameters...>::body,
                    &call);
 }
