@@ -2,7 +2,8 @@
 
 An estimate runs on stand-in parameters, on the CPU, and each op call is translated into the launches of csrc/cuda
 (PASSES), with the words that this way through the kernel moves; instructions come from the library's machine code
-(sass.py). Floor of a launch = elements x max(4 words / bandwidth, instructions / issue rate); launches add up.
+(sass.py). Floor of a launch = elements x the largest of 4 words / bandwidth, instructions / issue rate, and those of
+float32, integers and float64 / their pipes' rates; launches add up.
 Invariant: a test holds the launches against those of the emulated CUDA ops, call by call.
 """
 
@@ -24,13 +25,12 @@ from tsam_ext import _C, HMC, TSAM, Ascent
 from . import sass
 from .baselines import LoopTSAM
 from .command import add_command, add_nets, cannot_run
+from .gpus import GPUS, ISSUED, Gpu
 from .meter import SYNCS, Meter
 from .nets import NETS
 from .record import keep
 
-# One H100 SXM, from its data sheet: SMs, warp schedulers per SM, lanes, boost clock; bytes per second of its memory.
-GPU, ARCHITECTURE = "H100 SXM", "sm_90"
-ISSUE_RATE, BANDWIDTH = 132 * 4 * 32 * 1.98e9, 3.35e12
+DEFAULT = "H100 SXM"
 WORD = 4  # bytes
 SAMPLES = 3
 LISTS = ("resnet18", "vit-b16", "distilbert")
@@ -67,18 +67,21 @@ class Pass:
         """How many tables it takes (csrc/cuda/apply.cuh), one launch each."""
         return -(-tensors // tensors_per_launch(self.lists)) if self.lists else 1
 
-    def seconds(self, instructions: dict[str, float]) -> tuple[float, float]:
-        """Per element: by the memory, by the issue rate."""
+    def seconds(self, costs: dict[str, sass.Cost], gpu: Gpu) -> tuple[float, float, float, float]:
+        """Per element: by the memory, the issue rate, the slower of float32's pipe and the integers', float64's."""
         if self.idle or not self.lists:
-            return 0.0, 0.0
-        if self.kernel not in instructions:
-            raise sass.SassError(f"the library has no loop of {self.kernel} for {ARCHITECTURE}")
-        return WORD * self.words / BANDWIDTH, instructions[self.kernel] / ISSUE_RATE
+            return 0.0, 0.0, 0.0, 0.0
+        if self.kernel not in costs:
+            raise sass.SassError(f"the library has no loop of {self.kernel} for {gpu.architecture}")
+        cost = costs[self.kernel]
+        narrow = max(cost.float32 / gpu.rate(gpu.float32), cost.integers / gpu.rate(gpu.integers))
+        issued, wide = cost.issued / gpu.rate(ISSUED), cost.float64 / gpu.rate(gpu.float64)
+        return WORD * self.words / gpu.bandwidth, issued, narrow, wide
 
 
-def tensors_per_launch(lists: int) -> int:
+def tensors_per_launch(lists: int, *, few: bool = False) -> int:
     """kTensorsPerLaunch of csrc/cuda/apply.cuh."""
-    return (32764 - 512 - 32) // (8 * lists + 33)
+    return ((4096 if few else 32764) - 128 - 8) // (8 * lists + 32)
 
 
 SCALARS = Pass("finish_sums")
@@ -86,7 +89,7 @@ Arguments = dict[str, Any]
 
 
 def _perturb(a: Arguments) -> list[Pass]:
-    sums = [Pass("noise_sum_squares<tsam::cuda::TensorTable<2> >", 2)] if _C.__noises__[a["noise"]][1] else []
+    sums = [Pass("noise_sum_squares<2>", 2)] if _C.__noises__[a["noise"]][1] else []
     return [*sums, SCALARS, Pass("perturb_chunks<float>", 2, 1, 1 + a["save"]), *[SCALARS] * a["save"]]
 
 
@@ -108,7 +111,7 @@ def _accumulate(a: Arguments) -> list[Pass]:
 
 def _place(a: Arguments) -> list[Pass]:
     draw = a["draw"]
-    sums = [Pass("noise_sum_squares<tsam::cuda::TensorTable<5> >", 5)] if draw and a["prior"] == BALL_PRIOR else []
+    sums = [Pass("noise_sum_squares<5>", 5)] if draw and a["prior"] == BALL_PRIOR else []
     move = Pass("hmc_place_chunks<float>", 5, 1 if draw else 2, 3 if draw else 2)
     return [*sums, *[SCALARS] * draw, move, SCALARS]
 
@@ -215,7 +218,7 @@ def record(
     return mode
 
 
-def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]:
+def estimates(name: str, costs: dict[str, sass.Cost], gpu: Gpu = GPUS[DEFAULT]) -> list[dict[str, Any]]:
     """The rows of one parameter list: each sampler, and the flow of public TSAM scripts."""
     sizes = [shape.numel() for shape in NETS[name].shapes()]
     elements, rows = sum(sizes), []
@@ -225,8 +228,8 @@ def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]
         row = {
             "list": name, "tensors": len(sizes), "elements": elements, "estimate": sampler, "syncs": seen.syncs,
             "launches": sum(p.launches(len(sizes)) for p in passes), "words": sum(p.words for p in passes),
-            "memory": elements * sum(p.seconds(instructions)[0] for p in passes),
-            "floor": elements * sum(max(p.seconds(instructions)) for p in passes),
+            "memory": elements * sum(p.seconds(costs, gpu)[0] for p in passes),
+            "floor": elements * sum(max(p.seconds(costs, gpu)) for p in passes),
             "passes": [vars(p) for p in passes],
         }  # fmt: skip
         rows.append(row)
@@ -235,7 +238,7 @@ def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]
     with Meter() as meter:
         loops.estimate_gradient(closure)
     made = 2 * SAMPLES * (1 + len(sizes))  # by the stand-in itself
-    memory = elements * WORD * loops.words / BANDWIDTH
+    memory = elements * WORD * loops.words / gpu.bandwidth
     rows.append(
         {"list": name, "tensors": len(sizes), "elements": elements, "estimate": "loops over tensors, s=3",
          "syncs": meter.syncs, "launches": meter.calls - made, "words": loops.words, "memory": memory, "floor": memory}
@@ -243,23 +246,25 @@ def estimates(name: str, instructions: dict[str, float]) -> list[dict[str, Any]]
     return rows
 
 
-def markdown(rows: list[dict[str, Any]], instructions: dict[str, float]) -> str:
+def markdown(rows: list[dict[str, Any]], costs: dict[str, sass.Cost], name: str = DEFAULT) -> str:
     """Two tables: the kernels as these estimates launch them, and the estimates."""
+    gpu = GPUS[name]
     used = sorted({tuple(p.items()) for row in rows for p in row.get("passes", ())})
     lines = [
-        f"A model of {GPU}, not a measurement: {BANDWIDTH / 1e12:g} TB/s, "
-        f"{ISSUE_RATE / 1e12:.1f} T lane-instructions/s.",
+        f"A model of {name}, not a measurement: {gpu.bandwidth / 1e12:g} TB/s, "
+        f"{gpu.rate(ISSUED) / 1e12:.1f} T lane-instructions/s, {gpu.rate(gpu.float64) / 1e12:.2f} T of float64.",
         "",
-        "| kernel | read | written | instructions per element | ps by memory | ps by instructions |",
-        "|---|---|---|---|---|---|",
+        "| kernel | read | written | instructions per element | of float64 "
+        "| ps by memory | ps by instructions | ps by pipe | ps by float64 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for given in used:
         one = Pass(**dict(given))
         if one.lists and not one.idle:
-            memory, issue = (1e12 * seconds for seconds in one.seconds(instructions))
-            name = one.kernel.replace("tsam::cuda::", "")
-            cost = f"{instructions[one.kernel]:.2f} | {memory:.2f} | {issue:.2f}"
-            lines.append(f"| `{name}` | {one.reads} | {one.writes} | {cost} |")
+            times = " | ".join(f"{1e12 * seconds:.2f}" for seconds in one.seconds(costs, gpu))
+            kernel, cost = one.kernel.replace("tsam::cuda::", ""), costs[one.kernel]
+            counts = f"{cost.issued:.2f} | {cost.float64:.2f}"
+            lines.append(f"| `{kernel}` | {one.reads} | {one.writes} | {counts} | {times} |")
     lines += [
         "",
         "| list | estimate | launches (loops: op calls) | host reads | words | floor µs |",
@@ -278,18 +283,19 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "gpu-cost", run, __doc__, summary=summary)
     own = Path(tsam_ext.__file__).with_name(sass.LIBRARY)
     parser.add_argument("--library", type=Path, default=own, help="a wheel or libtsam_cuda.so")
+    parser.add_argument("--gpu", choices=GPUS, default=DEFAULT, help="whose rates")
     add_nets(parser, "--lists", LISTS, "parameter lists")
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     try:
+        gpu = GPUS[options.gpu]
         with tempfile.TemporaryDirectory() as scratch:
-            instructions = sass.costs(sass.library_in(options.library, Path(scratch)), ARCHITECTURE)
-        rows = [row for name in options.lists for row in estimates(name, instructions)]
+            costs = sass.costs(sass.library_in(options.library, Path(scratch)), gpu.architecture)
+        rows = [row for name in options.lists for row in estimates(name, costs, gpu)]
     except sass.SassError as error:
         return cannot_run(options, error)
-    settings = {"model": GPU, "architecture": ARCHITECTURE, "issue_rate": ISSUE_RATE, "bandwidth": BANDWIDTH}
-    settings |= {"instructions": instructions}
-    keep(options.out / "gpu-cost", rows, settings, markdown(rows, instructions))
+    settings = {"model": options.gpu, **vars(gpu), "instructions": {name: vars(cost) for name, cost in costs.items()}}
+    keep(options.out / "gpu-cost", rows, settings, markdown(rows, costs, options.gpu))
     return 0

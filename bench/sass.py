@@ -41,7 +41,9 @@ WORDS = {
     "hmc_pass<float, (tsam::cuda::HmcPassKind)2, false>": (4, 3),
     "hmc_pass<float, (tsam::cuda::HmcPassKind)2, true>": (3, 3),
 }
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)\s*([^;]*);")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)\s*([^;]*);")
+FEW = " few"
+INTEGERS = re.compile(r"V?I(ADD|MAD|ABS|MNMX|SETP)|LOP|SHF|LEA|SEL|PRMT|FS(ETP|EL)|FMNMX|BFI|BMSK|SGXT|POPC|FLO")
 GLOBAL = ("LDG", "STG", "LD", "ST", "RED", "ATOM", "ATOMG")
 LOCAL = ("LDL", "STL")
 WIDTH = re.compile(r"\.(128|64|U16|S16|U8|S8)\b")
@@ -60,12 +62,23 @@ class Instruction:
     name: str
     modifiers: str
     operands: str
+    guarded: bool = False  # done only where a predicate says so
 
     @property
     def width(self) -> str:
         """Bits of an access, as cuobjdump names them."""
         found = WIDTH.search(self.modifiers)
         return found[1] if found else "32"
+
+    @property
+    def pipe(self) -> str:
+        """What executes it: float32, float64, integers (also comparisons and selections of floats), or other."""
+        conversion = self.name in ("F2F", "F2I", "I2F", "FRND", "MUFU") and re.search(r"64", self.modifiers)
+        if conversion or self.name in ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"):
+            return "float64"
+        if self.name in ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"):
+            return "float32"
+        return "integers" if INTEGERS.match(self.name) else "other"
 
     @property
     def target(self) -> int | None:
@@ -87,9 +100,14 @@ def output(*command: str | Path) -> str:
 
 
 def short(name: str) -> str:
-    """``void tsam::cuda::kernel<float>(...)`` as ``kernel<float>``."""
+    """``void tsam::cuda::kernel<float, false>(...)`` as ``kernel<float>``, with ``true`` as ``kernel<float> few``.
+
+    The last argument of a kernel over lists says that its table is the one for few tensors.
+    """
     found = re.match(r"(?:void )?tsam::cuda::(\w+(?:<.*>)?)\(", name)
-    return found[1] if found else name
+    if not found:
+        return name
+    return re.sub(r", (false|true)>$", lambda table: f">{FEW}" if table[1] == "true" else ">", found[1])
 
 
 def plain(mangled: Iterable[str]) -> dict[str, str]:
@@ -123,7 +141,7 @@ def kernels(listing: Iterable[str]) -> Iterator[tuple[Key, list[Instruction]]]:
                 yield key, code
             key, code = (match[1], architecture), []
         elif match := INSTRUCTION.search(line):
-            code.append(Instruction(int(match[1], 16), match[2], match[3], match[4]))
+            code.append(Instruction(int(match[1], 16), match[3], match[4], match[5], match[2] is not None))
     if code:
         yield key, code
 
@@ -142,8 +160,26 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
     ]
 
 
-def turn(code: list[Instruction]) -> list[Instruction]:
-    """The instructions of one turn over LANES elements: of the vector loop, and of the draw where that is another.
+def fewest(loop: list[Instruction], pipe: str) -> int:
+    """Instructions of a pipe on the way through a loop that has the fewest of them: rare cases lie beside it."""
+    never = len(loop) + 1
+    place = {i.address: n for n, i in enumerate(loop)}
+    ahead = [0] * (len(loop) + 1)
+    for n in range(len(loop) - 1, -1, -1):
+        one, target = loop[n], loop[n].target
+        following = ahead[n + 1]
+        if target is not None and n + 1 < len(loop):
+            # Where it leaves the loop no turn is completed; backwards lies an inner loop.
+            taken = following if target <= one.address else ahead[place[target]] if target in place else never
+            following = min(taken, following) if one.guarded else taken
+        elif one.name == "EXIT" and not one.guarded:
+            following = never
+        ahead[n] = following + (one.pipe == pipe)
+    return ahead[0]
+
+
+def turn(code: list[Instruction]) -> list[list[Instruction]]:
+    """The loops of one turn over LANES elements: the vector loop, and the draw where that is another.
 
     All branches are in it: more than any one way through. What a call does is not.
     """
@@ -157,12 +193,36 @@ def turn(code: list[Instruction]) -> list[Instruction]:
     # Box-Muller takes a root: no other loop of the kernels' has one without accesses of its own.
     draws = [loop for loop in found if not vector(loop) and any(i.name == "MUFU" for i in loop)]
     if draws and not any(i.name == "MUFU" for i in main):
-        return main + min(draws, key=len)
-    return main
+        return [loop for loop in (main, min(draws, key=len)) if loop]
+    return [main] if main else []
 
 
-def costs(library: Path, architecture: str) -> dict[str, float]:
-    """Instructions per element of each kernel with such a loop."""
+@dataclass(frozen=True)
+class Cost:
+    """Instructions per element: all of a turn; those of float32, integers; of float64 on the usual way."""
+
+    issued: float
+    float32: float = 0.0
+    integers: float = 0.0
+    float64: float = 0.0
+
+
+def cost(code: list[Instruction]) -> Cost | None:
+    """Of a kernel with such a loop."""
+    body = turn(code)
+    if not body:
+        return None
+    count = Counter(i.pipe for loop in body for i in loop)
+    return Cost(
+        count.total() / LANES,
+        count["float32"] / LANES,
+        count["integers"] / LANES,
+        sum(fewest(loop, "float64") for loop in body) / LANES,
+    )
+
+
+def costs(library: Path, architecture: str) -> dict[str, Cost]:
+    """What a turn of each kernel costs that has such a loop."""
     code = dict(kernels(output("cuobjdump", "-sass", "-arch", architecture, library).splitlines()))
     names = plain(kernel for kernel, _ in code)
-    return {names[kernel]: len(body) / LANES for (kernel, _), listing in code.items() if (body := turn(listing))}
+    return {names[kernel]: found for (kernel, _), listing in code.items() if (found := cost(listing))}

@@ -19,6 +19,7 @@ import torch
 from bench import gpu_cost, sass
 from bench.__main__ import main
 from bench.gpu_cost import PASSES, SAMPLERS, Pass, Recorder, record
+from bench.gpus import GPUS
 from tsam_ext import _C, HMC, Ascent, Noise
 
 ROOT = Path(__file__).parents[1]
@@ -94,10 +95,18 @@ def test_no_pass_moves_more_than_its_kernel_can_and_each_maximum_is_reached() ->
 
 def test_a_table_takes_what_the_source_says() -> None:
     text = (ROOT / "csrc" / "cuda" / "apply.cuh").read_text()
-    parameters, others = map(int, re.findall(r"kParameterBytes = (\d+), kOtherParameters = (\d+);", text)[0])
-    room, pointer, rest = map(int, re.findall(r"kOtherParameters - (\d+)\) / \((\d+) \* L \+ (\d+)\)", text)[0])
+    found = re.findall(r"kParameterBytes = (\d+), kFewBytes = (\d+), kOtherParameters = (\d+);", text)[0]
+    parameters, few, others = map(int, found)
+    fields = re.findall(
+        r"^  (char\*|u?int64_t|double|int32_t|bool) \w+(?:\[L\])?;",
+        text.split("struct TensorEntry")[1].split("};")[0],
+        re.M,
+    )
+    assert fields == ["char*", "int64_t", "uint64_t", "double", "int32_t", "bool"]
     for lists in (1, 2, 3, 5, 7):
-        assert gpu_cost.tensors_per_launch(lists) == (parameters - others - room) // (pointer * lists + rest)
+        entry = 8 * lists + 3 * 8 + 8
+        assert gpu_cost.tensors_per_launch(lists) == (parameters - others - 8) // entry
+        assert gpu_cost.tensors_per_launch(lists, few=True) == (few - others - 8) // entry
     full = gpu_cost.tensors_per_launch(2)
     assert [Pass("k", 2).launches(n) for n in (1, full, full + 1)] == [1, 1, 2]
     assert Pass("k").launches(10_000) == 1
@@ -147,14 +156,28 @@ def test_each_op_launches_what_the_model_says(case: str, tensors: int) -> None:
 
 def test_floors_are_never_below_the_memory_and_grow_with_instructions() -> None:
     kernels = {p.kernel for options in SAMPLERS.values() for p in passes(options)}
-    few, many = (dict.fromkeys(kernels, cost) for cost in (0.0, 1000.0))
+    few, many = (dict.fromkeys(kernels, sass.Cost(cost)) for cost in (0.0, 1000.0))
     for cheap, dear in zip(gpu_cost.estimates("mlp", few), gpu_cost.estimates("mlp", many), strict=True):
-        memory = cheap["words"] * 4 * cheap["elements"] / gpu_cost.BANDWIDTH
+        memory = cheap["words"] * 4 * cheap["elements"] / GPUS[gpu_cost.DEFAULT].bandwidth
         assert cheap["floor"] == pytest.approx(memory) == pytest.approx(dear["memory"])
         loops = cheap["estimate"].startswith("loops")
         assert (dear["floor"] == memory) if loops else (dear["floor"] > 5 * memory)
         assert loops == (cheap["syncs"] > 0)
-    assert Pass("k", 2, idle=True).seconds({"k": 8.0}) == (0.0, 0.0) < Pass("k", 2).seconds({"k": 8.0})
+    costs, gpu = {"k": sass.Cost(8.0, 4.0, 3.0, 2.0)}, GPUS["RTX 4090"]
+    assert Pass("k", 2, idle=True).seconds(costs, gpu) == (0.0,) * 4 < Pass("k", 2).seconds(costs, gpu)
+
+
+def test_a_slow_float64_pipe_is_a_floor_of_its_own() -> None:
+    """A sum in float64, a product and a conversion an element: little on an H100, all of it on an RTX 4090."""
+    one, costs = Pass("k", 2, reads=1), {"k": sass.Cost(5.5, 0.0, 1.0, 2.0)}
+    memory, issued, narrow, wide = one.seconds(costs, GPUS["RTX 4090"])
+    assert memory == 4 / 1.008e12 and wide == pytest.approx(2 / (128 * 2 * 2.52e9)) and issued < narrow * 10 < memory
+    assert wide > 0.75 * memory and one.seconds(costs, GPUS["H100 SXM"])[3] < 0.15e-12
+    for gpu in GPUS.values():  # the rates that the data sheets name, in TFLOPS
+        assert gpu.rate(gpu.float64) <= gpu.rate(gpu.float32) / 2
+    peaks = {name: 2e-12 * gpu.rate(gpu.float32) for name, gpu in GPUS.items()}
+    named = {"H100 SXM": 67, "H200 SXM": 67, "A100 SXM 80 GB": 19.5, "L4": 30.3, "RTX 4090": 82.6, "RTX 5090": 104.8}
+    assert peaks == pytest.approx(named, rel=0.01)
 
 
 def test_a_read_on_the_host_is_counted() -> None:
@@ -200,13 +223,38 @@ def test_a_turn_is_the_vector_loop_and_the_draw() -> None:
     ends = [(loop[0].address, loop[-1].address) for loop in sass.loops(code)]
     assert ends == [(0x10, 0x30), (0x40, 0x80), (0x90, 0xA0)]
     assert sass.accesses(code) == {"LDG.128": 1, "STG.128": 1, "LDG.32": 1}
-    assert sorted(i.address for i in sass.turn(code)) == list(range(0x10, 0x90, 0x10))
+    assert sorted(i.address for loop in sass.turn(code) for i in loop) == list(range(0x10, 0x90, 0x10))
     # A vector loop that draws by itself stands alone.
     inside = [
         sass.Instruction(i.address, "MUFU" if i.name == "FADD" else i.name, i.modifiers, i.operands) for i in code
     ]
-    assert [i.address for i in sass.turn(inside)] == list(range(0x40, 0x90, 0x10))
+    assert [[i.address for i in loop] for loop in sass.turn(inside)] == [list(range(0x40, 0x90, 0x10))]
     assert sass.turn(other) == []
+    assert sass.cost(code) == sass.Cost(2.0, 0.25) and sass.cost(other) is None
+
+
+def test_of_float64_the_usual_way_counts() -> None:
+    """What a guarded branch jumps over is rare; what it jumps to from both sides is not."""
+    text = """
+arch = sm_80
+Function : k
+        /*0000*/  LDG.E.128 R4, [R2] ;
+        /*0010*/  @P1 BRA 0x40 ;
+        /*0020*/  DFMA R4, R4, R4, R6 ;
+        /*0030*/  F2F.F64.F32 R4, R4 ;
+        /*0040*/  DADD R4, R4, R6 ;
+        /*0050*/  @P2 BRA 0x80 ;
+        /*0060*/  FADD R4, R4, R6 ;
+        /*0070*/  BRA 0xa0 ;
+        /*0080*/  DADD R4, R4, R6 ;
+        /*0090*/  DADD R4, R4, R6 ;
+        /*00a0*/  MUFU.RCP64H R4, R5 ;
+        /*00b0*/  @P0 BRA 0x0 ;
+"""
+    ((_, code),) = sass.kernels(text.splitlines())
+    assert [i.pipe for i in code].count("float64") == 6
+    assert sass.fewest(code, "float64") == 2 and sass.fewest(code, "float32") == 0
+    assert sass.cost(code) == sass.Cost(3.0, 0.25, 0.0, 0.5)
 
 
 def command(*arguments: str | Path) -> int:
@@ -256,7 +304,7 @@ def test_the_command_writes_what_it_prints(
     ]
     mangled = [f"k{n:02}" for n in range(len(kernels))]
     listing = "arch = sm_90\n" + "\n".join(f"Function : {name}\n{body}" for name in mangled)
-    programs(tmp_path, listing, "\n".join(f"void tsam::cuda::{kernel}(int)" for kernel in kernels) + "\n")
+    programs(tmp_path, listing, "\n".join(f"void tsam::cuda::{kernel[:-1]}, false>(int)" for kernel in kernels) + "\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / sass.LIBRARY).touch()
     assert command("--library", tmp_path / sass.LIBRARY, "--lists", "mlp", "--out", tmp_path / "out") == 0
@@ -264,5 +312,5 @@ def test_the_command_writes_what_it_prints(
     assert text in capsys.readouterr().out and "a model" in text.lower() and "not a measurement" in text
     found = json.loads((tmp_path / "out" / "gpu-cost.json").read_text())
     assert [row["estimate"] for row in found["results"]][:-1] == list(SAMPLERS)
-    assert set(found["environment"]["instructions"].values()) == {2.0}
+    assert {cost["issued"] for cost in found["environment"]["instructions"].values()} == {2.0}
     assert torch.tensor([row["floor"] for row in found["results"]]).min() > 0

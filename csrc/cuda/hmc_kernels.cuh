@@ -132,7 +132,9 @@ __global__ void TSAM_FOUR_BLOCKS(kThreads)
       memcpy(drawn + (i + lay.skip) / W, p, sizeof p);
     });
   }
-  for_lanes<W, !quads && kind != HmcPassKind::kWhole>(chunk.length, lay, [&](int i, auto lanes) {
+  // By what nvcc 13.0 makes of it: float32's whole pass would take 79 registers on sm_120, float64's spills without.
+  constexpr bool beside = !quads && (kind != HmcPassKind::kWhole || sizeof(C) == sizeof(double));
+  for_lanes<W, beside>(chunk.length, lay, [&](int i, auto lanes) {
     C p[W], o[W] = {}, x[W];
     [[maybe_unused]] C g[W], theta[W];
     if constexpr (draw) {
