@@ -216,14 +216,14 @@ void take_direction(const DirectionArguments& a) {
 // Words: read 1 for the norm, then read 2, write 1.
 void add_direction(const DirectionArguments& a) {
   const Kernels& k = kernels();
-  double sums[kDirectionSums] = {};
+  double squares[1] = {0.0};
   if (a.stage.has(0))
-    sums[kTiltedSquares] = sum_chunks(plan_of(a.blended), [&](const Chunk& chunk) {
+    squares[0] = sum_chunks(plan_of(a.blended), [&](const Chunk& chunk) {
       const Run& grad = a.blended[static_cast<size_t>(chunk.tensor)];
       return k.sum_squares(grad.dtype, at(grad, chunk), nullptr, chunk.length);
     });
-  if (a.stage.ends(0, sums)) return;
-  a.direction[kTiltedSquares] = sums[kTiltedSquares];
+  if (a.stage.ends(0, squares)) return;
+  a.direction[kTiltedSquares] = squares[0];
   tsam::add_direction(a.direction);
   blend_direction(a);
 }
