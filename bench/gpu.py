@@ -137,23 +137,24 @@ def time_list(
 def time_steps(
     name: str, device: torch.device, rounds: int, clock: Callable[[Callable[[], Any], torch.device], float] = seconds
 ) -> list[Row]:
-    """Whole training steps of one model, the ways in turns."""
+    """Whole training steps of one model, the ways in turns; of those that sample only some, the mean of a cycle."""
     x, y = (t.to(device) for t in NETS[name].batch(step.BATCH))
     ways = {}
     for way in step.WAYS:
         if way != "compiled":
             torch.manual_seed(0)
             model = NETS[name].build().to(device)
-            ways[way] = (step.stepper(way, model)[0], step.Timed(model, x, y))
+            take, count, _ = step.stepper(way, model)
+            ways[way] = (take, count, step.Timed(model, x, y))
     times: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(-2, rounds):
-        for way, (take, closure) in ways.items():
+        for way, (take, count, closure) in ways.items():
             passed = clock(partial(take, closure), device)
             if turn >= 0:
-                times[way].append(passed)
+                times[way].append(passed / count)
     return [
         {"list": name, "task": "step", "way": way, "seconds": times[way], "loss": float(closure.loss)}
-        for way, (_, closure) in ways.items()
+        for way, (*_, closure) in ways.items()
     ]
 
 

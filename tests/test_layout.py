@@ -65,6 +65,7 @@ ORDER = [
     "integrators",
     "functional",
     "functional.in_place",
+    "functional.moves",
     "functional.dynamics",
     "functional.tilted",
     "functional.transforms",

@@ -24,7 +24,7 @@ from tsam_ext import TSAM, _ops, base, functional
 from tsam_ext.engine import spread
 from tsam_ext.engine.checks import NOISES
 from tsam_ext.engine.spread import STAGES, Spread
-from tsam_ext.engine.state import CHAIN_SLOTS
+from tsam_ext.engine.state import CHAIN_SLOTS, DIRECTION_SLOTS
 from tsam_ext.functional import new_state
 
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -269,6 +269,7 @@ def test_every_op_with_a_stage_is_called_in_stages() -> None:
     for op, stages in STAGES.items():
         number, scalars = torch.zeros((), dtype=torch.float64), torch.zeros(CHAIN_SLOTS, dtype=torch.float64)
         values: dict[str, Any] = {"loss": number, "tilt": number, "delta": number, "state": scalars, "chain": scalars}
+        values["direction"] = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)
         values |= {"float": 0.0, "int": 0, "bool": False}
         schema = op._schema.arguments[:-1]
         arguments = [values.get(argument.name, values.get(str(argument.type), [])) for argument in schema]
