@@ -194,7 +194,6 @@ def test_exceptions_in_the_loop_restore(problem, at: int) -> None:
 OPS = {
     "noise": ("perturb_", "tilt_update_", "accumulate_", "accumulate_perturb_", "restore_"),
     "ascent": ("perturb_", "norm_ascend_", "tilt_update_", "accumulate_", "restore_"),
-    "carried": ("norm_ascend_", "tilt_update_", "accumulate_", "take_direction_", "restore_"),
     "hmc": ("hmc_place_", "hmc_begin_", "hmc_leapfrog_", "hmc_end_", "hmc_carry_", "hmc_adapt_", "restore_"),
     "recycle": ("hmc_leapfrog_", "hmc_end_", "hmc_recycle_", "accumulate_", "hmc_carry_"),
     "sam": ("norm_ascend_", "tilt_update_", "accumulate_", "restore_"),
@@ -205,7 +204,7 @@ OPS = {
 @pytest.mark.parametrize("ran", [False, True])
 def test_an_interrupt_just_before_or_after_any_op(problem, monkeypatch, run, op: str, ran: bool) -> None:
     """Ctrl-C arrives where it likes: also when a copy was announced and not made, or made and not yet noted."""
-    others: dict[str, Any] = {"sam": {"radius": 0.0}, "ascent": {"radius": 0.3}, "carried": {"every": 1 << 20}}
+    others: dict[str, Any] = {"sam": {"radius": 0.0}, "ascent": {"radius": 0.3}}
     others["recycle"] = {"sampler": "hmc", "recycle": True, "num_leapfrog_steps": 2}
     options = others.get(run, {"sampler": run})
     counted, stop_at = [0], [0]
