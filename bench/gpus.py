@@ -4,7 +4,7 @@ SMs, boost clock and bandwidth: NVIDIA's data sheets of the H100, H200, A100 and
 Tensor Core GPU Architecture", "NVIDIA H100 Tensor Core GPU Architecture", "NVIDIA Ada GPU Architecture" (RTX 4090) and
 "NVIDIA RTX Blackwell GPU Architecture" (RTX 5090). Results per clock and SM: the CUDA C++ Programming Guide, table
 "Throughput of Native Arithmetic Instructions", compute capabilities 8.0, 8.9, 9.0 and 12.0. Four schedulers an SM issue
-a warp a clock each.
+a warp a clock each. Written down from memory of these pages, which could not be looked at here: check before quoting.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tsam_ext import _ops
 from tsam_ext.engine.checks import NOISES
 from tsam_ext.engine.state import Slot, new_state
 
-from . import dynamics_cases, scalar_cases
+from . import direction_cases, dynamics_cases, scalar_cases
 from .op_check import Case, Way, returned
 
 CPU = torch.device("cpu")
@@ -342,6 +342,7 @@ def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
         _accumulate(at, False),
         _accumulate(at, True),
         _merged(at),
+        *direction_cases.cases(at.grads),
         _restore(at),
         _tilted_reduce(at),
         *scalar_cases.cases(at.state, TILT, lambda: at.act(1.0)),

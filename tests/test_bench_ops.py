@@ -88,6 +88,8 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "accumulate_ assign": (8, 6),
         "accumulate_ blend": (12, 10),
         "accumulate_perturb_": (20, 14),
+        "take_direction_": (20, 16),
+        "add_direction_": (16, 16),
         "restore_": (8, 4),
         "tilted_reduce, s=3": (16, 8),
         "leapfrog": (20, 10),
