@@ -181,7 +181,8 @@ void ascend_(const TensorList& position, const TensorList& saved, const TensorLi
 }
 
 // grad_norm_ and ascend_ over the same tensors, whose lists are converted and checked once. With save the positions are
-// where the ascent begins, and so the norm's origin. One rho, one adaptive: of all tensors. An empty saved: nobody looks.
+// where the ascent begins, and so the norm's origin. One rho, one adaptive: of all tensors. An empty saved: nobody
+// looks.
 template <void (*norm)(const GradNormArguments&), void (*ascend)(const AscendArguments&)>
 void norm_ascend_(const TensorList& position, const TensorList& saved, const TensorList& grads, Tensor state,
                   Numbers rho, Flags adaptive, bool save, int64_t row, Integers base, int64_t seed, int64_t step,
