@@ -6,6 +6,8 @@ first gradients, which the tests collect themselves from the ``samples()`` loop.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -243,6 +245,24 @@ def test_a_sample_that_is_skipped_leaves_both_means(problem, skip: bool) -> None
     v = take_direction(torch.stack(firsts).mean(0), tilted)
     assert torch.allclose(carried(optimizer), v, **EXACT)
     assert bool(v.count_nonzero()) is skip
+
+
+def test_a_failed_step_lets_go_of_a_probe_that_waits(problem) -> None:
+    task, seen = problem(), []
+    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=2, skip_nonfinite_loss=True)
+
+    def closure() -> Tensor:
+        if seen:
+            raise ValueError("no batch")
+        loss = task.loss()
+        loss.backward()
+        seen.extend(weakref.ref(p.grad) for p in task.parameters)
+        return loss
+
+    with pytest.raises(ValueError, match="no batch"):
+        optimizer.step(closure)
+    gc.collect()
+    assert all(ref() is None for ref in seen)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])

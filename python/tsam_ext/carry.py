@@ -76,26 +76,9 @@ class Uncarried:
     """A step that neither leaves a direction nor adds one; what a step does for one that does."""
 
     scalars: Tensor | None = None  # of the direction that it leaves (csrc/core/direction.h)
-    takes_first = False  # whether it wants the first gradient of each sample
 
     def begin(self) -> None:
         """The passes begin."""
-
-    def add(
-        self,
-        sample: int,
-        gradients: dict[int, Tensor],
-        loss: Tensor,
-        *,
-        log_size: float = 0.0,
-        skip: bool = False,
-        adopt: bool = False,
-        reduced: bool = True,
-    ) -> None:
-        """A sample's first gradient, which counts by its rows; not at all where ``skip`` and ``loss`` is not finite.
-
-        ``adopt``: its memory may become the mean's. ``reduced``: ranks have the same.
-        """
 
     def complete(self, tilted: dict[int, Tensor], together: Alone) -> None:
         """``tilted``: the gradient of the step, over all ranks, by index."""
@@ -109,8 +92,6 @@ UNCARRIED = Uncarried()
 
 class FullStep(Uncarried):
     """A step that makes v. ``carry``: where it is to last."""
-
-    takes_first = True
 
     def __init__(self, carry: Carry, table: Table, spread: Spread, num_samples: int) -> None:
         self._carry, self._table, self._spread = carry, table, spread
@@ -137,7 +118,10 @@ class FullStep(Uncarried):
         adopt: bool = False,
         reduced: bool = True,
     ) -> None:
-        """See :class:`Uncarried`."""
+        """A sample's first gradient, which counts by its rows; not at all where ``skip`` and ``loss`` is not finite.
+
+        ``adopt``: its memory may become the mean's. ``reduced``: ranks have the same.
+        """
         first, own = not self._mean.sums, self._table.own
         if own < len(self._table.parameters):  # else the same dict, as one more would count as another holder
             gradients = {i: gradient for i, gradient in gradients.items() if i < own}

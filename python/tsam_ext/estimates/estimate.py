@@ -383,7 +383,7 @@ class Estimate(ABC):
         return Report(
             state=self.state,
             num_samples=self.num_samples,
-            names=self.diagnostics + ("carried_ratio",) * self.carrying.takes_first,
+            names=self.diagnostics + ("carried_ratio",) * (self.carrying.scalars is not None),
             states_per_sample=self.states_per_sample,
             tilt_weighs=self.tilt_weighs,
             dimension_over_rho=self.table.dimension_over_rho,

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tsam_ext.carry import FullStep
 from tsam_ext.chain import Chain
 from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.engine.grad_mode import without_grad
@@ -215,7 +216,7 @@ class HamiltonianEstimate(Estimate):
         else:
             self.mean.cover(dict(zip(indices, carried, strict=True)), zero=sample > first)
             phase.carry(indices, taken(self.mean.sums, indices), carried, fresh, count=counted)
-        if sample >= 0 and self.carrying.takes_first:
+        if sample >= 0 and isinstance(self.carrying, FullStep):
             self.carrying.add(sample, self._carried, torch.zeros_like(self.tilt))
 
     @without_grad

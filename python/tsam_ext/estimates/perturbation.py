@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tsam_ext import _ops
-from tsam_ext.carry import LaterStep
+from tsam_ext.carry import FullStep, LaterStep
 from tsam_ext.engine.checks import TSAM, refuse
 from tsam_ext.engine.grad_mode import without_grad
 from tsam_ext.table import taken
@@ -131,8 +131,8 @@ class PerturbationEstimate(Estimate):
         next_one = index + together.stride
         last = next_one >= self.num_samples
         log_size = 0.0 if self.parts is None else self.parts.log_size(index)
-        if self.carrying.takes_first:
-            self._carry(sample, loss, log_size, gradients)
+        if isinstance(self.carrying, FullStep):
+            self._carry(self.carrying, sample, loss, log_size, gradients)
         if sample.probe:
             self._ascend(gradients, index)
         if last and sample.probe is self._ascends:
@@ -146,7 +146,9 @@ class PerturbationEstimate(Estimate):
             first = index == together.first
             self.mean.add(gradients, adopt=first, zero=not first)
 
-    def _carry(self, sample: Sample, loss: Tensor, log_size: float, gradients: dict[int, Tensor]) -> None:
+    def _carry(
+        self, full: FullStep, sample: Sample, loss: Tensor, log_size: float, gradients: dict[int, Tensor]
+    ) -> None:
         """A sample's first gradient goes into the mean that a carried direction is measured against.
 
         Where samples may be skipped a probe's waits, in memory of its own, for the loss that decides it.
@@ -157,7 +159,12 @@ class PerturbationEstimate(Estimate):
         elif sample.probe is self._ascends or self._probe:
             first, self._probe = self._probe or gradients, {}
             memory = {"adopt": self._ascends, "reduced": reduced}
-            self.carrying.add(sample.index, first, loss, log_size=log_size, skip=skip, **memory)
+            full.add(sample.index, first, loss, log_size=log_size, skip=skip, **memory)
+
+    def forget(self) -> None:
+        """As the base class's, a probe's gradients too."""
+        super().forget()
+        self._probe = {}
 
     def move_to(self, sample: int) -> None:
         """The noise of ``sample``; with an ascent and gradients in p.grad, the ascent along them as well."""

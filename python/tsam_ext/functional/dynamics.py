@@ -66,15 +66,8 @@ def leapfrog(
         >>> x, kick(p, -x, 0.25)
         (tensor([0.8750]), tensor([-0.4688]))
     """
-    op = "leapfrog"
-    position = check_tensor(op, "position", position)
-    momentum = check_alike(op, "momentum", momentum, position, "position")
-    grad_log_density = check_alike(op, "grad_log_density", grad_log_density, position, "position")
-    step = factor_of(op, "step_size", step_size, position, "position")
-    inverse = factor_of(op, "inverse_mass", inverse_mass, position, "position", positive=True)
-    result: tuple[Tensor, Tensor] = apply(
-        _Leapfrog, _LeapfrogReverse, *aligned(position, momentum, grad_log_density, step, inverse)
-    )
+    checked = checked_leapfrog("leapfrog", position, momentum, grad_log_density, step_size, inverse_mass)
+    result: tuple[Tensor, Tensor] = apply(_Leapfrog, _LeapfrogReverse, *aligned(*checked))
     return result
 
 
@@ -164,6 +157,20 @@ def perturb(
     x = x if x.is_contiguous() or is_dense(x) else x.contiguous()
     result: Tensor = apply(_Perturb, _PerturbReverse, x, radius, key, draw, base, noise)
     return result
+
+
+def checked_leapfrog(
+    op: str, position: object, momentum: object, grad_log_density: object, step_size: object, inverse_mass: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of leapfrog as tensors that go together; TypeError or ValueError naming one that does not."""
+    like = check_tensor(op, "position", position)
+    return (
+        like,
+        check_alike(op, "momentum", momentum, like, "position"),
+        check_alike(op, "grad_log_density", grad_log_density, like, "position"),
+        factor_of(op, "step_size", step_size, like, "position"),
+        factor_of(op, "inverse_mass", inverse_mass, like, "position", positive=True),
+    )
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from tsam_ext import _ops
 from tsam_ext.engine.checks import check_alike, check_tensor, refuse
 
-from .dynamics import aligned, factor_of
+from .dynamics import aligned, checked_leapfrog, factor_of
 
 __all__ = ["kick_", "leapfrog_"]
 
@@ -47,12 +47,8 @@ def leapfrog_(
         (tensor([0.8750]), tensor([-0.2500]))
     """
     op = "leapfrog_"
-    position = check_tensor(op, "position", position)
-    momentum = check_alike(op, "momentum", momentum, position, "position")
-    grad_log_density = check_alike(op, "grad_log_density", grad_log_density, position, "position")
-    step = factor_of(op, "step_size", step_size, position, "position")
-    inverse = factor_of(op, "inverse_mass", inverse_mass, position, "position", positive=True)
-    read = {"grad_log_density": grad_log_density, "step_size": step, "inverse_mass": inverse}
+    position, momentum, *others = checked_leapfrog(op, position, momentum, grad_log_density, step_size, inverse_mass)
+    read = dict(zip(("grad_log_density", "step_size", "inverse_mass"), others, strict=True))
     _check(op, {"position": position, "momentum": momentum}, read)
     _, *rest = aligned(position, *read.values())
     _ops.leapfrog_(position, momentum, *rest)
