@@ -151,9 +151,9 @@ PASSES: dict[str, Callable[[Arguments], list[Pass]]] = {
     "take_direction_": lambda a: [
         Pass("direction_sums<float>", 2, 2),
         SCALARS,
-        Pass("blend_direction<float>", 2, 2, 1),
+        Pass("accumulate_chunks<float>", 2, 2, 1),
     ],
-    "add_direction_": lambda a: [*_norm({**a, "adaptive": []}), Pass("blend_direction<float>", 2, 2, 1)],
+    "add_direction_": lambda a: [*_norm({**a, "adaptive": []}), Pass("accumulate_chunks<float>", 2, 2, 1)],
     "restore_": lambda a: [Pass("copy_chunks<float>", 2, 1, 1)],
     "hmc_place_": _place,
     "hmc_begin_": lambda a: _norm(a) if a["automatic"] else [SCALARS],

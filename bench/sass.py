@@ -26,7 +26,6 @@ WORDS = {
     "displacement_chunks<float>": (3, 0),
     "accumulate_chunks<float>": (2, 1),
     "direction_sums<float>": (2, 0),
-    "blend_direction<float>": (2, 1),
     "copy_chunks<float>": (1, 1),
     "weighted_sum<float>": (1, 1),
     "leapfrog_chunks<float>": (5, 2),

@@ -3,11 +3,11 @@
 //   c = A.G / G.G;  v = (A - c G) / |G|;  at a later step g <- g + |g| v
 //
 // with G the mean of the samples' first gradients (MATHEMATICS 7: v / |G| there, so that |g| alone is needed later and
-// no scalar has to last). Layout: float64 slots; elements are a blend with two coefficients (Accumulate, core/tilt.h).
-// Invariant: v is free of the loss's scale and orthogonal to G; where nothing is carried it is 0, never NaN.
+// no scalar has to last). Layout: float64 slots, of which three say what the elements do, as in a step's state
+// (tilt.h). Invariant: v is free of the loss's scale and orthogonal to G; where nothing is carried it is 0, never NaN.
 #pragma once
 
-#include "dtype.h"
+#include "tilt.h"
 
 namespace tsam {
 
@@ -16,10 +16,9 @@ enum DirectionSlot : int {
   kProduct = 1,        // A.G
   kPlainSquares = 2,   // G.G
   kDirectionSums = 3,
-  kDirectionKeep = 3,  // of what is blended into: G, later g
-  kDirectionAdd = 4,   // of A, later v; keep and add both 0: the result is 0, whatever there was
-  kRatio = 5,          // |v| by MATHEMATICS 7, over |G|
-  kDirectionSlots = 6
+  // kAction, kKeep and kAdd, where a step's state has them: G, later g, is blended as a mean is.
+  kRatio = 8,  // |v| by MATHEMATICS 7, over |G|
+  kDirectionSlots = 9
 };
 
 }  // namespace tsam
@@ -35,20 +34,14 @@ TSAM_HD void take_direction(double* d) {
   const bool finite = tilted < kInfinity && fabs(product) < kInfinity && plain < kInfinity;  // false for NaN
   // Below 1e-6 of A it is what rounding has left.
   const bool carries = finite && norm > kSmallestNorm && rest > 1e-12 * tilted;
-  d[kDirectionKeep] = carries ? -c / norm : 0.0;
-  d[kDirectionAdd] = carries ? 1.0 / norm : 0.0;
+  tilt_act(d, carries ? kBlend : kZero, -c / norm, 1.0 / norm);
   d[kRatio] = carries ? sqrt(rest) / norm : 0.0;
 }
 
 TSAM_HD void add_direction(double* d) {
   const double norm = sqrt(d[kTiltedSquares]);
-  d[kDirectionKeep] = 1.0;
-  d[kDirectionAdd] = norm < kInfinity ? norm : 0.0;
+  tilt_act(d, norm < kInfinity ? kBlend : kSkip, 1.0, norm);
 }
-
-// What the elements have to do: without v there is nothing to blend.
-TSAM_HD bool writes_zeros(const double* d) { return d[kDirectionKeep] == 0.0 && d[kDirectionAdd] == 0.0; }
-TSAM_HD bool writes_nothing(const double* d) { return d[kDirectionKeep] == 1.0 && d[kDirectionAdd] == 0.0; }
 
 TSAM_HD void add_products(double a, double g, double& tilted, double& product, double& plain) {
   tilted = fma(a, a, tilted);

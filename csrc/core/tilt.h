@@ -36,7 +36,8 @@ enum Action : int {
   kSkip = 0,    // this sample has no weight: its gradient is not read
   kAssign = 1,  // A = g, whatever A held
   kBlend = 2,   // A = keep A + add g
-  kPoison = 3   // A = NaN
+  kPoison = 3,  // A = NaN
+  kZero = 4     // A = 0, whatever A held (direction.h)
 };
 
 }  // namespace tsam
@@ -59,7 +60,7 @@ TSAM_HD void tilt_act(double* s, Action action, double keep, double add) {
 // What the elements have to do. A state in which no step has begun does not say: the result is NaN.
 TSAM_HD int tilt_action(const double* s) {
   const double action = s[kAction];
-  return action >= kSkip && action <= kPoison ? static_cast<int>(action) : static_cast<int>(kPoison);
+  return action >= kSkip && action <= kZero ? static_cast<int>(action) : static_cast<int>(kPoison);
 }
 
 // Counts one sample and says what the elements do. `last` closes the step: if every sample was skipped there is

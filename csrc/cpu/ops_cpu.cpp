@@ -124,30 +124,38 @@ void tilt_update(const TiltUpdateArguments& a) {
 // What the elements of an accumulator have to do; a state in which no step has begun does not say.
 int action_of(const Op& op, const double* state) {
   const double action = state[kAction];
-  if (!(action >= kSkip && action <= kPoison))
+  if (!(action >= kSkip && action <= kZero))
     fail({op, "state"}, "a state in which no step has begun", "one that tilt_begin_ and tilt_update_ have written");
   return static_cast<int>(action);
 }
 
-// Words: read 2, write 1; the first counted sample read 1, write 1. Adopted: words 0, unless the result has become NaN.
-void accumulate(const AccumulateArguments& a) {
-  const int action = action_of(a.op, a.state);
-  if (action == kSkip || (a.adopted && action == kAssign)) return;
-  if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
+// Words: read 2, write 1; assign read 1, write 1; poison and zero write 1.
+void act(int action, const double* state, const Runs& accumulator, const Runs& grads) {
+  if (action == kSkip) return;
   const Kernels& k = kernels();
-  const bool past_caches = goes_past_caches(a.accumulator);
-  for_chunks(plan_of(a.accumulator), [&](int64_t, const Chunk& chunk) {
+  const bool past_caches = goes_past_caches(accumulator);
+  for_chunks(plan_of(accumulator), [&](int64_t, const Chunk& chunk) {
     const size_t t = static_cast<size_t>(chunk.tensor);
-    char* const sum = at(a.accumulator[t], chunk);
+    char* const sum = at(accumulator[t], chunk);
     if (action == kPoison) {
-      k.poison(a.accumulator[t].dtype, sum, chunk.length);
+      k.poison(accumulator[t].dtype, sum, chunk.length);
+    } else if (action == kZero) {
+      std::memset(sum, 0, static_cast<size_t>(chunk.length * item_bytes(accumulator[t].dtype)));
     } else if (action == kAssign) {
-      k.assign(a.grads[t].dtype, sum, at(a.grads[t], chunk), chunk.length, past_caches);
+      k.assign(grads[t].dtype, sum, at(grads[t], chunk), chunk.length, past_caches);
     } else {
-      k.blend(a.grads[t].dtype, sum, at(a.grads[t], chunk), /*saved=*/nullptr, chunk.length, a.state[kKeep],
-              a.state[kAdd], past_caches);
+      k.blend(grads[t].dtype, sum, at(grads[t], chunk), /*saved=*/nullptr, chunk.length, state[kKeep], state[kAdd],
+              past_caches);
     }
   });
+}
+
+// Adopted: words 0, unless the result has become NaN.
+void accumulate(const AccumulateArguments& a) {
+  const int action = action_of(a.op, a.state);
+  if (a.adopted && action == kAssign) return;
+  if (a.adopted && action == kBlend) fail({a.op, "grads"}, "none", "gradients: only the first sample can be adopted");
+  act(action, a.state, a.accumulator, a.grads);
 }
 
 // Both in one pass where the mean blends: it waits for memory, the draw for arithmetic. Words: read 3, write 2.
@@ -172,23 +180,6 @@ void accumulate_perturb(const AccumulatePerturbArguments& both) {
   });
 }
 
-// Words: read 2, write 1; nothing where the coefficients say so.
-void blend_direction(const DirectionArguments& a) {
-  const double* const d = a.direction;
-  if (writes_nothing(d)) return;
-  const Kernels& k = kernels();
-  for_chunks(plan_of(a.blended), [&](int64_t, const Chunk& chunk) {
-    const size_t t = static_cast<size_t>(chunk.tensor);
-    char* const to = at(a.blended[t], chunk);
-    if (writes_zeros(d)) {
-      std::memset(to, 0, static_cast<size_t>(chunk.length * item_bytes(a.blended[t].dtype)));
-    } else {
-      k.blend(a.others[t].dtype, to, at(a.others[t], chunk), /*saved=*/nullptr, chunk.length, d[kDirectionKeep],
-              d[kDirectionAdd], /*past_caches=*/false);
-    }
-  });
-}
-
 // Words: read 2 for the sums, then read 2, write 1.
 void take_direction(const DirectionArguments& a) {
   const Kernels& k = kernels();
@@ -210,7 +201,7 @@ void take_direction(const DirectionArguments& a) {
   if (a.stage.ends(0, sums)) return;
   std::copy_n(sums, size_t{kDirectionSums}, a.direction);
   tsam::take_direction(a.direction);
-  blend_direction(a);
+  act(tilt_action(a.direction), a.direction, a.blended, a.others);
 }
 
 // Words: read 1 for the norm, then read 2, write 1.
@@ -225,7 +216,7 @@ void add_direction(const DirectionArguments& a) {
   if (a.stage.ends(0, squares)) return;
   a.direction[kTiltedSquares] = squares[0];
   tsam::add_direction(a.direction);
-  blend_direction(a);
+  act(tilt_action(a.direction), a.direction, a.blended, a.others);
 }
 
 // Words: read 1, write 1. Bit for bit, whatever the dtype.

@@ -148,8 +148,8 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
 }
 
 // Lists: accumulator (of the compute type), grads. Words: what state's action says: blend read 2, write 1; assign read
-// 1, write 1; poison write 1; skip 0. An adopted accumulator holds the gradient of the first sample already: there is
-// nothing to blend with it, and the device cannot refuse, so that such a mistake comes out as NaN.
+// 1, write 1; poison and zero write 1; skip 0. An adopted accumulator holds the gradient of the first sample already:
+// there is nothing to blend with it, and the device cannot refuse, so that such a mistake comes out as NaN.
 template <typename T, bool few>
 __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     accumulate_chunks(TSAM_PARAMETER(TensorTable<2, few>) table, const double* state, bool adopted) {
@@ -164,8 +164,8 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
   const T* const grad = table.template at<T>(1, chunk);
   for_lanes<W, true>(chunk.length, lay_by_memory<W>(grad, accumulator), [&](int i, auto lanes) {
     C x[W];
-    if (action == kPoison) {
-      for (int k = 0; k < W; ++k) x[k] = static_cast<C>(kNaN);
+    if (action == kPoison || action == kZero) {
+      for (int k = 0; k < W; ++k) x[k] = static_cast<C>(action == kPoison ? kNaN : 0.0);
     } else if (action == kAssign) {
       load(grad + i, lanes, x);
     } else {
@@ -197,33 +197,6 @@ __global__ void TSAM_LAUNCH_BOUNDS(kThreads)
     sums[kPlainSquares].add_products(g, g);
   });
   store_sums<kThreads>(sums, partial, n, [](int) { return 1.0; });
-}
-
-// Lists: what the direction is taken in or added to (of the compute type), A or the direction. Words: read 2, write 1;
-// nothing to carry: write 1 or nothing.
-template <typename T, bool few>
-__global__ void TSAM_LAUNCH_BOUNDS(kThreads)
-    blend_direction(TSAM_PARAMETER(TensorTable<2, few>) table, const double* direction) {
-  using C = compute_t<T>;
-  constexpr int W = kLanes<T>;
-  if (writes_nothing(direction)) return;
-  const bool zeros = writes_zeros(direction);
-  const Chunk chunk = chunk_of(table);
-  const Accumulate<C> functor{static_cast<C>(direction[kDirectionKeep]), static_cast<C>(direction[kDirectionAdd])};
-  C* const blended = table.template at<C>(0, chunk);
-  const T* const other = table.template at<T>(1, chunk);
-  for_lanes<W, true>(chunk.length, lay_by_memory<W>(other, blended), [&](int i, auto lanes) {
-    C x[W];
-    if (zeros) {
-      for (int k = 0; k < W; ++k) x[k] = C(0);
-    } else {
-      C g[W];
-      load(blended + i, lanes, x);
-      load(other + i, lanes, g);
-      functor(g, x);
-    }
-    store(x, lanes, blended + i);
-  });
 }
 
 // Lists: to, from. Bit for bit. Words: read 1, write 1.

@@ -105,33 +105,23 @@ void update(const TiltUpdateArguments& a) {
   OnDevice(a.home).finish<0>(TiltUpdate{a.state, a.loss, a.log_size, a.row, a.skip_nonfinite, a.last});
 }
 
-void accumulate(const AccumulateArguments& a) {
-  const OnDevice device(a.home);
+void act(const OnDevice& device, const double* state, const Runs& accumulator, const Runs& grads, bool adopted) {
   const auto entry = [](auto&, size_t) {};
   // Without gradients all that can happen is NaN, which is written by the accumulator's own type.
-  for_shares<2>({&a.accumulator, &a.grads}, a.adopted ? 0 : 1, entry, [&](const auto& share) {
+  for_shares<2>({&accumulator, &grads}, adopted ? 0 : 1, entry, [&](const auto& share) {
     for_storage(share.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
-      device.run<accumulate_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.state,
-                                                                a.adopted);
+      device.run<accumulate_chunks<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, state, adopted);
     });
   });
 }
+
+void accumulate(const AccumulateArguments& a) { act(OnDevice(a.home), a.state, a.accumulator, a.grads, a.adopted); }
 
 // One pass after the other: both wait for memory here, and side by side they would move the same words.
 void accumulate_perturb(const AccumulatePerturbArguments& both) {
   if (both.next.stage.has(1)) accumulate(both.mean);
   perturb(both.next);
-}
-
-void blend(const OnDevice& device, const DirectionArguments& a) {
-  const auto entry = [](auto&, size_t) {};
-  for_shares<2>({&a.blended, &a.others}, 1, entry, [&](const auto& share) {
-    for_storage(share.dtype, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      device.run<blend_direction<T, kFewIn<decltype(share)>>>(share.blocks, kThreads, share.table, a.direction);
-    });
-  });
 }
 
 // Launches: the sums, what follows from them, the blend.
@@ -149,7 +139,7 @@ void take_direction(const DirectionArguments& a) {
       });
     });
   if (device.finish_stage<kDirectionSums>(a.stage, 0, TakeDirection{a.direction}, numbers(partial), blocks)) return;
-  blend(device, a);
+  act(device, a.direction, a.blended, a.others, /*adopted=*/false);
 }
 
 // Launches: as take_direction.
@@ -167,7 +157,7 @@ void add_direction(const DirectionArguments& a) {
       });
     });
   if (device.finish_stage<1>(a.stage, 0, AddDirection{a.direction}, numbers(partial), blocks)) return;
-  blend(device, a);
+  act(device, a.direction, a.blended, a.others, /*adopted=*/false);
 }
 
 void restore(const RestoreArguments& a) {

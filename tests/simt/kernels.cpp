@@ -113,20 +113,13 @@ void run_lists(size_t off) {
     expect_numbers("displacement", changes);
   }
   fill(pair, sizes, {pointers(total), pointers(grads)});
-  for (const Action action : {kAssign, kBlend}) {
+  for (const Action action : {kAssign, kBlend, kZero}) {
     state[kAction] = action;
     go("accumulate_chunks", accumulate_chunks<T, few>, blocks, pair, state.data(), false);
   }
-  std::vector<double> direction(kDirectionSlots, 0.5), products(kDirectionSums * static_cast<size_t>(blocks), kNaN);
+  std::vector<double> products(kDirectionSums * static_cast<size_t>(blocks), kNaN);
   go("direction_sums", direction_sums<T, few>, blocks, pair, products.data(), blocks);
   expect_numbers("products", products);
-  for (const double add : {0.5, 0.0}) {  // a blend, then nothing
-    direction[kDirectionKeep] = 1.0;
-    direction[kDirectionAdd] = add;
-    go("blend_direction", blend_direction<T, few>, blocks, pair, direction.data());
-  }
-  direction[kDirectionKeep] = 0.0;
-  go("blend_direction", blend_direction<T, few>, blocks, pair, direction.data());
   fill(pair, sizes, {pointers(position), pointers(saved)});
   go("copy_chunks", copy_chunks<T, few>, blocks, pair);
   expect_numbers("partial sums", std::vector<double>(partial.begin(), partial.begin() + blocks));

@@ -62,7 +62,7 @@ class ChainSlot:
 
 
 CHAIN_SLOTS = 30
-DIRECTION_SLOTS, DIRECTION_SUMS, RATIO = 6, 3, 5  # of a carried direction, as csrc/core/direction.h has them
+DIRECTION_SLOTS, DIRECTION_SUMS, RATIO = 9, 3, 8  # of a carried direction, as csrc/core/direction.h has them
 STEP_HELD = -1  # an op's step: the one in the slot STEP, which a replayed CUDA graph finds counted on
 
 
