@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, gpu_cost, half_precision, many_gpus, ops, overhead, step, train
+from . import gpu, gpu_cost, many_gpus, ops, overhead, step
 from .command import EXIT_CODES, HelpFormatter
+from .training import compare, cost, half_precision, sweep, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench", description="Benchmarks of tsam_ext.", epilog=EXIT_CODES, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
+    for module in (train, compare, sweep, cost, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

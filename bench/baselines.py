@@ -73,6 +73,64 @@ class LoopTSAM:
             return closure()
 
 
+class LoopHMC:
+    """Hamiltonian TSAM with loops over tensors: a chain that goes on, kicks, exact rotations of the gaussian prior, an
+    accept test on the host, and s copies of the gradient. ε = rho x / √d, density ∝ exp(−‖x‖²/2 + delta L(θ + ε)).
+    """
+
+    def __init__(
+        self, params: Tensors, *, rho: float, delta: float, tilt: float, num_samples: int, angle: float = math.pi / 2
+    ) -> None:
+        self.params, self.delta, self.tilt, self.num_samples, self.angle = params, delta, tilt, num_samples, angle
+        self.scale = rho / math.sqrt(sum(p.numel() for p in params))
+        self.position = [torch.randn_like(p) for p in params]
+
+    @torch.no_grad()
+    def estimate_gradient(self, closure: Closure) -> Tensor:
+        """One gradient where the chain stands, then one for each trajectory of one leapfrog step."""
+        saved = [p.detach().clone() for p in self.params]
+        loss, gradient = self._at(saved, self.position, closure)
+        losses, gradients = [], []
+        for _ in range(self.num_samples):
+            momentum = [torch.randn_like(p) for p in self.params]
+            before = self._energy(loss, self.position, momentum)
+            position = [p.clone() for p in self.position]
+            self._kick(momentum, gradient)
+            for x, v in zip(position, momentum, strict=True):
+                turned = x * math.cos(self.angle) + v * math.sin(self.angle)
+                v.copy_(v * math.cos(self.angle) - x * math.sin(self.angle))
+                x.copy_(turned)
+            new_loss, new_gradient = self._at(saved, position, closure)
+            self._kick(momentum, new_gradient)
+            after = self._energy(new_loss, position, momentum)
+            if torch.rand(()).item() < math.exp(min(0.0, before - after)):
+                self.position, loss, gradient = position, new_loss, new_gradient
+            losses.append(loss)
+            gradients.append(gradient)
+        exponents = torch.tensor([(self.tilt - self.delta) * one for one in losses], dtype=torch.float64)
+        weights = torch.softmax(exponents, 0).tolist()
+        for i, (p, old) in enumerate(zip(self.params, saved, strict=True)):
+            p.copy_(old)
+            p.grad = torch.stack([w * g[i] for w, g in zip(weights, gradients, strict=True)]).sum(0)
+        return torch.tensor(losses[0])
+
+    def _at(self, saved: Tensors, position: Tensors, closure: Closure) -> tuple[float, Tensors]:
+        for p, old, x in zip(self.params, saved, position, strict=True):
+            p.copy_(old + self.scale * x)
+            p.grad = None
+        with torch.enable_grad():
+            loss = closure()
+        return loss.item(), [_gradient(p).clone() for p in self.params]
+
+    def _kick(self, momentum: Tensors, gradient: Tensors) -> None:
+        for v, g in zip(momentum, gradient, strict=True):
+            v.add_(g * (0.5 * self.angle * self.delta * self.scale))
+
+    def _energy(self, loss: float, position: Tensors, momentum: Tensors) -> float:
+        squares = sum(t.square().sum().item() for t in [*position, *momentum])
+        return 0.5 * squares - self.delta * loss
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad

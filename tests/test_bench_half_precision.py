@@ -7,7 +7,7 @@ import math
 import pytest
 
 from bench.__main__ import main
-from bench.half_precision import METHODS, rows_of, train
+from bench.training.half_precision import METHODS, rows_of, train
 
 pytest.importorskip("mlxtend")
 

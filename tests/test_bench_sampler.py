@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import sampler
 from bench.__main__ import main
-from bench.sampler import COLUMNS, diverged, missed
+from bench.training import sampler
+from bench.training.sampler import COLUMNS, diverged, missed
 
 LAST = {"acceptance": 0.8, "distance / rho": 1.0}
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from bench.command import conclude
+from bench.record import write_json
 from tsam_ext import HMC, TSAM
 
-from .command import conclude
 from .data import load
-from .record import write_json
-from .run import accuracy
-from .training_methods import BATCH, LEARNING_RATE, MOMENTUM, initial
+from .methods import MOMENTUM
+from .tasks import TASKS
 
-EPOCHS, QUICK_EPOCHS, SEED = 20, 6, 11
+EPOCHS, QUICK_EPOCHS, SEED, BATCH, LEARNING_RATE = 20, 6, 11, 64, 0.01
 RHO, DELTA, TILT_OVER_DELTA, NUM_SAMPLES = 0.3, 300.0, 1.1, 3
 LIFT_STEPS, LIFT_BURN_IN, LIFT_BATCHES = 400, 50, 20
 COLUMNS = ("acceptance", "distance / rho", "ESS", "1 - ESS/s", "sampled loss", "start loss", "test accuracy %")
@@ -90,8 +90,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     torch.set_num_threads(1)  # the net is small: a second thread would mostly wait
     epochs = options.epochs or (QUICK_EPOCHS if options.quick else EPOCHS)
     delta = DELTA if options.delta is None else options.delta
-    images = load(options.data, options.label_noise, SEED)
-    model = initial(images.train_x.shape[-1], SEED)
+    task, images = TASKS[f"{options.data}-cnn"], load(options.data, options.label_noise, SEED)
+    model = task.initial(SEED)
     optimizer = _optimizer(model, options.lr or LEARNING_RATE, delta)
     order, rows = torch.Generator().manual_seed(SEED + 1), []
     d = sum(p.numel() for p in model.parameters())
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             ess = float(told.ess)
             values = [told.acceptance_rate, told.distance, ess, 1 - ess / NUM_SAMPLES, told.losses.mean(), loss]
             seen.append([float(value) for value in values])
-        means = [*np.mean(seen, axis=0), accuracy(model, images.test_x, images.test_y)]
+        means = [*np.mean(seen, axis=0), task.measure(model, images.test_x, images.test_y)["accuracy"]]
         rows.append(dict(zip(COLUMNS, means, strict=True)))
     part = torch.arange(BATCH)
     lifted, flat = (_lift(model, images.train_x[part], images.train_y[part], at) for at in (delta, 0.0))

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from bench.command import add_command, command_line, conclude, positive
+from bench.record import write_json
 from tsam_ext import TSAM
 
-from .command import add_command, command_line, conclude, positive
 from .data import CLASSES, load
-from .record import write_json
-from .run import accuracy
-from .train_report import mean_and_error
+from .report import mean_and_error
+from .tasks import of_classes
 
 WIDTHS = {"small": 256, "wide": 3072}
 EPOCHS = {"small": 40, "wide": 6}
@@ -86,8 +86,8 @@ def train(net: str, method: str, seed: int, epochs: int, rho: float) -> Run:
                 return loss
 
             total += optimizer.step(closure)
-    with nullcontext() if half else torch.autocast("cpu", torch.bfloat16):
-        score = accuracy(model, images.test_x.to(kind), images.test_y)
+    with nullcontext() if half else torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        score = of_classes(model(images.test_x.to(kind)).float(), images.test_y)["accuracy"]
     seen = optimizer.diagnostics
     ascent, norm = float(seen.realised_ascent), float(seen.realised_norm) / rho
     return Run(net, method, seed, score, ascent, norm, math.isfinite(float(total)))
