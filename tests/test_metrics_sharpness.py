@@ -24,7 +24,7 @@ def test_the_average_rise_of_a_quadratic(noise: str) -> None:
     """Noise of second moment 1/n: r² tr(H)/(2n), to 5.5 standard errors, one in 2e7."""
     matrix, objective = quadratic(SPECTRA[0][0])
     found = metrics.average_sharpness(objective, 0.7, noise=noise, num_samples=500, seed=2)
-    assert abs(found.mean - 0.49 * float(matrix.trace()) / 20) < 5.5 * found.standard_error
+    assert abs(found.mean - 0.49 * float(matrix.trace()) / (2 * len(matrix))) < 5.5 * found.standard_error
     assert found.standard_error == pytest.approx(float(found.samples.std()) / math.sqrt(500))
     assert len(found.samples) == 500
 
