@@ -221,8 +221,10 @@ def test_public_docstrings_run() -> None:
 
     from tsam_ext import diagnostics, hmc, integrators, optim, samplers
     from tsam_ext.functional import dynamics, tilted
+    from tsam_ext.metrics import objective, sharpness, spectrum, surfaces
 
-    for module in (diagnostics, dynamics, hmc, integrators, optim, samplers, tilted):
+    measures = (objective, sharpness, spectrum, surfaces)
+    for module in (diagnostics, dynamics, hmc, integrators, optim, samplers, tilted, *measures):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0

@@ -18,7 +18,7 @@ from ._version import __version__
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
     raise ImportError(f"tsam_ext {__version__} needs torch >= 2.10, found torch {torch.__version__}.")
 
-from . import _compile, _cuda, functional, hmc  # noqa: F401  (the first two: their import is all they are for)
+from . import _compile, _cuda, functional, hmc, metrics  # noqa: F401  (the first two: their import is all they are for)
 from .diagnostics import Diagnostics
 from .estimates import Sample
 from .functional import kick, leapfrog, perturb, tilted_loss, tilted_reduce, tilted_weights
@@ -42,6 +42,7 @@ __all__ = [
     "hmc",
     "kick",
     "leapfrog",
+    "metrics",
     "perturb",
     "reference",
     "tilted_loss",
