@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,14 @@ def test_a_pickle_by_python_2_has_bytes_for_strings() -> None:
     memo = b"\x80\x02}q\x01(U\x06labelsq\x02]q\x03(K\x03K\x01eU\x04sameh\x03u."
     found = ArraysOnly(io.BytesIO(memo), encoding="bytes").load()
     assert found[b"labels"] == [3, 1] and found[b"same"] is found[b"labels"]
+
+
+def test_an_array_of_columns_is_read_by_rows(tmp_path: Path) -> None:
+    """NumPy pickles one in Fortran's order as it lies."""
+    content = {b"data": np.asfortranarray(rows(3).inputs.flatten(1).numpy()), b"fine_labels": [0, 1, 2]}
+    for part in ("train", "test"):
+        (tmp_path / part).write_bytes(pickle.dumps(content, protocol=4))
+    assert same(read_cifar(tmp_path, "cifar100")[1], rows(3))
 
 
 class Command:
@@ -160,6 +169,8 @@ def test_a_folder_of_images_is_read_class_by_class(tiny: bool, tmp_path: Path) -
     train, test = rows(6, 8, 3), rows(4, 8, 3, seed=1)
     folder(tmp_path, train, "train", tiny=tiny)
     folder(tmp_path, test, "val" if tiny else "test", tiny=tiny)
+    if tiny:
+        (tmp_path / "test" / "images").mkdir(parents=True)  # its labels are not public
     found, held, names = read_folder(tmp_path)
     assert names == ["n00", "n01", "n02"]
     by_class = torch.argsort(train.labels, stable=True)
@@ -244,17 +255,22 @@ def test_a_flip_mirrors_half_of_the_images() -> None:
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_cutout_is_a_square_of_its_size_cut_by_the_border(side: int) -> None:
-    n, size = 2000, 16
-    holes = cutout(torch.ones(n, 2, side, side), size, 0.5, generator()) == 0
-    assert torch.equal(holes[:, 0], holes[:, 1])
+    n, size = 3000, 16
+    images = torch.ones(n, 2, side, side)
+    holes = cutout(images, size, 0.5, generator()) == 0
+    assert torch.equal(holes[:, 0], holes[:, 1]) and bool((images == 1).all())
     holes = holes[:, 0]
     high, wide = holes.any(2), holes.any(1)
     assert torch.equal(holes, high[:, :, None] & wide[:, None, :])  # a rectangle
     chosen = holes.flatten(1).any(1)
     assert abs(int(chosen.sum()) - n / 2) < 5.5 * (n / 4) ** 0.5
     reached = [min(side, middle + size // 2) - max(0, middle - size // 2) for middle in range(side)]
-    for lengths in (high[chosen].sum(1), wide[chosen].sum(1)):
-        assert set(lengths.tolist()) == set(range(size // 2, size + 1))  # the rarest is missed with (63/64)¹⁰⁰⁰ < 2e-7
+    for along in (high[chosen], wide[chosen]):
+        lengths, first = along.sum(1), along.int().argmax(1)
+        assert (int(first.min()), int(first.max())) == (0, side - 1 - size // 2)  # the middle reaches both borders
+        assert set(lengths.tolist()) == set(
+            range(size // 2, size + 1)
+        )  # one place each: missed with (63/64)¹⁴⁰⁰ < 1e-9
         mean, square = (sum(x**k for x in reached) / side for k in (1, 2))
         assert abs(float(lengths.double().mean()) - mean) < 5.5 * ((square - mean**2) / len(lengths)) ** 0.5
     assert int(holes.sum((1, 2)).max()) == size**2

@@ -119,7 +119,7 @@ def _rows(text: bytes, part: str, archive: Archive) -> Rows:
     if wrong:
         wanted = f"whole numbers below {archive.classes}"
         raise ValueError(f"{part}: {archive.labels!r}: got {wrong[0]!r} among them, expected {wanted}")
-    images = torch.from_numpy(np.array(data)).view(-1, 3, SIDE, SIDE)  # a copy: what a pickle gives may be read-only
+    images = torch.from_numpy(np.array(data)).view(-1, 3, SIDE, SIDE)  # a copy: a pickled array lies in its bytes
     return Rows(images, torch.tensor(labels, dtype=torch.int64))
 
 

@@ -1,8 +1,8 @@
 """What a run is a function of: the settings of the authors' scripts, the grids, the schedule, and the optimizer.
 
-Sources: T. Li, T. Zhou, J. Bilmes, arXiv 2410.22656 (section 5), and the defaults and grids of the authors' scripts;
-the schedule and cutout are those of the example of github.com/davda54/sam, whose names these scripts import. What is
-ours is marked so here; bench/README.md lists what is not known.
+Sources: data sets and nets of T. Li, T. Zhou, J. Bilmes, arXiv 2410.22656, section 5; defaults and grids of the
+authors' scripts (github.com/litian96/TSAM); schedule and cutout of the example of github.com/davda54/sam, whose names
+these scripts import. What is ours is marked so here; bench/README.md lists what is not known.
 """
 
 from __future__ import annotations
