@@ -139,6 +139,10 @@ def test_the_plan_counts_runs_and_gradients(tmp_path: Path, capsys: pytest.Captu
         (["--data", "text", "--root", "."], "--data text needs --model DIR or --model-config tiny"),
         (["--data", "text", "--root", ".", "--model", ".", "--model-config", "tiny"], "give one of the two"),
         (["--data", "folder", "--root", "."], "expected the folders train and val"),
+        (["--data", "cifar10", "--root", ".", "--side", "8"], "--side says nothing here"),
+        (["--data", "text", "--root", ".", "--model", ".", "--net", "resnet18"], "--net says nothing here"),
+        (["--quick", "--columns", "label"], "--columns says nothing here"),
+        (["--quick", "--tune-epochs", "1"], "--tune-epochs says nothing here"),
     ],
 )
 def test_what_cannot_run_exits_with_2(

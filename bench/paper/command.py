@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
     if reason := _unusable(options):
         return cannot_run(options, reason)
-    with launched() as ranks:
+    with launched(torch.cuda.is_available() and options.device != "cpu") as ranks:
         try:
             task = with_label_noise(load(options), options.label_noise)
             chosen_on = held_out(task, options.holdout) if options.tune else None
@@ -117,11 +117,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _unusable(options: argparse.Namespace) -> str:
     """What is wrong with the command line, if anything is."""
-    if options.quick:
-        return "--quick writes its own data: leave --data and --root out" if options.data or options.root else ""
-    if not options.data or not options.root:
+    if options.quick and (options.data or options.root):
+        return "--quick writes its own data: leave --data and --root out"
+    if not options.quick and not (options.data and options.root):
         return "--data and --root are needed, or --quick"
-    if (options.data == "text") != bool(options.model or options.model_config):
+    text = options.data == "text"
+    uses = {"side": options.data == "folder", "net": not text, "columns": text, "tune_epochs": options.tune}
+    if idle := [name for name, used in uses.items() if getattr(options, name) is not None and not used]:
+        return f"--{idle[0].replace('_', '-')} says nothing here: it belongs to another --data, or to --tune"
+    if text != bool(options.model or options.model_config):
         return "--data text needs --model DIR or --model-config tiny, and the others neither"
     if options.model and options.model_config:
         return "--model and --model-config: give one of the two"

@@ -37,17 +37,17 @@ class Ranks:
 
 
 @contextmanager
-def launched() -> Iterator[Ranks]:
-    """The ranks of torchrun, connected by NCCL where there are GPUs and by gloo elsewhere; or of a group that is there.
+def launched(gpus: bool) -> Iterator[Ranks]:
+    """The ranks of torchrun, or of a group that is there already.
 
-    Each rank takes the GPU of its number on its machine.
+    ``gpus``: each rank takes the GPU of its number on its machine, and they talk by NCCL; else by gloo.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if torch.cuda.is_available():
+        if gpus:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if gpus else "gloo")
         try:
             yield Ranks(dist.get_rank(), dist.get_world_size())
         finally:
