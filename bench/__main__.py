@@ -7,6 +7,7 @@ import sys
 
 from . import gpu, gpu_cost, many_gpus, ops, overhead, step
 from .command import EXIT_CODES, HelpFormatter
+from .paper import command as paper
 from .training import compare, cost, half_precision, sweep, train
 
 
@@ -16,13 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench", description="Benchmarks of tsam_ext.", epilog=EXIT_CODES, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, compare, sweep, cost, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
+    for module in (train, compare, sweep, cost, paper, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; train keeps its finished runs, train --resume goes on from them", file=sys.stderr)
+        print("\ninterrupted; train and paper keep what is finished, --resume goes on from there", file=sys.stderr)
         return 130
     return code
 

@@ -44,25 +44,26 @@ class Basic(nn.Module):
         return relu(short + self.norm_two(self.two(relu(self.norm_one(self.one(x))))))
 
 
-def resnet18() -> nn.Module:
-    """62 tensors, 11.7 M parameters, images of 224 × 224."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    layers += [nn.MaxPool2d(3, 2, 1)]
-    inputs = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+def resnet18(classes: int = 1000, *, small: bool = False, width: int = 64) -> nn.Module:
+    """62 tensors, 11.7 M parameters, images of 224 × 224; ``small``: CIFAR's form, its stem one 3×3 convolution."""
+    stem = nn.Conv2d(3, width, 3, 1, 1, bias=False) if small else nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(width), nn.ReLU()]
+    layers += [] if small else [nn.MaxPool2d(3, 2, 1)]
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
         layers += [Basic(inputs, outputs, stride, False), Basic(outputs, outputs, 1, False)]
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def wrn16_8() -> nn.Module:
+def wrn16_8(classes: int = 10) -> nn.Module:
     """44 tensors, 11.0 M parameters, images of 32 × 32."""
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
     inputs = 16
     for outputs, stride in ((128, 1), (256, 2), (512, 2)):
         layers += [Basic(inputs, outputs, stride, True), Basic(outputs, outputs, 1, True)]
         inputs = outputs
-    layers += [nn.BatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
+    layers += [nn.BatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
     return nn.Sequential(*layers)
 
 

@@ -13,8 +13,9 @@ pytest.importorskip("matplotlib")
 
 from bench import command, many_gpus, ops, overhead, step, train
 from bench.__main__ import main
+from bench.paper import command as paper
 
-COMMANDS = ("train", "step", "overhead", "ops", "gpu-cost", "many-gpus", "gpu")
+COMMANDS = ("train", "paper", "step", "overhead", "ops", "gpu-cost", "many-gpus", "gpu")
 WITH_TARGETS = ("train", "step", "overhead", "ops")
 
 
@@ -67,11 +68,11 @@ def test_strict_is_there_where_there_are_targets(name: str, capsys: pytest.Captu
     assert ("--strict" in help_of(name, capsys).split("exit codes:")[0]) is (name in WITH_TARGETS)
 
 
-SWITCHES = {"--help", "--quick", "--strict", "--no-compile", "--resume", "--tune"}
+SWITCHES = {"--help", "--quick", "--strict", "--no-compile", "--resume", "--tune", "--plan", "--bf16", "--compile"}
 CHOICES = {"--sampler", "--ops", "--tasks"}  # left out: all, or none
 
 
-@pytest.mark.parametrize("module", [train, step, overhead, ops, many_gpus])
+@pytest.mark.parametrize("module", [train, paper, step, overhead, ops, many_gpus])
 def test_help_tells_each_default(module: Any) -> None:
     text = parser_of(module).format_help().split("exit codes:")[0]
     told = {part.split()[0]: " ".join(part.split()) for part in re.split(r"\n  (?=--[a-z])", text)[1:]}

@@ -199,7 +199,7 @@ def test_sweep_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_cost_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ways = ["ERM", "TSAM", "TSAM hmc, loops"]
+    ways = ["TSAM", "TSAM hmc, loops"]
     assert main(["cost", "--quick", "--steps", "2", "--ways", *ways, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert all(f"| {way} " in text for way in ways)

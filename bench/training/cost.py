@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -84,6 +83,8 @@ def stepper(way: str, model: nn.Module) -> Callable[[Closure], Tensor]:
 
         return fused
     if way == "SAM, pytorch_optimizer":
+        import pytorch_optimizer
+
         wrapper = pytorch_optimizer.SAM(params, SGD, rho=RHO, **BASE)
 
         def two_steps(closure: Closure) -> Tensor:
