@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import command, many_gpus, ops, overhead, step, train
+from bench import command, many_gpus, ops, overhead, step
+from bench.training import train
 from bench.__main__ import main
 from bench.paper import command as paper
 
@@ -106,7 +107,7 @@ def test_the_command_that_is_quoted(module: Any, arguments: list[str], shown: st
         (["overhead", "--quick", "--strict"], "--quick has no targets"),
         (["step", "--quick", "--strict"], "--quick has no targets"),
         (["train", "--tune", "--strict"], "--tune has no targets"),
-        (["train", "--strict", "--methods", "SAM"], "--methods needs ERM"),
+        (["train", "--strict", "--methods", "SAM"], "--methods needs both"),
         (["train", "--delta", "3"], "--delta belongs to --sampler"),
     ],
 )
