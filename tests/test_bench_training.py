@@ -1,6 +1,6 @@
 """The main job's own rules, on made-up results and tiny runs: pairing, corrected claims, targets, resuming, exit codes.
 
-Invariant: a diverged run fails the job; with --strict also TSAM split that does not beat SAM by two standard errors.
+Invariant: a diverged run fails the job; with --strict also TSAM split whose NLL is not below SAM's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def results(scores: dict[str, list[float]], finite: bool = True, task: str = "mn
             {"lr": 0.1},
             [1, 2],
             [50.0, value],
-            {"accuracy": value, "nll": 1.0},
+            {"accuracy": value, "nll": 100.0 - value, "mse": value},
             10.0,
             1.0,
             finite,
@@ -63,7 +63,7 @@ def test_claims_are_corrected_for_their_number() -> None:
 def test_one_seed_or_no_difference_is_no_claim() -> None:
     scores = report.scores_of(results({"ERM": [60.0], "SAM": [90.0]}))
     assert report.chance(scores, "SAM", "ERM") == 1.0
-    assert report.behind(results({"SAM": [60.0], "TSAM split": [90.0]}), "TSAM split", "SAM")
+    assert report.behind(results({"SAM": [60.0], "TSAM split": [90.0]}), "TSAM split", "SAM", "accuracy")
     assert report.chance(report.scores_of(results({"ERM": [60.0, 61.0], "SAM": [60.0, 61.0]})), "SAM", "ERM") == 1.0
 
 
@@ -79,7 +79,8 @@ def test_one_seed_or_no_difference_is_no_claim() -> None:
 )
 def test_the_target(split: list[float], finite: bool, shown: bool) -> None:
     found = results({"SAM": [60.0, 70.0, 80.0], "TSAM split": split}, finite)
-    wrong, missed = report.diverged(found), report.behind(found, "TSAM split", "SAM")
+    wrong, missed = report.diverged(found), report.behind(found, "TSAM split", "SAM", "accuracy")
+    assert len(missed) == len(report.behind(found, "TSAM split", "SAM", "nll"))  # 100 − accuracy here
     assert (not wrong and not missed) is shown
     assert len(wrong) == (0 if finite else 6)
 
@@ -90,10 +91,10 @@ def test_a_measure_that_cannot_be_is_wrong() -> None:
     assert "accuracy is -1.0" in report.impossible(results({"SAM": [-1.0]}))[0]
 
 
-def test_less_is_better_where_the_task_says_so() -> None:
+def test_of_an_error_less_is_better() -> None:
     found = results({"SAM": [0.5, 0.7, 0.6], "TSAM split": [0.4, 0.6, 0.5]}, task="diabetes")
-    assert not report.behind(found, "TSAM split", "SAM")
-    assert report.behind(found, "SAM", "TSAM split")
+    assert not report.behind(found, "TSAM split", "SAM", "mse")
+    assert report.behind(found, "SAM", "TSAM split", "mse")
 
 
 def test_a_run_repeats_and_watches() -> None:
@@ -104,6 +105,7 @@ def test_a_run_repeats_and_watches() -> None:
     assert 1.0 <= first.seen["ess"] < 15.9
     assert first.seen["spread"] > 0
     assert 0.0 < first.seen["wrong_weight"] < 0.27  # a negative tilt leans away from wrong labels
+    assert first.seen["train ascent"] > 0.0
     assert first.gradients == 2 * 8 * 2  # epochs, steps, gradients
     other = train_once(replace(job, seed=4))
     assert other.curve != first.curve
@@ -181,7 +183,7 @@ def test_what_fails_the_job(
     arguments = ["train", "--methods", "SAM", "TSAM split", "--out", str(tmp_path)]
     assert main([*arguments, "--strict"] if strict else arguments) == code
     text = capsys.readouterr().out
-    assert ("TARGET MISSED: TSAM split is better than SAM by -1.00 ± 0.00" in text) is (split[0] < 60)
+    assert ("TARGET MISSED: TSAM split is better than SAM in nll by -1.00 ± 0.00" in text) is (split[0] < 60)
     assert text.count("WRONG: ") == (0 if finite else 6)
 
 

@@ -22,6 +22,7 @@ from .tasks import TASKS
 Key = TypeVar("Key", bound=Hashable)
 Scores = dict[str, dict[int, float]]
 LEVEL = 0.05
+LESS_IS_BETTER = ("nll", "mse", "mae")
 
 
 def scores_of(results: Sequence[Result], measure: str | None = None) -> Scores:
@@ -119,22 +120,23 @@ def impossible(results: Sequence[Result]) -> list[str]:
     found = []
     for r in results:
         for name, value in r.measures.items():
-            top = float("inf") if name in ("nll", "mse", "mae") else 100.0
+            top = float("inf") if name in LESS_IS_BETTER else 100.0
             if not 0.0 <= value <= top and r.finite:
                 found.append(f"{r.task}, {r.method}, seed {r.seed}: {name} is {value}")
     return found
 
 
-def behind(results: Sequence[Result], method: str, baseline: str) -> list[str]:
+def behind(results: Sequence[Result], method: str, baseline: str, measure: str) -> list[str]:
     """The target that ``method`` is better than ``baseline`` by more than two standard errors, where it is missed."""
-    scores = scores_of(results)
+    scores = scores_of(results, measure)
     if method not in scores or baseline not in scores:
         return []
     difference, error = paired(scores, method, baseline)
-    difference = difference if TASKS[results[0].task].higher else -difference
+    difference = -difference if measure in LESS_IS_BETTER else difference
     if difference > 2 * error:
         return []
-    return [f"{method} is better than {baseline} by {told(difference, error, sign='+')}: not above two standard errors"]
+    gain = told(difference, error, sign="+")
+    return [f"{method} is better than {baseline} in {measure} by {gain}: not above two standard errors"]
 
 
 def picture(results: Sequence[Result], path: Path, title: str) -> None:

@@ -28,12 +28,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from bench.record import environment, write_json
-from tsam_ext import TSAM
+from tsam_ext import TSAM, metrics
 
 from .data import Parts, load
 from .methods import Method
 from .tasks import TASKS, Task
 
+ASCENT = 0.1
 CONSTANTS = ("name", "kind", "gradients", "options")  # of a method, what a run depends on
 
 
@@ -136,7 +137,20 @@ def train(job: Job) -> tuple[nn.Module, Result]:
     steps = job.epochs * math.ceil(len(parts.train_x) / task.batch)
     optimizer = job.method.optimizer(model, job.settings, job.seed, steps)
     result = _loop(job, task, parts, model, optimizer)
+    if job.watch:
+        result.seen.update(flatness(task, model, parts))
     return model, result
+
+
+def flatness(task: Task, model: nn.Module, parts: Parts) -> dict[str, float]:
+    """How far one ascent of length 0.1 lifts the loss over all noisy training rows, and over all clean test rows."""
+
+    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return task.loss(net(batch[0]), batch[1])
+
+    rows = {"train ascent": (parts.train_x, parts.train_y), "test ascent": (parts.test_x, parts.test_y)}
+    found = {name: metrics.Objective(model, [batch], loss, process_group=None) for name, batch in rows.items()}
+    return {name: float(metrics.ascent_sharpness(objective, ASCENT).mean) for name, objective in found.items()}
 
 
 def _loop(job: Job, task: Task, parts: Parts, model: nn.Module, optimizer: Optimizer) -> Result:
