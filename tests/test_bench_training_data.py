@@ -82,6 +82,10 @@ def test_measures_by_hand() -> None:
     assert found["accuracy"] == 75.0
     assert found["balanced accuracy"] == 75.0
     assert found["worst class"] == 50.0
+    assert found["scaled nll"] <= found["nll"] == pytest.approx((3 * 0.126928 + 2.126928) / 4, abs=1e-6)
+    assert tasks.of_classes(scores * 3, torch.tensor([0, 0, 1, 1]))["scaled nll"] == pytest.approx(
+        found["scaled nll"], abs=5e-3
+    )
     uneven = tasks.of_classes(scores[:3], torch.tensor([0, 1, 1]))
     assert uneven["accuracy"] == pytest.approx(200 / 3)
     assert uneven["balanced accuracy"] == pytest.approx(75.0)

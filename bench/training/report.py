@@ -22,7 +22,7 @@ from .tasks import TASKS
 Key = TypeVar("Key", bound=Hashable)
 Scores = dict[str, dict[int, float]]
 LEVEL = 0.05
-LESS_IS_BETTER = ("nll", "mse", "mae")
+LESS_IS_BETTER = ("nll", "scaled nll", "mse", "mae")
 
 
 def scores_of(results: Sequence[Result], measure: str | None = None) -> Scores:
@@ -85,13 +85,12 @@ def told(mean: float, error: float, digits: int = 2, sign: str = "") -> str:
 
 
 def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "SAM") -> str:
-    """One task: metric, differences to ERM and to ``baseline`` with its corrected p, NLL, price and seconds."""
+    """One task: metric, differences to ERM and to ``baseline`` with its corrected p, the likelihoods, price and seconds."""
     task = TASKS[results[0].task]
     scores = scores_of(results)
     others = [name for name in scores if baseline in scores and name != baseline]
     corrected = holm({name: chance(scores, name, baseline) for name in others})
-    second = "nll" if "nll" in results[0].measures and task.metric != "nll" else None
-    beside = scores_of(results, second) if second else {}
+    beside = {name: scores_of(results, name) for name in ("nll", "scaled nll") if name in results[0].measures}
     rows = []
     for name, of_seed in scores.items():
         cells = [name, told(*mean_and_error(list(of_seed.values())), 2 if task.higher else 4)]
@@ -99,14 +98,20 @@ def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "
             known = other in scores and name != other
             cells.append(told(*paired(scores, name, other), 2 if task.higher else 4, "+") if known else "")
         cells.append(f"{corrected[name]:.2g}" if name in corrected else "")
-        if second:
-            cells.append(told(*mean_and_error(list(beside[name].values()))))
+        cells += [told(*mean_and_error(list(other[name].values()))) for other in beside.values()]
         seconds = float(np.mean([r.seconds for r in results if r.method == name]))
         rows.append([*cells, f"{prices[name]:.3g}", f"{seconds:.1f}"])
     unit = {"accuracy": "accuracy %", "balanced accuracy": "balanced accuracy %", "iou": "IoU %"}.get(
         task.metric, task.metric
     )
-    heads = ["method", unit, "minus ERM", f"minus {baseline}", "p (Holm)", *([second.upper()] if second else [])]
+    heads = [
+        "method",
+        unit,
+        "minus ERM",
+        f"minus {baseline}",
+        "p (Holm)",
+        *(measure.replace("nll", "NLL") for measure in beside),
+    ]
     return markdown([*heads, "gradients/step", "seconds"], rows)
 
 
@@ -140,22 +145,31 @@ def behind(results: Sequence[Result], method: str, baseline: str, measure: str) 
 
 
 def picture(results: Sequence[Result], path: Path, title: str) -> None:
-    """Curves with a band of one standard error, and each seed's final metric, paired, beside them."""
-    scores, metric = scores_of(results), TASKS[results[0].task].metric
-    with chart(path, 2, (11, 4.6), width_ratios=(3, 2)) as (left, right):
-        for i, name in enumerate(scores):
+    """Curves with a band of one standard error; beside them each seed's final metric and its NLL, paired."""
+    metric, names = TASKS[results[0].task].metric, list(scores_of(results))
+    measures = [metric, *(["nll"] if "nll" in results[0].measures and metric != "nll" else [])]
+    with chart(
+        path, 1 + len(measures), (5 + 4 * len(measures), 4.6), width_ratios=(3, *(2 for _ in measures))
+    ) as panels:
+        left, *others = panels
+        for name in names:
             mine = [r for r in results if r.method == name]
             curves = np.array([r.curve for r in mine])
             mean, error = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0) / len(curves) ** 0.5
             (line,) = left.plot(mine[0].marks, mean, marker="o", markersize=3, label=name)
             left.fill_between(mine[0].marks, mean - error, mean + error, alpha=0.2, color=line.get_color())
-            right.plot([i] * len(mine), [r.final for r in mine], "o", color=line.get_color(), markersize=5)
-        for seed in sorted({r.seed for r in results}):
-            line = [scores[name].get(seed, np.nan) for name in scores]
-            right.plot(range(len(scores)), line, color="0.8", linewidth=0.8, zorder=1)
+        for axes, measure in zip(others, measures, strict=True):
+            scores = scores_of(results, measure)
+            for seed in sorted({r.seed for r in results}):
+                axes.plot([scores[name].get(seed, np.nan) for name in names], color="0.8", linewidth=0.8, zorder=1)
+            for i, name in enumerate(names):
+                axes.plot([i] * len(scores[name]), list(scores[name].values()), "o", color=f"C{i}", markersize=5)
+            axes.set(
+                title=f"last epoch, test {measure.replace('nll', 'NLL')}, one line per seed", xticks=range(len(names))
+            )
+            axes.title.set_fontsize(9)
+            axes.set_xticklabels(names, rotation=30, ha="right", fontsize=7)
         left.set(xlabel="epoch", ylabel=f"test {metric}", title=title)
         left.legend(frameon=False, fontsize=7)
-        right.set(title="last epoch, one line per seed", xticks=range(len(scores)))
-        right.set_xticklabels(list(scores), rotation=30, ha="right", fontsize=7)
-        for axes in (left, right):
+        for axes in panels:
             axes.grid(axis="y", color="0.92")

@@ -18,6 +18,7 @@ from .data import CLASSES, TEXT_LENGTH, all_rows, load, text_characters
 
 WIDTH, CNN_WIDTH, TEXT_WIDTH = 64, 16, 32
 PRETRAINING_STEPS = 300
+TEMPERATURES = [5.0 ** (i / 12 - 1) for i in range(25)]
 
 Measures = dict[str, float]
 
@@ -92,12 +93,17 @@ def pretrained(seed: int) -> nn.Module:
 
 
 def of_classes(outputs: Tensor, y: Tensor) -> Measures:
-    """Accuracy in percent (all rows, mean over classes, worst class) and negative log likelihood in nats."""
+    """Accuracy in percent (all rows, mean over classes, worst class) and negative log likelihood (NLL) in nats.
+
+    ``scaled nll``: at the best of 25 temperatures from 0.2 to 5, chosen on these rows: what is left of the NLL where a
+    net's sureness is put right by hand.
+    """
     right = (outputs.argmax(1) == y).double()
     by_class = [float(right[y == c].mean()) * 100 for c in range(outputs.shape[1]) if bool((y == c).any())]
     return {
         "accuracy": float(right.mean()) * 100,
         "nll": float(cross_entropy(outputs.double(), y)),
+        "scaled nll": min(float(cross_entropy(outputs.double() / t, y)) for t in TEMPERATURES),
         "balanced accuracy": sum(by_class) / len(by_class),
         "worst class": min(by_class),
     }
