@@ -101,17 +101,9 @@ def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "
         cells += [told(*mean_and_error(list(other[name].values()))) for other in beside.values()]
         seconds = float(np.mean([r.seconds for r in results if r.method == name]))
         rows.append([*cells, f"{prices[name]:.3g}", f"{seconds:.1f}"])
-    unit = {"accuracy": "accuracy %", "balanced accuracy": "balanced accuracy %", "iou": "IoU %"}.get(
-        task.metric, task.metric
-    )
-    heads = [
-        "method",
-        unit,
-        "minus ERM",
-        f"minus {baseline}",
-        "p (Holm)",
-        *(measure.replace("nll", "NLL") for measure in beside),
-    ]
+    unit = f"{task.metric.replace('iou', 'IoU')}{' %' if task.higher else ''}"
+    named = [measure.replace("nll", "NLL") for measure in beside]
+    heads = ["method", unit, "minus ERM", f"minus {baseline}", "p (Holm)", *named]
     return markdown([*heads, "gradients/step", "seconds"], rows)
 
 
