@@ -22,7 +22,7 @@ from bench.paper.images import Augmentation
 from bench.paper.ranks import Ranks
 from bench.paper.settings import GRIDS, METHODS, USUAL, Job, Settings, optimizer_of, rate, tries
 from bench.paper.task import Rows, Task
-from bench.paper.trainer import batches, train
+from bench.paper.trainer import accuracy, batches, train
 
 CPU = torch.device("cpu")
 SMALL = Settings("made up", "tiny", epochs=3, batch=16, lr=0.05)
@@ -215,12 +215,22 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_methods_begin_with_the_same_weights_and_order_and_seeds_differ() -> None:
-    first = [train(job(method=m, lr=1e-30, epochs=1), linear_task(), CPU).accuracy for m in METHODS]
-    assert first[0] == first[1] == first[2]
-    assert (
-        train(replace(job(epochs=1), seed=4), linear_task(), CPU).losses
-        != train(job(epochs=1), linear_task(), CPU).losses
-    )
+    """Weights that do not move: each step's first loss, where there is no noise before it, is the plain one."""
+    still = [train(job(method=m, lr=1e-30, radius=0.0, epochs=1), linear_task(), CPU) for m in METHODS]
+    assert still[0].losses == still[1].losses == still[2].losses
+    other = train(replace(job(lr=1e-30, epochs=1), seed=4), linear_task(), CPU)
+    assert other.losses != still[0].losses
+
+
+def test_accuracy_draws_no_masks_and_moves_no_statistics() -> None:
+    task = conv_task()
+    net = task.build().train()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    found = [accuracy(net, task, SMALL, CPU) for _ in range(3)]
+    assert found[0] == found[1] == found[2] and same_bits(dict(net.state_dict()), before)
+    with torch.no_grad():
+        right = net(task.prepare(task.test.inputs, None)).argmax(1) == task.test.labels
+    assert found[0] == 100 * int(right.sum()) / 20
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:

@@ -60,6 +60,10 @@ def test_columns_may_be_named_or_numbered(tmp_path: Path) -> None:
     assert texts[0] == ("a film with charm 1",) and words[1] == "bad"
     path.write_text("gj04\t1\t\tFine words .\nbc73\t0\t*\tWords fine .\n")  # CoLA has no header
     assert read_table(path, ("3", "1")) == ([("Fine words .",), ("Words fine .",)], ["1", "0"])
+    path.write_text(
+        '\ufeffsentence\tlabel\n"Fine words\t1\nWords" fine\t0\n'
+    )  # a mark before, quotes that do not close
+    assert read_table(path) == ([('"Fine words',), ('Words" fine',)], ["1", "0"])
 
 
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path) -> None:
