@@ -85,7 +85,7 @@ def told(mean: float, error: float, digits: int = 2, sign: str = "") -> str:
 
 
 def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "SAM") -> str:
-    """One task: metric, differences to ERM and to ``baseline`` with its corrected p, the likelihoods, price and seconds."""
+    """One task: metric, differences to ERM and ``baseline``, corrected p, likelihoods, gradients and seconds."""
     task = TASKS[results[0].task]
     scores = scores_of(results)
     others = [name for name in scores if baseline in scores and name != baseline]
