@@ -186,7 +186,7 @@ def test_a_part_that_is_none_is_refused(part: str, tmp_path: Path) -> None:
     assert f"got {part}, expected K/N" in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".ci").is_dir(), reason="no git, or no .ci")
 def test_the_half_that_a_commit_runs(tmp_path: Path) -> None:
     """Of .ci/run: by the parity of the number of commits; the first half where that is not known."""
     script = (ROOT / ".ci" / "run").read_text()
