@@ -17,18 +17,20 @@ from tsam_ext.engine.state import DIRECTION_SLOTS, new_state
 
 LENGTHS = (1, 60, 200)
 ELEMENTS = 16  # of each tensor
+CPU = torch.device("cpu")
 ROUNDS, TENSORS = 60, 2000  # rounds, and how many tensors of a list one timing passes
 TORCH = "torch._foreach_copy_"
 
 
-def calls_on(length: int) -> dict[str, Callable[[], object]]:
+def calls_on(length: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """A call of each op on lists of this length."""
-    position: list[Tensor] = [nn.Parameter(torch.ones(ELEMENTS)) for _ in range(length)]
-    saved, grads, total = ([torch.ones(ELEMENTS) for _ in range(length)] for _ in range(3))
-    state = new_state(1, torch.device("cpu"))
-    _ops.tilt_begin_(state, torch.tensor(1.0))
-    _ops.tilt_update_(state, torch.tensor(1.0), 0.0, 0, False, False)
-    direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)
+    one = torch.ones((), device=device)
+    position: list[Tensor] = [nn.Parameter(one.repeat(ELEMENTS)) for _ in range(length)]
+    saved, grads, total = ([one.repeat(ELEMENTS) for _ in range(length)] for _ in range(3))
+    state = new_state(1, device)
+    _ops.tilt_begin_(state, one)
+    _ops.tilt_update_(state, one, 0.0, 0, False, False)
+    direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64, device=device)
     ones, flags, base = [1.0] * length, [False] * length, [ELEMENTS * i for i in range(length)]
     noise = (1, 0, 0, 0, ELEMENTS * length, False, False)
     return {
@@ -45,15 +47,22 @@ def calls_on(length: int) -> dict[str, Callable[[], object]]:
 
 
 @torch.no_grad()
-def measure(rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of a call by op, a number for each of LENGTHS."""
+def measure(
+    rounds: int = ROUNDS, device: torch.device = CPU, wait: Callable[[], object] = lambda: None, tensors: int = TENSORS
+) -> dict[str, list[float]]:
+    """Seconds of a call by op, a number for each of LENGTHS.
+
+    On a GPU of the host alone: ``wait``, before each timing, lets what was launched end, and ``tensors`` are so few
+    that the launches of one timing find room in the queue.
+    """
     found: dict[str, list[float]] = {}
     for length in LENGTHS:
-        calls = calls_on(length)
-        repeats = -(-TENSORS // length)
+        calls = calls_on(length, device)
+        repeats = -(-tensors // length)
         best = dict.fromkeys(calls, float("inf"))
         for _ in range(rounds):
             for name, call in calls.items():
+                wait()
                 start = time.perf_counter()
                 for _ in range(repeats):
                     call()

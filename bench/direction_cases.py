@@ -21,9 +21,9 @@ def _dots(a: list[Tensor], b: list[Tensor]) -> Tensor:
 def cases(tilted: list[Tensor]) -> list[Case]:
     """take_direction_ and add_direction_; ``tilted``: A."""
     generator = torch.Generator().manual_seed(5)
-    start = [torch.randn(a.shape, generator=generator) for a in tilted]
-    into, direction = [x.clone() for x in start], torch.zeros(DIRECTION_SLOTS, dtype=torch.float64)
-    carried = [torch.randn(a.shape, generator=generator) for a in tilted]
+    start, carried = ([torch.randn(a.shape, generator=generator).to(a.device) for a in tilted] for _ in range(2))
+    into = [x.clone() for x in start]
+    direction = torch.zeros(DIRECTION_SLOTS, dtype=torch.float64, device=tilted[0].device)
 
     def coefficients() -> tuple[Tensor, Tensor]:
         wide = [a.float() for a in tilted]

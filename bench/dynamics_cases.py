@@ -1,6 +1,6 @@
-"""The differentiable moves in ``python -m bench ops``: leapfrog, kick, perturb, each on one tensor of all elements.
+"""The moves of a sampler in ``python -m bench ops``: leapfrog, kick, perturb, each on one tensor of all elements.
 
-Out of place, as a sampler calls them: results are new memory in every way, so each call pays for its pages.
+Out of place results are new memory in every way, so each call pays for its pages; leapfrog_ and kick_ own theirs.
 Invariant: as in op_cases.py, all ways of a case compute the same; perturb's noise has the same moments.
 """
 
@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from tsam_ext.functional import kick, leapfrog, perturb
+from tsam_ext.functional import kick, kick_, leapfrog, leapfrog_, perturb
 
-from .op_check import Case, returned
+from .op_check import Case, Way, returned
 
 STEP, INVERSE_MASS = 0.25, 1.5
 
@@ -23,10 +23,10 @@ def _pair(value: object) -> list[Tensor]:
     return list(value)
 
 
-def cases(elements: int, dtype: torch.dtype) -> list[Case]:
-    """leapfrog, kick and perturb."""
+def cases(elements: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """leapfrog, kick and perturb, and the two in place."""
     generator = torch.Generator().manual_seed(4)
-    x, p, g = (torch.randn(elements, generator=generator).to(dtype) for _ in range(3))
+    x, p, g = (torch.randn(elements, generator=generator).to(device, dtype) for _ in range(3))
     turns = iter(range(1 << 31))
     radius = math.sqrt(elements)  # one deviation of the noise is 1
     drawn: list[Tensor] = []
@@ -34,6 +34,19 @@ def cases(elements: int, dtype: torch.dtype) -> list[Case]:
     def plain_leapfrog() -> tuple[Tensor, Tensor]:
         half = torch.add(p, g, alpha=0.5 * STEP)
         return torch.add(x, half, alpha=STEP * INVERSE_MASS), half
+
+    moved, half = x.clone(), p.clone()
+
+    def plain_leapfrog_() -> None:
+        half.add_(g, alpha=0.5 * STEP)
+        moved.add_(half, alpha=STEP * INVERSE_MASS)
+
+    def reset() -> None:
+        moved.copy_(x)
+        half.copy_(p)
+
+    def in_place(name: str, words: int, ours: Way, plain: Way) -> Case:
+        return Case(name, words, 0, ours, plain, None, plain, reset, lambda _: [moved, half])
 
     def ours_perturb() -> Tensor:
         drawn[:] = [perturb(x, radius, 7, next(turns))]
@@ -74,5 +87,7 @@ def cases(elements: int, dtype: torch.dtype) -> list[Case]:
             lambda: None,
             returned,
         ),
+        in_place("leapfrog_", 5, lambda: leapfrog_(moved, half, g, STEP, INVERSE_MASS), plain_leapfrog_),
+        in_place("kick_", 3, lambda: kick_(half, g, STEP), lambda: half.add_(g, alpha=STEP)),
         Case("perturb", 2, 1, ours_perturb, plain_perturb, None, compiled_perturb, drawn.clear, noise, scale=1.0),
     ]

@@ -52,10 +52,11 @@ def sizes_of(elements: int, tensors: int | None) -> list[int]:
 
 @dataclass
 class Lists:
-    """The tensors that the list ops work on."""
+    """The tensors that the list ops work on; of the same values on every device."""
 
     sizes: list[int]
     dtype: torch.dtype
+    device: torch.device = CPU
     position: list[Tensor] = field(init=False)
     saved: list[Tensor] = field(init=False)
     grads: list[Tensor] = field(init=False)
@@ -66,13 +67,13 @@ class Lists:
         self._generator = torch.Generator().manual_seed(1)
         self.position, self.saved, self.grads = (self._normal(self.dtype) for _ in range(3))
         self.accumulator = self._normal(torch.float32)
-        self.state = new_state(SAMPLES, CPU)
-        self.norm = torch.zeros(())
+        self.state = new_state(SAMPLES, self.device)
+        self.norm = torch.zeros((), device=self.device)
         self.base = [sum((n + 3) // 4 * 4 for n in self.sizes[:k]) for k in range(len(self.sizes))]
         self.elements = sum(self.sizes)
 
     def _normal(self, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.randn(n, generator=self._generator).to(dtype) for n in self.sizes]
+        return [torch.randn(n, generator=self._generator).to(self.device, dtype) for n in self.sizes]
 
     def every(self, value: float) -> list[float]:
         """One number per tensor."""
@@ -93,10 +94,11 @@ class Lists:
 
     def act(self, loss: float) -> None:
         """Brings the state to where accumulate_ assigns (first sample) or blends (second sample of another loss)."""
-        _ops.tilt_begin_(self.state, torch.tensor(TILT))
-        _ops.tilt_update_(self.state, torch.tensor(1.0), 0.0, 0, False, False)
+        tilt, first, second = torch.tensor([TILT, 1.0, loss], device=self.device).unbind()
+        _ops.tilt_begin_(self.state, tilt)
+        _ops.tilt_update_(self.state, first, 0.0, 0, False, False)
         if loss != 1.0:
-            _ops.tilt_update_(self.state, torch.tensor(loss), 0.0, 1, False, False)
+            _ops.tilt_update_(self.state, second, 0.0, 1, False, False)
 
 
 def _root(norms: Sequence[Tensor]) -> Tensor:
@@ -230,9 +232,34 @@ def _ascend(at: Lists, save: bool) -> Case:
     return Case(name, 4 if save else 3, 0, ours, plain, foreach, compiled, reset, lambda _: p + s, judged=judged)
 
 
+def _norm_ascend(at: Lists) -> Case:
+    """The norm and the ascent along it in one call: what a step does, where nothing is saved or scaled."""
+    norm, ascent = _grad_norm(at, False), _ascend(at, False)
+    # ascend_'s deviation of 1, of a gradient whose elements have one too.
+    rho = math.sqrt(at.elements)
+
+    def ours() -> None:
+        _ops.norm_ascend_(at.position, [], at.grads, at.state, [rho], [False], False, 0)
+
+    def after(measured: Way | None, move: Way | None) -> Way:
+        assert measured is not None and move is not None
+
+        def both() -> None:
+            found = measured()
+            assert isinstance(found, Tensor)
+            at.norm.copy_(found).mul_(RHO / rho)  # the ascent's own rho is RHO
+            move()
+
+        return both
+
+    plain, foreach = after(norm.plain, ascent.plain), after(norm.foreach, ascent.foreach)
+    compiled = after(norm.compiled, ascent.compiled)
+    return Case("norm_ascend_", 4, 0, ours, plain, foreach, compiled, at.refill, lambda _: at.position, tolerance=1e-4)
+
+
 def _accumulate(at: Lists, blend: bool) -> Case:
     a, g = at.accumulator, at.grads
-    keep, add = torch.zeros(()), torch.zeros(())
+    keep, add = torch.zeros(2, device=at.device).unbind()
 
     def ours() -> None:
         _ops.accumulate_(a, g, at.state)
@@ -314,8 +341,8 @@ def _restore(at: Lists) -> Case:
 
 
 def _tilted_reduce(at: Lists) -> Case:
-    losses = torch.tensor([0.5, 1.0, 0.75], dtype=at.dtype)
-    values = torch.randn(SAMPLES, at.elements, generator=torch.Generator().manual_seed(3)).to(at.dtype)
+    losses = torch.tensor([0.5, 1.0, 0.75], dtype=at.dtype, device=at.device)
+    values = torch.randn(SAMPLES, at.elements, generator=torch.Generator().manual_seed(3)).to(losses)
 
     def ours() -> Tensor:
         return tsam_ext.tilted_reduce(losses, values, TILT)
@@ -330,15 +357,16 @@ def _tilted_reduce(at: Lists) -> Case:
     return Case("tilted_reduce, s=3", words, 0, ours, plain, None, compiled, lambda: None, returned)
 
 
-def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
+def cases(sizes: list[int], dtype: torch.dtype, device: torch.device = CPU) -> list[Case]:
     """Every op that is timed."""
-    at = Lists(sizes, dtype)
+    at = Lists(sizes, dtype, device)
     return [
         *(_perturb(at, noise, save) for noise in (GAUSSIAN, SPHERE, RADEMACHER) for save in (True, False)),
         _grad_norm(at, False),
         _grad_norm(at, True),
         _ascend(at, False),
         _ascend(at, True),
+        _norm_ascend(at),
         _accumulate(at, False),
         _accumulate(at, True),
         _merged(at),
@@ -346,5 +374,5 @@ def cases(sizes: list[int], dtype: torch.dtype) -> list[Case]:
         _restore(at),
         _tilted_reduce(at),
         *scalar_cases.cases(at.state, TILT, lambda: at.act(1.0)),
-        *dynamics_cases.cases(at.elements, dtype),
+        *dynamics_cases.cases(at.elements, dtype, device),
     ]

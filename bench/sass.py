@@ -27,7 +27,7 @@ WORDS = {
     "accumulate_chunks<float>": (2, 1),
     "direction_sums<float>": (2, 0),
     "copy_chunks<float>": (1, 1),
-    "weighted_sum<float>": (1, 1),
+    "weighted_sum<float, float, 4>": (1, 1),
     "leapfrog_chunks<float>": (5, 2),
     "kick_chunks<float>": (3, 1),
     "hmc_place_chunks<float>": (2, 3),

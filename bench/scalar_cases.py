@@ -21,7 +21,7 @@ SMALL = 200  # calls in one timing
 
 
 def _tilt_begin(state: Tensor, number: float) -> Case:
-    tilt = torch.tensor(number)
+    tilt = torch.tensor(number, device=state.device)
 
     def ours() -> None:
         _ops.tilt_begin_(state, tilt)
@@ -41,7 +41,7 @@ def _tilt_begin(state: Tensor, number: float) -> Case:
 
 def _tilt_update(state: Tensor, first: Callable[[], None]) -> Case:
     """The second and later samples of a step, all losses finite: ours also looks for those that are not."""
-    loss = torch.tensor(0.5)
+    loss = torch.tensor(0.5, device=state.device)
     slots = [Slot.FIRST_LOSS, Slot.MAX, Slot.SUM, Slot.SUM_SQUARES, Slot.KEEP, Slot.ADD]
 
     def ours() -> None:
@@ -65,8 +65,8 @@ def _tilt_update(state: Tensor, first: Callable[[], None]) -> Case:
     return Case("tilt_update_", 0, 0, ours, plain, None, plain, first, result, calls=SMALL)
 
 
-def _of_losses(tilt: float) -> list[Case]:
-    losses = torch.tensor([0.5, 1.0, 0.75, 2.0, 1.5, 0.25, 1.25, 1.75])
+def _of_losses(tilt: float, device: torch.device) -> list[Case]:
+    losses = torch.tensor([0.5, 1.0, 0.75, 2.0, 1.5, 0.25, 1.25, 1.75], device=device)
 
     def loss() -> Tensor:
         return (torch.logsumexp(tilt * losses, 0) - math.log(len(losses))) / tilt
@@ -86,4 +86,4 @@ def _of_losses(tilt: float) -> list[Case]:
 
 def cases(state: Tensor, tilt: float, first: Callable[[], None]) -> list[Case]:
     """Every op on a few numbers; ``first`` brings the state to after the first sample."""
-    return [_tilt_begin(state, tilt), _tilt_update(state, first), *_of_losses(tilt)]
+    return [_tilt_begin(state, tilt), _tilt_update(state, first), *_of_losses(tilt, state.device)]

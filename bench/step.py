@@ -42,6 +42,7 @@ WAYS = {
     "loop": "TSAM s=3, loops over tensors",
     "foreach": "TSAM s=3, torch._foreach",
     "compiled": "TSAM s=3, torch.compile",
+    "wrapper": "SAM, the common wrapper",
 }
 OURS: dict[str, dict[str, Any]] = {  # TSAM's settings
     "sam": {"num_samples": 1, "radius": 0.0},
@@ -96,13 +97,20 @@ class Timed:
         return self.loss
 
 
-def stepper(way: str, model: nn.Module) -> tuple[Callable[[Timed], Any], int, float]:
-    """A few training steps as a function of the closure, how many they are, and the gradients that each takes."""
+def stepper(way: str, model: nn.Module, **extra: Any) -> tuple[Callable[[Timed], Any], int, float]:
+    """A few training steps as a function of the closure, how many they are, and the gradients that each takes.
+
+    ``extra``: further settings of TSAM, where the way is ours.
+    """
     params = list(model.parameters())
     base: dict[str, Any] = {"lr": LEARNING_RATE, "momentum": 0.9}
     if way in OURS:
         options = OURS[way]
-        ours, every = TSAM(params, rho=RHO, tilt=TILT, seed=1, model=model, **options, **base), options.get("every", 1)
+        given, every = (
+            {"rho": RHO, "tilt": TILT, "seed": 1, "model": model, **options, **extra, **base},
+            options.get("every", 1),
+        )
+        ours = TSAM(params, **given)
 
         def ours_steps(closure: Timed) -> None:
             closure.part = ours.part
@@ -123,17 +131,20 @@ def stepper(way: str, model: nn.Module) -> tuple[Callable[[Timed], Any], int, fl
         return erm, 1, 1.0
     settings: dict[str, Any] = {"rho": RHO, "radius": RHO, "tilt": TILT, "num_samples": SAMPLES}
     tensors: list[Tensor] = list(params)
-    estimator: baselines.Estimator = (
-        baselines.LoopTSAM(tensors, **settings) if way == "loop" else baselines.ForeachTSAM(tensors, **settings)
-    )
-    if way == "compiled" and isinstance(estimator, baselines.ForeachTSAM):
-        baselines.compiled(estimator)
+    estimator: baselines.Estimator
+    if way == "wrapper":
+        estimator = baselines.WrapperSAM(tensors, rho=RHO)
+    elif way == "loop":
+        estimator = baselines.LoopTSAM(tensors, **settings)
+    else:
+        foreach = baselines.ForeachTSAM(tensors, **settings)
+        estimator = baselines.compiled(foreach) if way == "compiled" else foreach
 
     def step(closure: Closure) -> None:
         estimator.estimate_gradient(closure)
         sgd.step()
 
-    return step, 1, 2.0 * SAMPLES
+    return step, 1, 2.0 if way == "wrapper" else 2.0 * SAMPLES
 
 
 def measure(name: str, ways: list[str], batch: int, rounds: int, budget: float, bar: Any) -> list[Row]:

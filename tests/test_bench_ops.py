@@ -85,6 +85,7 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "grad_norm_ adaptive": (8, 4),
         "ascend_": (12, 6),
         "ascend_ first (saves)": (16, 8),
+        "norm_ascend_": (16, 8),
         "accumulate_ assign": (8, 6),
         "accumulate_ blend": (12, 10),
         "accumulate_perturb_": (20, 14),
@@ -94,6 +95,8 @@ def test_cases_count_words_in_the_dtype_and_the_accumulator_in_float32() -> None
         "tilted_reduce, s=3": (16, 8),
         "leapfrog": (20, 10),
         "kick": (12, 6),
+        "leapfrog_": (20, 10),
+        "kick_": (12, 6),
         "perturb": (8, 4),
     }
     for k, dtype in enumerate((torch.float32, torch.bfloat16)):

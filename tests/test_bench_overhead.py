@@ -1,4 +1,4 @@
-"""``bench overhead``, ``step``, ``gpu``: competitors that compute the same, honest words, targets that can be missed.
+"""``bench overhead`` and ``step``: competitors that compute the same, honest words, targets that can be missed.
 
 What is timed is not tested here, but that every way is checked before it is timed, and that the check sees mistakes.
 """
@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("pytorch_optimizer")
 pytest.importorskip("matplotlib")
 
-from bench import baselines, gpu, overhead, overhead_report, step
+from bench import baselines, overhead, overhead_report, step
 from bench.__main__ import main
 from bench.meter import Meter
 from bench.nets import NETS
@@ -242,57 +242,3 @@ def test_the_target_of_step() -> None:
     small = step.Row("mlp", "tsam", 6, 64, 1.0, [1.0], [0.5])
     assert step.missed([good, small]) == []
     assert step.missed([bad]) == ["wrn16-8: 10.0% of a step is not forward and backward, allowed 2%"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_says_that_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gpu"]) == 2
-    assert "no GPU to run on" in capsys.readouterr().err
-
-
-def test_what_gpu_times_is_rehearsed_on_the_cpu() -> None:
-    """The same loops with another clock: every way runs, and the tables hold a row for each."""
-
-    clock_shows = [0.0]
-
-    def clock(run: Any, device: torch.device) -> float:
-        run()
-        clock_shows[0] += 1.0
-        return 1.0 / clock_shows[0]
-
-    cpu = torch.device("cpu")
-    estimates, steps = gpu.time_list("mlp", cpu, 1, clock), gpu.time_steps("mlp", cpu, 1, clock)
-    assert {row["way"] for row in estimates} == {"ours", "loop", "foreach", "wrapper", "library"}
-    assert {row["way"] for row in steps} == step.WAYS.keys() - {"compiled"}
-    where = {
-        "date": "today",
-        "gpu": "none",
-        "cuda": "13",
-        "torch": "2",
-        "rounds": 1,
-        "failed": ["memcheck"],
-        "command": "c",
-    }
-    text = gpu.markdown(steps, estimates, where)
-    assert "checks that failed: memcheck" in text
-    assert text.count("\n| mlp |") == len(estimates) + len(steps)
-    assert gpu.diverged(steps) == []
-    assert gpu.diverged([{**steps[0], "loss": float("inf")}]) == ["mlp: erm: the loss is not finite"]
-
-
-@pytest.mark.parametrize(("failed", "loss"), [([], 1.0), (["racecheck"], 1.0), ([], float("nan"))])
-def test_what_fails_gpu(
-    failed: list[str], loss: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The command as a whole, with no GPU: its parts are stood in for."""
-    steps = [{"list": "mlp", "task": "step", "way": "tsam", "seconds": [1.0], "loss": loss}]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    monkeypatch.setattr(gpu, "_cuda", SimpleNamespace(cause=None))
-    monkeypatch.setattr(gpu, "checks", lambda: failed)
-    monkeypatch.setattr(gpu, "time_list", lambda name, device, rounds: [])
-    monkeypatch.setattr(gpu, "time_steps", lambda name, device, rounds: steps)
-    assert main(["gpu", "--models", "mlp", "--out", str(tmp_path)]) == (1 if failed or loss != loss else 0)
-    out = capsys.readouterr().out
-    assert ("WRONG: racecheck: the check fails" in out) is bool(failed)
-    assert ("WRONG: mlp: tsam: the loss is not finite" in out) is (loss != loss)

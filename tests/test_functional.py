@@ -130,6 +130,40 @@ def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
     assert tilted_loss(losses, 2.0) == oracle.tilted_loss(losses.double(), 2.0).to(dtype)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(70_001, 1), (20_000, 3), (9_000, 40), (3_000, 131), (515, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_that_many_threads_share(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """None is left out or counted twice, each time in the same order; also where rows do not begin at words."""
+    torch.manual_seed(0)
+    losses = losses_of(rows)
+    columns_first = torch.randn(columns, rows).to(dtype)
+    beside = torch.randn(rows, columns + 1).to(dtype)
+    for values in (torch.randn(rows, columns).to(dtype), beside[:, 1:], columns_first.t()):
+        want, size = (oracle.tilted_reduce(losses, v, 0.7) for v in (values.double(), values.double().abs()))
+        got = tilted_reduce(losses, values, 0.7)
+        assert ((got.double() - want).abs() <= 0.501 * torch.finfo(dtype).eps * want.abs() + 1e-12 * size).all()
+        assert torch.equal(got, tilted_reduce(losses, values, 0.7))
+
+
+@pytest.mark.parametrize("rows", [6, 6_000])
+@pytest.mark.parametrize("size", [1e-45, 1e-41, 1.0, 1e20, 3e38])
+def test_numbers_of_any_size_and_none(rows: int, size: float) -> None:
+    """Side by side, under weights down to 0: means are those of float64, rounded once to float32."""
+    torch.manual_seed(0)
+    losses, tilt = torch.linspace(0.0, 10.0, rows, dtype=torch.float64), 100.0  # weights from 1e-434, which is 0
+    values = torch.randn(rows, 12).clamp(-1, 1) * size
+    values[:, 1], values[:, 2] = 0.0, 1e-3
+    values[rows // 2, 4], values[rows // 2, 5], values[0, 6], values[0, 7] = INF, math.nan, INF, math.nan
+    values[rows // 2, 8], values[rows - 1, 8] = INF, -INF
+    want = (oracle.tilted_weights(losses, tilt)[:, None] * values.double()).sum(0)
+    got = tilted_reduce(losses, values, tilt)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+    finite = want.isfinite()
+    assert finite.sum() == 7 and got[4] == INF and got[6].isnan()
+    error = (got.double() - want)[finite].abs()
+    assert (error <= 0.501 * 2**-23 * want[finite].abs() + 0.501 * 2**-149).all()
+
+
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.randn(3, 4, 5, 6, 7),
     "channels_last": lambda: torch.randn(3, 4, 6, 7, 5).movedim(-1, 2),

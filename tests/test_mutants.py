@@ -6,13 +6,15 @@ what it sees as caught, and an entry that does not apply as that. ``python tests
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mutants.entries import Edit, EntryError, Mutant, read_mutants, stale
+from mutants.entries import Edit, EntryError, Mutant, part_of, read_mutants, stale
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "mutants"
@@ -154,6 +156,61 @@ def test_what_is_caught_ends_with_0(tmp_path: Path) -> None:
     done = judged(tmp_path, "a wrong column")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 mutants, 1 caught, ")
+
+
+def test_parts_are_about_even_and_each_mutant_is_in_one() -> None:
+    """Below a third of either kind in a half would make that half's run as long as both."""
+    for chosen in (MUTANTS, [m for m in MUTANTS if m.compiled]):
+        second = sum(part_of(m.name, 2) for m in chosen)
+        assert len(chosen) / 3 < second < 2 * len(chosen) / 3
+    assert {part_of(m.name, 3) for m in MUTANTS} == {0, 1, 2}
+    assert part_of("a-comment", 5) == 3  # the same on every machine and in every year
+
+
+def test_a_part_is_run_and_the_others_still_have_to_apply(tmp_path: Path) -> None:
+    names = [name for name in MADE_UP if name != "a broken import"]
+    parts = [part_of(name.replace(" ", "-"), 5) for name in names]
+    assert parts[1] not in (parts[0], parts[2])
+    arguments = ("--no-build", "--jobs", "1", "--part", f"{parts[1]}/5")
+    done = judged(tmp_path, *names, arguments=arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("2 mutants, 1 caught, 1 NOT: other-lines (does not apply), ")
+    checked = judged(tmp_path, *names, arguments=("--check", *arguments))
+    assert checked.stdout.splitlines()[-1] == "3 mutants, 2 apply, 1 do NOT"
+
+
+@pytest.mark.parametrize("part", ["2/2", "0/0", "1", "-1/2", "a/b"])
+def test_a_part_that_is_none_is_refused(part: str, tmp_path: Path) -> None:
+    done = judged(tmp_path, "a wrong column", arguments=(f"--part={part}",))
+    assert done.returncode == 2
+    assert f"got {part}, expected K/N" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".ci").is_dir(), reason="no git, or no .ci")
+def test_the_half_that_a_commit_runs(tmp_path: Path) -> None:
+    """Of .ci/run: by the parity of the number of commits; the first half where that is not known."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert '--part "$half/2"' in script
+    (choice,) = re.findall(r"^half=0\n.*?^fi$", script, re.DOTALL | re.MULTILINE)
+
+    def half(folder: Path, **environment: str) -> str:
+        command = ["/bin/bash", "-euo", "pipefail", "-c", f'{choice}\necho "$half"']
+        return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+    def git(*arguments: str, cwd: Path = tmp_path) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True)
+
+    here = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    assert half(tmp_path, **here) == "0\n"  # no repository
+    git("init", "-q", "full")
+    assert half(tmp_path / "full", **here) == "0\n"  # no commit
+    for want in "101":
+        git("commit", "-q", "--allow-empty", "-m", "m", cwd=tmp_path / "full")
+        assert half(tmp_path / "full", **here) == f"{want}\n"
+    assert half(tmp_path / "full", PATH="/nowhere") == "0\n"  # no git
+    git("clone", "-q", "--depth", "1", f"file://{tmp_path / 'full'}", "shallow")
+    assert half(tmp_path / "shallow", **here) == "0\n"
 
 
 def test_a_named_test_that_fails_without_any_mutant_stops_the_run(tmp_path: Path) -> None:

@@ -121,7 +121,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             plain = [p.clone() for p in total]
             _C.take_direction_(plain, g, direction)
             _C.add_direction_(total, plain, direction)
-            for tensor in (*x, *saved, *total, *plain, state, sums, direction):
+            moved = [p.clone() for p in (x[0], saved[0], g[0])]
+            step = torch.tensor(0.3, dtype=dtype)
+            _C.leapfrog_(*moved, step, g[0].abs() if adaptive else step)
+            _C.kick_(moved[1], g[0], g[0] if adaptive else step)
+            mean = _C.tilted_reduce(torch.tensor([0.3, 0.7, -0.4]), torch.stack([x[0], g[0], saved[0]]), 2.0)
+            for tensor in (*x, *saved, *total, *plain, *moved, mean, state, sums, direction):
                 digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(_C.__isa__, digest.hexdigest())
 """

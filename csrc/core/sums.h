@@ -5,7 +5,8 @@
 // Layout: PairSum is the unevaluated sum of two float32; RangedSum has a float64 beside it, for terms that float32
 // cannot hold. All are made by = {}, as shared memory takes no constructors. Invariant: a PairSum of n terms is off by
 // at most about n 2^-48 of the sum of their sizes, as long as that lies within kLeastTerms and kMostTerms; whoever
-// cannot know that takes a RangedSum.
+// cannot know that takes a RangedSum. A RowMean is one of numbers with weights: its terms need no lower end, as they
+// are in units of 2^-48.
 #pragma once
 
 #include "dtype.h"
@@ -84,6 +85,63 @@ struct RangedSum {
     }
   }
   TSAM_HD double value() const { return pair.value() + rest; }
+};
+
+// A weight from 0 to 1 in units of 2^-48. What its pair drops is below 2^-198: nothing beside the smallest float32.
+constexpr double kWeightUnit = 0x1p-48;
+constexpr float kMostWeighted = 0x1p76f;
+
+TSAM_HD PairSum weight_pair(double weight) {
+  const double units = weight / kWeightUnit;
+  const float high = static_cast<float>(units);
+  return PairSum{high, static_cast<float>(units - static_cast<double>(high))};
+}
+
+// W means side by side of rows that weights multiply. In float32 pairs, but for rows of numbers above 2^28 and those
+// that are not finite; `wide`: there were such.
+template <typename C, int W>
+struct RowMeans {
+  PairSum near[W];
+  WideSum rest[W];
+  bool wide;
+
+  // `pair` is that of `weight`, which is read only where it is needed.
+  TSAM_HD void add(const PairSum& pair, const double& weight, const float (&x)[W]) {
+    float size = 0.0f;
+    TSAM_UNROLL
+    for (int k = 0; k < W; ++k) size += fabsf(pair.high * x[k]);
+    if (size <= kMostWeighted) {
+      TSAM_UNROLL
+      for (int k = 0; k < W; ++k) {
+        const float p = pair.high * x[k];
+        near[k].add(p, fmaf(pair.low, x[k], fmaf(pair.high, x[k], -p)));
+      }
+    } else {
+      wide = true;
+      TSAM_UNROLL
+      for (int k = 0; k < W; ++k) rest[k].add_product(weight, static_cast<double>(x[k]));
+    }
+  }
+
+  TSAM_HD double value(int k) const { return fma(near[k].value(), kWeightUnit, rest[k].sum); }
+  // Rounded once: without float64, unless that has a part in it or the result is subnormal.
+  TSAM_HD float mean(int k) const {
+    const float sum = near[k].high + near[k].low;
+    const bool usual = !wide && (fabsf(sum) >= 0x1p-78f || sum == 0.0f);
+    return usual ? sum * static_cast<float>(kWeightUnit) : static_cast<float>(value(k));
+  }
+};
+
+template <int W>
+struct RowMeans<double, W> {
+  WideSum near[W];
+
+  TSAM_HD void add(const PairSum&, const double& weight, const double (&x)[W]) {
+    TSAM_UNROLL
+    for (int k = 0; k < W; ++k) near[k].add_product(weight, x[k]);
+  }
+  TSAM_HD double value(int k) const { return near[k].sum; }
+  TSAM_HD double mean(int k) const { return near[k].sum; }
 };
 
 // By compute type: terms that are known to be in range, and any.

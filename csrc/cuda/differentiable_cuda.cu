@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "differentiable_kernels.cuh"
 #include "launch.h"
 #include "list_kernels.cuh"
@@ -36,26 +38,68 @@ void tilted_weights(const TiltedArguments& a) {
   const OnDevice device(a.home);
   const Tensor weights = device.workspace(1, a.losses.size);
   device.run<tilted_weights_of>(1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
-                                numbers64(a.out));
+                                static_cast<PairSum*>(nullptr), numbers64(a.out));
 }
 
+// How the rows and columns of a mean are spread over threads and blocks; the number of tiles of rows. Fewer threads
+// across, so that a tile has fewer columns and each column more threads, until there are enough tiles; then tiles of
+// rows.
+int64_t spread(Rows& rows, int64_t lanes, bool over_blocks) {
+  int64_t across = kThreads, share = 0;  // share: rows that keep a tile's threads busy
+  for (;; across /= 2) {
+    rows.tiles = (rows.n + across * lanes - 1) / (across * lanes);
+    share = kThreads / across * kLeastRows;
+    const bool idle = across > 1 && across / 2 * lanes >= rows.n;
+    if (!idle && (across <= kLeastAcross || rows.tiles >= kEnoughBlocks || rows.rows < 2 * share)) break;
+  }
+  const int64_t most = over_blocks ? std::max(rows.rows / share, int64_t{1}) : 1;
+  const int64_t slices = kThreads / across, parts = std::min(most, (kEnoughBlocks + rows.tiles - 1) / rows.tiles);
+  rows.across = static_cast<int>(across);
+  rows.tile = (rows.rows + parts * slices - 1) / (parts * slices) * slices;
+  return (rows.rows + rows.tile - 1) / rows.tile;
+}
+
+template <typename T, int W>
+void sum_rows(const OnDevice& device, Rows& rows, const T* values, const Tensor& weights, const Tensor& pairs, T* out) {
+  const int64_t parts = spread(rows, W, /*over_blocks=*/true);
+  const Tensor partial = device.workspace(parts > 1 ? parts : 0, rows.n);
+  device.run<weighted_sum<T, T, W>>(rows.tiles * parts, kThreads, rows, values, numbers(weights),
+                                    reinterpret_cast<const PairSum*>(numbers(pairs)), numbers(partial),
+                                    parts > 1 ? nullptr : out);
+  if (parts == 1) return;
+  Rows joined{rows.n, parts, rows.n, /*dense=*/true, 1, {}, 0, 0, 0};
+  spread(joined, 1, /*over_blocks=*/false);
+  device.run<weighted_sum<double, T, 1>>(joined.tiles, kThreads, joined, numbers(partial), nullptr, nullptr, nullptr,
+                                         out);
+}
+
+// Launches: the weights, the sum, and where rows are spread over blocks the sum of their partials.
 void tilted_reduce(const TiltedReduceArguments& a) {
   if (a.out.size == 0) return;
   const OnDevice device(a.home);
-  const Tensor weights = device.workspace(1, a.losses.size);
-  device.run<tilted_weights_of>(1, kFinishThreads, numbers64(a.losses), a.losses.size, a.tilt, numbers(weights),
-                                Numbers64{nullptr, DType::kFloat64, 8});
+  const int64_t s = a.losses.size;
+  const Tensor weights = device.workspace(1, s), pairs = device.workspace(1, s);
+  device.run<tilted_weights_of>(1, kFinishThreads, numbers64(a.losses), s, a.tilt, numbers(weights),
+                                reinterpret_cast<PairSum*>(numbers(pairs)), Numbers64{nullptr, DType::kFloat64, 8});
   const std::vector<StridedDim>& dims = a.walk.dims();
   Rows rows{};
   rows.row = a.row;
-  rows.rows = a.losses.size;
+  rows.rows = s;
   rows.n = a.out.size;
   rows.dense = dims.size() == 1 && dims[0].stride == 1;
   rows.num_dims = static_cast<int64_t>(dims.size());
   std::copy(dims.begin(), dims.end(), rows.dims);
   for_storage(a.values.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    device.run<weighted_sum<T>>(blocks_of(rows.n), kThreads, rows, as<T>(a.values), numbers(weights), as<T>(a.out));
+    constexpr int W = kColumnLanes<T>;
+    const T* const values = as<T>(a.values);
+    T* const out = as<T>(a.out);
+    const auto cut = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % (sizeof(T) * W) != 0; };
+    if (!rows.dense || rows.n % W != 0 || rows.row % W != 0 || cut(values) || cut(out)) {
+      sum_rows<T, 1>(device, rows, values, weights, pairs, out);
+    } else {
+      sum_rows<T, W>(device, rows, values, weights, pairs, out);
+    }
   });
 }
 

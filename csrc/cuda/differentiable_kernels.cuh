@@ -2,15 +2,13 @@
 // each; they are those of csrc/cpu/kernels.h.
 //
 // Layout: block b covers elements b kDeviceChunk on; the losses of a batch tilt are one block's work, from whatever
-// type they are in. Invariant: a number that came as a tensor is read here and nowhere else; results are rounded once.
+// type they are in (row_kernels.cuh has their weighted mean of rows). Invariant: a number that came as a tensor is read
+// here and nowhere else; results are rounded once.
 #pragma once
 
 #include "../core/leapfrog.h"
 #include "../core/perturb.h"
-#include "../core/strided.h"
-#include "../core/weights.h"
-#include "apply.cuh"
-#include "reduce.cuh"
+#include "row_kernels.cuh"
 
 namespace tsam {
 namespace cuda {
@@ -20,78 +18,10 @@ TSAM_DEVICE Chunk chunk_of(int64_t n) {
   return Chunk{0, offset, n - offset < kDeviceChunk ? n - offset : kDeviceChunk};
 }
 
-// A vector of numbers of any type, as float64.
-struct Numbers64 {
-  char* data;
-  DType dtype;
-  int64_t bytes;  // of one number
-
-  TSAM_DEVICE double operator[](int64_t j) const { return scalar_value(Scalar{data + j * bytes, dtype}); }
-  TSAM_DEVICE void store(int64_t j, double value) const { store_number(value, dtype, data + j * bytes); }
-};
-
-struct EvenShares {
-  double share;
-
-  TSAM_DEVICE double operator[](int64_t) const { return share; }
-};
-
 __global__ void TSAM_LAUNCH_BOUNDS(kFinishThreads)
     tilted_value_of(Numbers64 losses, int64_t s, double tilt, Numbers64 out) {
   const double value = tilted_value(losses, EvenShares{1.0 / static_cast<double>(s)}, s, tilt, ByBlock{});
   if (threadIdx.x == 0) out.store(0, value);
-}
-
-// `weights` in float64; rounded to `out` where that has memory.
-__global__ void TSAM_LAUNCH_BOUNDS(kFinishThreads)
-    tilted_weights_of(Numbers64 losses, int64_t s, double tilt, double* weights, Numbers64 out) {
-  const ByBlock terms;
-  tilted_softmax(losses, EvenShares{1.0 / static_cast<double>(s)}, s, tilt, weights, terms);
-  if (out.data != nullptr) terms.each(s, [&](int64_t j) { out.store(j, weights[j]); });
-}
-
-// The samples of a weighted mean. torch knows no more than 64 dimensions.
-struct Rows {
-  static constexpr int kDims = 64;
-  int64_t row, rows, n;
-  bool dense;  // elements of a sample lie side by side, in the order of the result
-  int64_t num_dims;
-  StridedDim dims[kDims];
-};
-
-// out = sum over rows of weight_j value_j. Words: read rows, write 1.
-template <typename T>
-__global__ void TSAM_FOUR_BLOCKS(kThreads)
-    weighted_sum(TSAM_PARAMETER(Rows) rows, const T* values, const double* weights, T* out) {
-  using C = compute_t<T>;
-  constexpr int W = 4;
-  const Chunk chunk = chunk_of(rows.n);
-  T* const to = out + chunk.offset;
-  if (!rows.dense) {
-    for (int i = static_cast<int>(threadIdx.x); i < chunk.length; i += kThreads) {
-      const T* const value = values + strided_offset(rows.dims, rows.num_dims, chunk.offset + i);
-      double sum[1] = {};
-      for (int64_t j = 0; j < rows.rows; ++j) {
-        const C x[1] = {to_compute(value[j * rows.row])};
-        WeightedSum{weights[j]}(x, sum);
-      }
-      from_compute(static_cast<C>(sum[0]), to[i]);
-    }
-    return;
-  }
-  Lay lay = lay_by_memory<W>(values, to);
-  if (rows.row * static_cast<int64_t>(sizeof(T)) % 16 != 0) lay = Lay{0, false, true};
-  for_lanes<W, true>(chunk.length, lay, [&](int i, auto lanes) {
-    double sum[W] = {};
-    C mean[W];
-    for (int64_t j = 0; j < rows.rows; ++j) {
-      C x[W];
-      load(values + j * rows.row + chunk.offset + i, lanes, x);
-      WeightedSum{weights[j]}(x, sum);
-    }
-    for (int k = 0; k < W; ++k) mean[k] = static_cast<C>(sum[k]);
-    store(mean, lanes, to + i);
-  });
 }
 
 // A factor of a formula: one number, of any type, or (each not null) one per element.

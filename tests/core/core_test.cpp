@@ -340,6 +340,7 @@ int main() {
   sums();
   units();
   displacements();
+  row_means();
   std::printf("%d failures\n", failures);
   return failures;
 }

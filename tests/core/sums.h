@@ -117,3 +117,41 @@ static void displacements() {
     }
   check(ok, "displacements in float32 pairs are those in float64");
 }
+
+// Means of rows by weights from 0 to 1: right to a rounding of float32 beside the sizes of the terms, for numbers of
+// any size side by side, in float64 only where there are large ones.
+static void row_means() {
+  bool ok = true, apart = true;
+  for (const double size : {1e-45, 1e-40, 1e-30, 1e-6, 1.0, 1e6, 1e12, 1e30, 1e38})
+    for (const double other : {0.0, 1e-42, 1.0, 1e20}) {
+      RowMeans<float, 2> means = {};
+      long double exact[2] = {}, sizes[2] = {};
+      for (uint64_t i = 0; i < 300; ++i) {
+        const double weight = std::exp(-0.7 * static_cast<double>(i));  // down to 1e-91
+        const float x[2] = {term(i, size / 7.0), term(i + 400, other / 7.0)};
+        means.add(weight_pair(weight), weight, x);
+        for (int k = 0; k < 2; ++k) {
+          exact[k] += static_cast<long double>(weight) * x[k];
+          sizes[k] += std::fabs(static_cast<long double>(weight) * x[k]);
+        }
+      }
+      for (int k = 0; k < 2; ++k) {
+        const long double error = std::fabs(exact[k] - means.mean(k)), value = std::fabs(exact[k] - means.value(k));
+        // Half a unit in the last place, which is never below half of 2^-149.
+        ok = ok && error <= 0x1.001p-24L * std::fabs(exact[k]) + 1e-12L * sizes[k] + 0x1.001p-150L;
+        ok = ok && value <= 1e-12L * sizes[k] + 1e-55L;
+      }
+      apart = apart && means.wide == (size > 1e9 || other > 1e9);
+    }
+  check(ok, "means of rows are right to one rounding, whatever the sizes of numbers and weights");
+  check(apart, "and float64 has a part in them for large numbers alone");
+  const float odd[4] = {INFINITY, NAN, 0.0f, -0.0f};
+  for (const double weight : {1.0, 1e-217, 0.0, kNaN}) {
+    RowMeans<float, 4> means = {};
+    means.add(weight_pair(weight), weight, odd);
+    for (int k = 0; k < 4; ++k) {
+      const float want = static_cast<float>(weight * static_cast<double>(odd[k])), got = means.mean(k);
+      check(got == want || (std::isnan(got) && std::isnan(want)), "what is not finite enters a mean as in float64");
+    }
+  }
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def read_mutants(folder: Path) -> list[Mutant]:
             raise EntryError(f"{path.name}: got the tables {sorted(table)}, expected [[mutant]] alone")
         found += [mutant(entry, f"{path.name}: {entry.get('name', i)}") for i, entry in enumerate(table["mutant"])]
     return found
+
+
+def part_of(name: str, parts: int) -> int:
+    """The part that a mutant belongs to, from 0: by its name alone, so that a new entry moves no other one."""
+    return zlib.crc32(name.encode()) % parts
 
 
 def moved(edit: Edit, root: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 A mutant is an entry of a table here (entries.py): what is broken, a test, and the text to put in place of another. All
 named tests pass on the unbroken copy first; then each must fail (not merely error) on the broken one. Nothing outside
-scratch is written. ``--check`` only says whether each entry still applies to the sources.
+scratch is written. ``--check`` only says whether each entry still applies to the sources. ``--part K/N`` runs one part
+of N (entries.py's part_of: by name, whatever else is in the tables), and still demands that every entry applies.
 Exit codes: 0 all mutants caught, 1 some not (they are named), 2 cannot run, 130 interrupted.
 """
 
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entries import EntryError, Mutant, read_mutants, stale
+from entries import EntryError, Mutant, part_of, read_mutants, stale
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,11 +334,20 @@ def check(mutants: list[Mutant]) -> int:
     return 1 if found else 0
 
 
+def part(text: str) -> tuple[int, int]:
+    """K/N of the command line: part K of N, counted from 0."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"got {text}, expected K/N with K from 0 to N - 1, as 0/2")
+    return int(found[1]), int(found[2])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Proves that each mutant of a folder makes its named test fail.")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="copies worked on at once (default: 2)")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names to run, as '*tilt*' or a part of a name")
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="K/N",
+                        help="run part K of N, from 0; the others only have to apply (default: all)")  # fmt: skip
     parser.add_argument("--tables", type=Path, default=Path(__file__).parent, metavar="FOLDER",
                         help="where the TOML files are (default: beside this script)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="only list the entries that no longer apply; no build")
@@ -348,11 +358,15 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     try:
         pattern = options.only if re.search(r"[*?\[]", options.only) else f"*{options.only}*"
-        mutants = [m for m in read_mutants(options.tables) if fnmatch.fnmatch(m.name, pattern)]
+        matching = [m for m in read_mutants(options.tables) if fnmatch.fnmatch(m.name, pattern)]
+        number, parts = options.part
+        mutants = [m for m in matching if part_of(m.name, parts) == number]
         if not mutants or options.jobs < 1:
             raise CannotRunError(f"no mutant matches in {options.tables}" if not mutants else "--jobs is below 1")
         if options.check:
-            return check(mutants)
+            return check(matching)
+        left_out = stale([m for m in matching if m not in mutants], ROOT)
+        verdicts = [Verdict(m, "does not apply", "\n".join(left_out[m.name])) for m in matching if m.name in left_out]
         prebuilt = None
         if options.no_build:
             if compiled := [m.name for m in mutants if m.compiled]:
@@ -361,7 +375,6 @@ def main(arguments: list[str] | None = None) -> int:
             prebuilt = Path(found.strip().splitlines()[-1])
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             PROCESSES.set_forkserver_preload(WARM)
-            verdicts = []
             for emulated in (False, True):
                 group = [m for m in mutants if m.emulated == emulated]
                 jobs = min(options.jobs, len(group))

@@ -12,6 +12,7 @@
 
 #include "../../csrc/cuda/hmc_kernels.cuh"
 #include "../../csrc/cuda/list_kernels.cuh"
+#include "../../csrc/cuda/row_kernels.cuh"
 
 using namespace tsam;
 using namespace tsam::cuda;
@@ -174,6 +175,31 @@ void run_hmc(size_t off) {
   }
 }
 
+// Means of 70 rows, in tiles of 32, by 4 or 32 threads a column, with a number that float32 pairs cannot hold; and of
+// what the tiles leave.
+template <typename T, int W>
+void run_rows(size_t off) {
+  constexpr int64_t kRows = 70, kColumns = 7 * W, kTile = 32, kTiles = 3;
+  const List<T> values({kRows * kColumns}, off);
+  from_compute(static_cast<compute_t<T>>(sizeof(T) == 2 ? 6e4 : 3e38), values.data[0][kColumns + 1]);
+  const std::vector<double> weights(kRows, 1.0 / kRows);
+  const std::vector<PairSum> pairs(kRows, weight_pair(1.0 / kRows));
+  std::vector<double> partial(kTiles * kColumns, kNaN);
+  List<T> out({kColumns}, W == 1 ? off : 0);
+  Rows rows{kColumns, kRows, kColumns, true, 1, {}, W == 1 ? 64 : 8, 1, kTile};
+  go("weighted_sum", weighted_sum<T, T, W>, kTiles, rows, values.data[0], weights.data(), pairs.data(), partial.data(),
+     static_cast<T*>(nullptr));
+  for (double& x : partial) x = std::fabs(x) < 1e39 ? 0.0 : x;
+  expect_numbers("partial means", partial);
+  rows = Rows{kColumns, kTiles, kColumns, true, 1, {}, 64, 1, kTile};
+  go("weighted_sum", weighted_sum<double, T, 1>, 1, rows, static_cast<const double*>(partial.data()),
+     static_cast<const double*>(nullptr), static_cast<const PairSum*>(nullptr), static_cast<double*>(nullptr),
+     out.data[0]);
+  rows = Rows{0, kRows, kColumns, false, 1, {{kColumns, 1, 1}}, 8, (kColumns + 7) / 8, kRows};  // the first row again
+  go("weighted_sum", weighted_sum<T, T, 1>, rows.tiles, rows, values.data[0], weights.data(), pairs.data(),
+     partial.data(), out.data[0]);
+}
+
 template <typename T>
 void run(size_t off) {
   run_lists<T, false>(off);
@@ -190,9 +216,15 @@ int main() {
     run<double>(off);
     run<BFloat16>(off);
     run<Float16>(off);
+    run_rows<float, 1>(off);
+    run_rows<double, 1>(off);
+    run_rows<Float16, 1>(off);
     run<StochasticBFloat16>(off);
     run<StochasticFloat16>(off);
   }
+  run_rows<float, kColumnLanes<float>>(0);
+  run_rows<double, kColumnLanes<double>>(0);
+  run_rows<BFloat16, kColumnLanes<BFloat16>>(0);
   if (failures == 0) std::printf("ok\n");
   return failures == 0 ? 0 : 1;
 }

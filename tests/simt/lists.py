@@ -236,6 +236,10 @@ def run_single(lists: Make) -> Lists:
             out["tilted"] += [_C.tilted_loss(losses, t), _C.tilted_weights(losses, t)]
             out["tilted"].append(_C.tilted_reduce(losses, values, t))
         out["tilted"].append(_C.tilted_reduce(losses, values.t().contiguous().t(), 1.0))
+    for rows, columns in ((5000, 3), (600, 132)):  # rows over threads and blocks
+        losses, values = (torch.randn(rows, n, generator=lists.generator).to(DEVICE) for n in (1, columns))
+        for dtype in DTYPES:
+            out["tilted"].append(_C.tilted_reduce(losses[:, 0].contiguous(), values.to(dtype), 1.0))
     return out
 
 
