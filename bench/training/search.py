@@ -52,7 +52,8 @@ def search(
         mine = jobs_of(method, task, noise, seeds, epochs)
         for i in range(0, len(mine), len(seeds)):
             results = [by_key[job.key] for job in mine[i : i + len(seeds)]]
-            mean, error = mean_and_error([r.final if r.finite else worst for r in results])
+            finals = [r.final if r.finite else worst for r in results]
+            mean, error = mean_and_error(finals) if worst not in finals else (worst, float("nan"))
             found.setdefault(method.name, []).append(Tried(method.name, mine[i].settings, mean, error))
         found[method.name].sort(key=lambda tried: -tried.mean if TASKS[task].higher else tried.mean)
     return found
