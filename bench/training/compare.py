@@ -119,18 +119,20 @@ class Comparison:
                 m.name: float(np.median([r.seconds for r in results if r.method == m.name])) for m in self.methods
             }
 
+    def _claim(self, name: str, other: str, budget: str) -> tuple[str, ...]:
+        """Which comparison it is: at two budgets of the same epochs it is one."""
+        length = self.lengths[budget]
+        return self.task, f"{self.noise:g}", name, str(length[name]), other, str(length[other])
+
     def chances(self) -> dict[tuple[str, ...], float]:
         """p of every difference to SAM, and of the named claims, before any correction."""
         found: dict[tuple[str, ...], float] = {}
         for budget, results in self.results.items():
             scores = scores_of(results)
-            for name in scores:
-                if name != BASELINE:
-                    found[self.task, str(self.noise), budget, name, BASELINE] = chance(scores, name, BASELINE)
-        for name, other, budget in CLAIMS:
-            scores = scores_of(self.results[budget])
-            if {name, other} <= set(scores):
-                found[self.task, str(self.noise), budget, name, other] = chance(scores, name, other)
+            pairs = [(name, BASELINE) for name in scores if name != BASELINE]
+            pairs += [(name, other) for name, other, at in CLAIMS if at == budget and {name, other} <= set(scores)]
+            for name, other in pairs:
+                found[self._claim(name, other, budget)] = chance(scores, name, other)
         return found
 
     def text(self, corrected: dict[tuple[str, ...], float]) -> str:
@@ -145,7 +147,7 @@ class Comparison:
                 cells.append(told(mean, error, digits))
                 if m.name != BASELINE:
                     gain = told(*paired(scores, m.name, BASELINE), digits, "+")
-                    p = corrected[self.task, str(self.noise), budget, m.name, BASELINE]
+                    p = corrected[self._claim(m.name, BASELINE, budget)]
                     cells[-1] += f" (**{gain}**)" if p < LEVEL else f" ({gain})"
                 if budget != "epochs":
                     cells[-1] += f", {self.lengths[budget][m.name]}"
@@ -158,8 +160,8 @@ class Comparison:
         edges = [f"{name}: {', '.join(found)}" for name, found in self.edges.items() if found]
         lines += [f"Best at an edge of its grid: {'; '.join(edges)}.", ""] if edges else []
         for name, other, budget in CLAIMS:
-            key = (self.task, str(self.noise), budget, name, other)
-            if key in corrected:
+            if {name, other} <= set(self.chosen):
+                key = self._claim(name, other, budget)
                 gain = told(*paired(scores_of(self.results[budget]), name, other), digits, "+")
                 lines += [f"{name} minus {other} at equal {budget}: {gain}, p {corrected[key]:.2g}.", ""]
         return "\n".join(lines)

@@ -31,7 +31,7 @@ class Tried:
 
 def jobs_of(method: Method, task: str, noise: float, seeds: Sequence[int], epochs: int) -> list[Job]:
     """The runs of a search, setting by setting."""
-    grid = [{"lr": rate, **own} for rate in method.rates for own in method.own]
+    grid = [{"lr": rate * TASKS[task].rate, **own} for rate in method.rates for own in method.own]
     return [Job(method, task, noise, seed, epochs, setting, True) for setting in grid for seed in seeds]
 
 

@@ -127,7 +127,10 @@ def of_masks(outputs: Tensor, y: Tensor) -> Measures:
 
 @dataclass(frozen=True)
 class Task:
-    """``metric`` is the measure that decides; ``higher`` says whether more of it is better."""
+    """``metric`` is the measure that decides; ``higher`` says whether more of it is better.
+
+    ``rate`` scales the learning rates of a search: outliers of a squared error make large gradients.
+    """
 
     data: str
     network: Callable[[], nn.Module]
@@ -137,6 +140,7 @@ class Task:
     metric: str = "accuracy"
     higher: bool = True
     batch: int = 64
+    rate: float = 1.0
     start: Callable[[int], nn.Module] | None = None
 
     def initial(self, seed: int) -> nn.Module:
@@ -165,7 +169,7 @@ TASKS: dict[str, Task] = {
     "digits-cnn": Task("digits", lambda: cnn(8), 40),
     "mnist1d": Task("mnist1d", lambda: mlp(40), 40),
     "text": Task("text", Characters, 12, batch=16),
-    "diabetes": Task("diabetes", lambda: mlp(10, 1), 60, mse_loss, of_numbers, "mse", higher=False, batch=32),
+    "diabetes": Task("diabetes", lambda: mlp(10, 1), 60, mse_loss, of_numbers, "mse", higher=False, batch=32, rate=0.2),
     "segments": Task("segments", segmenter, 20, cross_entropy, of_masks, "iou", batch=16),
     "long-tail": replace(MNIST, data="long-tail", metric="balanced accuracy"),
     "transfer": replace(MNIST, data="transfer", start=pretrained),
