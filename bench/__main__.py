@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, gpu_cost, many_gpus, ops, overhead, step
+from . import gpu, gpu_cost, landscape, many_gpus, ops, overhead, step
 from .command import EXIT_CODES, HelpFormatter
 from .paper import command as paper
 from .training import compare, cost, half_precision, sweep, train
@@ -17,13 +17,17 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench", description="Benchmarks of tsam_ext.", epilog=EXIT_CODES, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (train, compare, sweep, cost, paper, half_precision, step, overhead, ops, gpu_cost, many_gpus, gpu):
+    trained = (train, compare, sweep, cost, paper, landscape, half_precision)
+    for module in (*trained, step, overhead, ops, gpu_cost, many_gpus, gpu):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; train and paper keep what is finished, --resume goes on from there", file=sys.stderr)
+        print(
+            "\ninterrupted; train, paper, landscape keep what is finished, --resume goes on from there",
+            file=sys.stderr,
+        )
         return 130
     return code
 
