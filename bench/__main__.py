@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import gpu, gpu_cost, landscape, many_gpus, ops, overhead, step
+from . import gpu, gpu_cost, many_gpus, ops, overhead, step
 from .command import EXIT_CODES, HelpFormatter
 from .paper import command as paper
-from .training import compare, cost, half_precision, sweep, train
+from .training import compare, cost, half_precision, landscape, sweep, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         code: int = options.run(options)
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; train, paper, landscape keep what is finished, --resume goes on from there",
+            "\ninterrupted; train, compare, sweep, landscape and paper keep what is finished, --resume goes on from there",
             file=sys.stderr,
         )
         return 130

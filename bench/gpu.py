@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
                 try:
                     rows += [{**row, "job": job.name} for row in job.run(min(MOST, left / (len(jobs) - k)))]
                 except Exception as error:  # whatever it is, the other jobs can still run
-                    text = f"{job.name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                    text = f"{job.name}: {gpu_times.first_line(error)}"
                     if COMPILED in job.name:  # torch's own, so nothing of ours is wrong
                         notes.append(f"left out: {text}")
                     else:
@@ -149,7 +149,8 @@ def fault(row: Row) -> str:
     """What is wrong with a row; empty if nothing."""
     if not math.isfinite(row.get("loss", 0.0)):
         return "the loss is not finite"
-    return f"computes something else: {row['wrong']}" if "wrong" in row else ""
+    reason: str = row.get("wrong", "")
+    return reason
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Each function takes the seconds it may take, times its ways in turns, two turns to warm up and then rounds while that
 time lasts, at least one, and returns rows: dicts with ``kind``, ``list``, ``task``, ``way`` and ``seconds``, one
 number per round. On a GPU by CUDA events, on the CPU, where this is a trial, by the clock.
-Invariant: nothing of torch's is timed in an op's row that does not compute what ours does.
+Invariant: nothing of torch's is timed in an op's row that does not compute what ours does. What is wrong with a way is
+its row's ``wrong``, and it has no times.
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ def repeat(run: Callable[[], Any], times: int) -> None:
         run()
 
 
+def first_line(error: Exception) -> str:
+    """What kind of exception, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def time_estimates(name: str, task: Task, ways: Iterable[str], clock: Clock, allowed: float) -> list[Row]:
     """Estimates of one kind on one parameter list, less the time of the stand-in gradients alone."""
     params: list[Tensor] = [torch.nn.Parameter(torch.zeros(s, device=clock.device)) for s in NETS[name].shapes()]
@@ -126,6 +132,8 @@ def time_steps(name: str, ways: Iterable[str], clock: Clock, allowed: float, row
     x, y = (t.to(clock.device) for t in NETS[name].batch(rows))
     closures: dict[str, step.Timed] = {}
     runs: dict[str, Once] = {}
+    head: Row = {"kind": "step", "list": name, "task": f"step, {rows} rows"}
+    failed: list[Row] = []
 
     def once(take: Callable[[], Any], count: int) -> float:
         return clock.seconds(take) / count
@@ -136,20 +144,20 @@ def time_steps(name: str, ways: Iterable[str], clock: Clock, allowed: float, row
         extra: dict[str, Any] = {"capturable": True, "same_masks": False} if graphed else {}
         take, count, _ = step.stepper(way.removesuffix(CAPTURED), model, **extra)
         closures[way] = closure = step.Timed(model, x, y)
-        runs[way] = partial(once, captured(take, closure) if graphed else partial(take, closure), count)
+        try:
+            runs[way] = partial(once, captured(take, closure) if graphed else partial(take, closure), count)
+        except Exception as error:  # the eager ways can still be timed
+            failed.append({**head, "way": way, "seconds": [], "wrong": f"cannot be captured: {first_line(error)}"})
     found = clock.turns(runs, allowed)
-    return [
-        {"kind": "step", "list": name, "task": f"step, {rows} rows", "way": way, "seconds": seconds,
-         "loss": float(closures[way].loss)}
-        for way, seconds in found.items()
-    ]  # fmt: skip
+    timed = [{**head, "way": way, "seconds": seconds} for way, seconds in found.items()]
+    return [*({**row, "loss": float(closures[row["way"]].loss)} for row in timed), *failed]
 
 
 @torch.no_grad()
 def time_ops(elements: int, clock: Clock, allowed: float) -> list[Row]:
     """Each op on cold caches, with its floor: counted bytes over the bandwidth of a copy.
 
-    ``wrong`` instead of times where torch's way computes something else.
+    Each way has to compute what ours does.
     """
     found: list[Row] = []
     dtype = torch.float32
@@ -159,7 +167,10 @@ def time_ops(elements: int, clock: Clock, allowed: float) -> list[Row]:
         row: Row = {"kind": "op", "list": f"{elements:,}", "task": case.name, "words": case.words, "bytes": moved}
         row["floor"] = moved / bandwidth
         wrong = {way: reason for way, run in case.ways().items() if (reason := disagreement(case, run, dtype))}
-        found += [{**row, "way": way, "seconds": [], "wrong": reason} for way, reason in wrong.items()]
+        found += [
+            {**row, "way": way, "seconds": [], "wrong": f"computes something else: {reason}"}
+            for way, reason in wrong.items()
+        ]
 
         def once(run: Callable[[], Any], times: int = case.calls) -> float:
             return clock.seconds(partial(repeat, run, times), cold=times == 1) / times

@@ -74,11 +74,11 @@ def test_a_trial_on_the_cpu_is_the_whole_command(
 
 
 def test_what_the_budget_leaves_out_is_named(tmp_path: Path, right: None) -> None:
-    assert main([*SMALL, "--budget", "0.01", "--out", str(tmp_path)]) == 0
+    assert main([*SMALL, "--budget", "4", "--out", str(tmp_path)]) == 0
     where, rows, text = kept(tmp_path)
-    assert rows == [] and " --budget 0.01 " in where["command"]
+    assert rows == [] and " --budget 4.0 " in where["command"]
     for name in ("steps of mlp", "ops", "estimates on mlp", "the host's time of a call", "estimates on mlp, compiled"):
-        assert f"- left out, as the budget of 0.01 s was spent: {name}\n" in text
+        assert f"- left out, as the budget of 4 s was spent: {name}\n" in text
 
 
 def test_the_least_important_is_left_out_first() -> None:
@@ -116,7 +116,7 @@ def row(**changed: Any) -> Callable[[float], list[gpu.Row]]:
     [
         (gpu.Job("steps", row()), ""),
         (gpu.Job("steps", row(loss=float("nan"))), "WRONG: mlp: step: tsam: the loss is not finite"),
-        (gpu.Job("ops", row(wrong="a sum", seconds=[])), "WRONG: mlp: step: tsam: computes something else: a sum"),
+        (gpu.Job("ops", row(wrong="a sum", seconds=[])), "WRONG: mlp: step: tsam: a sum"),
         (gpu.Job("steps", fails), "WRONG: steps: RuntimeError: no room\n"),
         (gpu.Job("steps, compiled", fails), ""),
     ],
@@ -132,6 +132,48 @@ def test_what_is_wrong_fails_the_command(
     _, rows, text = kept(tmp_path)
     assert rows[-1]["job"] == "another"  # goes on
     assert ("left out: steps, compiled: RuntimeError: no room\n" in text) is (job.name == "steps, compiled")
+
+
+def test_a_step_that_cannot_be_captured_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it can, it is ours with settings for it, in a model of its own."""
+    made = []
+
+    def stepper(way: str, model: Any, **extra: Any) -> Any:
+        made.append((way, id(model), extra))
+        return real(way, model, **extra)
+
+    def fails(take: Any, closure: Any) -> None:
+        raise RuntimeError("a stream waits")
+
+    real = step.stepper
+    monkeypatch.setattr(step, "stepper", stepper)
+    ways, clock = ("erm", *gpu.CAPTURED), gpu_times.Clock(CPU, 1)
+    monkeypatch.setattr(gpu_times, "captured", lambda take, closure: lambda: take(closure))
+    assert [r["way"] for r in gpu_times.time_steps("mlp", ways, clock, 0.0, 2) if r["seconds"]] == list(ways)
+    graphed = {"capturable": True, "same_masks": False}
+    assert [(way, extra) for way, _, extra in made] == [("erm", {}), ("sam", graphed), ("tsam", graphed)]
+    monkeypatch.setattr(gpu_times, "captured", fails)
+    erm, *others = gpu_times.time_steps("mlp", ways, clock, 0.0, 2)
+    assert erm["way"] == "erm" and erm["seconds"] and [r["seconds"] for r in others] == [[], []]
+    assert gpu.fault(others[0]) == "cannot be captured: RuntimeError: a stream waits"
+
+
+def test_a_way_that_computes_something_else_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = gpu_times.disagreement
+    plain: list[Any] = []
+
+    def differs(case: Any, way: Any, dtype: torch.dtype) -> str:
+        if case.name == "restore_" and way is case.plain:
+            plain.append(case)
+            return "a sum"
+        return real(case, way, dtype)
+
+    monkeypatch.setattr(gpu_times, "disagreement", differs)
+    monkeypatch.setattr(gpu_times.op_cases, "cases", lambda *given: [c for c in cases(*given) if "restore" in c.name])
+    rows = {row["way"]: row for row in gpu_times.time_ops(200, gpu_times.Clock(CPU, 2), 0.0)}
+    assert plain and gpu.fault(rows["plain"]) == "computes something else: a sum" and rows["plain"]["seconds"] == []
+    assert len(rows["ours"]["seconds"]) == len(rows["foreach"]["seconds"]) == 1
+    assert rows["ours"]["bytes"] == 200 * 2 * 4
 
 
 @pytest.mark.parametrize("failed", [[], ["racecheck"]])

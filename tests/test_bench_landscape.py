@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.landscape import CLEAN, NOISY, Measured, Work, measured, missed, read, wrong
+from bench.training.landscape import CLEAN, NOISY, Measured, Work, measured, missed, read, wrong
 from bench.training.methods import METHODS
 from bench.training.run import Job
 

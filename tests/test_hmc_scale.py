@@ -44,7 +44,10 @@ def test_acceptance_is_exactly_one_without_a_lean(d: int) -> None:
         assert optimizer.diagnostics.acceptance_rate == 1.0
 
 
-@pytest.mark.parametrize(("d", "steps"), [(100, 300), (10_000, 300), (1_000_000, 40)])
+LONG = pytest.param(1_000_000, 40, marks=pytest.mark.host_only("16 s, and the energies below say the same of a pass"))
+
+
+@pytest.mark.parametrize(("d", "steps"), [(100, 300), (10_000, 300), LONG])
 def test_acceptance_does_not_fall_with_the_dimension(d: int, steps: int) -> None:
     """δρ‖g‖ = √d, h = 1.5, N = 1: 0.86 to 0.89; 120 to 900 trajectories of one seed."""
     parameter, closure = linear(d)

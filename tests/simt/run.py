@@ -31,6 +31,7 @@ OPS = (
     "test_hmc_carry.py",
     "test_hmc_recycle.py",
     "test_hmc_sample.py",
+    "test_hmc_scale.py",
     "test_optim_laws.py",
     "test_optim_sam.py",
     "test_carry.py",
@@ -38,6 +39,7 @@ OPS = (
     "test_spread.py",
     "test_merged_pass.py",
     "test_norm_ascend.py",
+    "test_moves_in_place.py",
     "test_bench_gpu_cost.py",
 )
 # Optimized, checked by the compiler as strictly as the CPU ops; one set of CPU kernels, for what is not emulated yet.

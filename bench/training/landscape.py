@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bench.command import above_zero, add_command, conclude, positive, share
+from bench.record import begin, chart, environment, heading, keep, write_json
 from tsam_ext import metrics
 
-from .command import above_zero, add_command, conclude, positive, share
-from .record import begin, chart, environment, heading, keep, write_json
-from .training.data import DATASETS, load
-from .training.methods import METHODS
-from .training.report import markdown, mean_and_error
-from .training.run import Job, train
-from .training.tasks import TASKS
+from .data import DATASETS, load
+from .methods import METHODS
+from .report import markdown, mean_and_error
+from .run import Job, train
+from .tasks import TASKS
 
 SEEDS = (11, 12, 13, 14, 15)
 USUAL = ("ERM", "SAM", "TSAM whole", "TSAM split")
