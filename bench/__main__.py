@@ -24,10 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; train, compare, sweep, landscape and paper keep what is finished, --resume goes on from there",
-            file=sys.stderr,
-        )
+        kept = "train, compare, sweep, landscape and paper keep what is finished; --resume goes on from there"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         return 130
     return code
 
