@@ -7,6 +7,7 @@ Exit codes are those of EXIT_CODES. What is WRONG fails a command always, a TARG
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,8 +117,8 @@ def command_line(options: argparse.Namespace) -> str:
     words, usual = [options.parser.prog], vars(options.parser.parse_args([]))
     for key, value in vars(options).items():
         if key in usual and key not in ("out", "resume") and value != usual[key]:
-            shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
-            words.append(f"--{key.replace('_', '-')}{shown}")
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{key.replace('_', '-')}", *(shlex.quote(str(one)) for one in values)]
     return " ".join(words)
 
 

@@ -74,7 +74,7 @@ def test_the_librarys_sam_takes_the_step_of_ours() -> None:
     assert torch.allclose(flat(theirs), flat(ours), atol=1e-10)
 
 
-def test_momentum_sam_climbs_along_the_momentum() -> None:
+def test_momentum_sam_looks_ahead_along_the_momentum() -> None:
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
     curvature = torch.tensor([1.0, 2.0])
     optimizer = peers.MomentumSAM([weight], rho=0.5, lr=0.1, momentum=0.9)
@@ -89,7 +89,7 @@ def test_momentum_sam_climbs_along_the_momentum() -> None:
     assert torch.allclose(weight.detach(), torch.tensor([3.0, 4.0]) - 0.1 * first)
     before = weight.detach().clone()
     optimizer.take(closure)
-    gradient = curvature * (before + 0.5 * first / first.norm())
+    gradient = curvature * (before - 0.5 * first / first.norm())
     assert torch.allclose(weight.detach(), before - 0.1 * (0.9 * first + gradient))
 
 

@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,17 +22,32 @@ from bench.command import add_command, command_line, conclude, positive, share
 from .contenders import CONTENDERS
 from .methods import NORMS, Method
 from .report import LEVEL, chance, diverged, holm, impossible, markdown, mean_and_error, paired, scores_of, told
-from .run import Job, Result, complete
+from .run import Job, Result, complete, set_aside
 from .search import Settings, at_an_edge, search
 from .tasks import TASKS
 
-Trial = tuple[str, float]  # a task and its noise
-USUAL: tuple[Trial, ...] = (("mnist", 0.0), ("mnist", 0.4), ("mnist1d", 0.2), ("diabetes", 0.15))
-FULL: tuple[Trial, ...] = (
-    *((name, noise) for name in ("mnist", "mnist-cnn", "mnist1d", "digits-cnn", "text") for noise in (0.0, 0.2, 0.4)),
-    *((name, noise) for name in ("diabetes", "segments", "transfer", "long-tail") for noise in (0.0, 0.15)),
+
+class Trial(NamedTuple):
+    """A task and the share of its training targets that are replaced."""
+
+    task: str
+    noise: float
+
+    def __str__(self) -> str:
+        return f"{self.task}:{self.noise:g}"
+
+
+USUAL = tuple(Trial(*one) for one in (("mnist", 0.0), ("mnist", 0.4), ("mnist1d", 0.2), ("diabetes", 0.15)))
+FULL = (
+    *(
+        Trial(name, noise)
+        for name in ("mnist", "mnist-cnn", "mnist1d", "digits-cnn", "text")
+        for noise in (0.0, 0.2, 0.4)
+    ),
+    *(Trial(name, noise) for name in ("diabetes", "segments", "transfer", "long-tail") for noise in (0.0, 0.15)),
 )
 SEEDS, SEARCH_SEEDS = tuple(range(31, 39)), (911, 912)
+QUICK_EPOCHS = 6
 FULL_SEARCH_SEEDS = tuple(range(911, 915))
 BUDGETS = ("epochs", "gradients", "seconds")
 BASELINE = "SAM"
@@ -44,21 +59,23 @@ def trial(text: str) -> Trial:
     name, _, noise = text.partition(":")
     if name not in TASKS:
         raise argparse.ArgumentTypeError(f"got task {name!r}, expected one of {', '.join(TASKS)}")
-    return name, share(noise or "0")
+    return Trial(name, share(noise or "0"))
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to python -m bench."""
     names = [m.name for m in CONTENDERS]
     parser = add_command(commands, "compare", run, __doc__, summary="compare SAM's family over tasks and budgets")
-    shown = " ".join(f"{name}:{noise:g}" for name, noise in USUAL)
+    shown = " ".join(map(str, USUAL))
     parser.add_argument("--tasks", nargs="+", type=trial, metavar="TASK:NOISE",
                         help=f"of {', '.join(TASKS)}, with the share of wrong training targets (default: {shown}; "
                         "with --full all, clean and noisy)")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME",
-                        help=f"of {', '.join(names)} (default: all); {BASELINE} is always among them")  # fmt: skip
-    parser.add_argument("--seeds", type=positive, default=len(SEEDS), help="how many seeds")
-    parser.add_argument("--epochs", type=positive, help="epochs of the first budget (default: each task's own)")
+                        help=f"of {', '.join(names)} ; {BASELINE} is always among them")  # fmt: skip
+    parser.add_argument("--seeds", type=positive, help=f"how many seeds (default: {len(SEEDS)}; with --quick 2)")
+    parser.add_argument(
+        "--epochs", type=positive, help="epochs of the first budget (default: each task's own; with --quick 6)"
+    )
     parser.add_argument("--full", action="store_true",
                         help="every task, four seeds in the search: many hours, so with --resume")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="two small tasks, four methods, two seeds: a minute")
@@ -89,7 +106,7 @@ class Comparison:
         self.task, self.noise = one
         self.methods = [m for m in methods if applies(m, self.task)]
         self.options, self.path = options, path
-        self.epochs = options.epochs or TASKS[self.task].epochs
+        self.epochs = options.epochs or (QUICK_EPOCHS if options.quick else TASKS[self.task].epochs)
         self.chosen: dict[str, Settings] = {}
         self.edges: dict[str, list[str]] = {}
         self.results: dict[str, list[Result]] = {}
@@ -100,7 +117,7 @@ class Comparison:
         return complete(jobs, self.path, settings, self.options.workers, resume=True)
 
     def run(self, search_seeds: Sequence[int], seeds: Sequence[int]) -> None:
-        """The search, then the budgets; the seconds of the third are the means of the first."""
+        """The search, then the budgets; the seconds of the third are the medians of the first."""
         found = search(self.methods, self.task, self.noise, search_seeds, self.epochs, self._complete)
         self.chosen = {name: tried[0].settings for name, tried in found.items()}
         self.edges = {name: at_an_edge(tried[0].settings, tried) for name, tried in found.items()}
@@ -169,19 +186,20 @@ class Comparison:
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
+    names = [m.name for m in CONTENDERS]
     wanted = set(options.methods) | {BASELINE}
     trials = options.tasks or (FULL if options.full else USUAL)
     seeds, search_seeds = SEEDS[0], FULL_SEARCH_SEEDS if options.full else SEARCH_SEEDS
-    count = options.seeds
+    count = options.seeds or len(SEEDS)
     if options.quick:
-        trials = options.tasks or (("digits", 0.3), ("diabetes", 0.15))
-        wanted &= {"ERM", "SAM", "SAM every 3", "LookSAM"}
-        count, search_seeds, options.epochs = min(count, 2), SEARCH_SEEDS[:1], options.epochs or 6
+        trials = options.tasks or (Trial("digits", 0.3), Trial("diabetes", 0.15))
+        wanted = wanted if options.methods != names else {"ERM", "SAM", "SAM every 3", "LookSAM"}
+        count, search_seeds = options.seeds or 2, SEARCH_SEEDS[:1]
     stem = options.out / ("compare-quick" if options.quick else "compare")
     stem.parent.mkdir(parents=True, exist_ok=True)
     runs = stem.with_name(f"{stem.name}-runs.json")
     if not options.resume:
-        runs.unlink(missing_ok=True)
+        set_aside(runs)
     done = []
     for one in trials:
         done.append(Comparison(options, one, [m for m in CONTENDERS if m.name in wanted], runs))

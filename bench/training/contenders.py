@@ -2,7 +2,7 @@
 
 Two learning rates times three values of what is the method's own, as many for all. Where a paper has a value for it,
 that lies among the three: ASAM rho 0.5 to 2 (Kwon et al., ICML 2021), LookSAM alpha 0.7 (Liu et al., CVPR 2022),
-WSAM gamma 0.9 (Yue et al., KDD 2023), MomentumSAM rho about 0.3 (Becker et al., 2024), Friendly-SAM sigma 1, lambda 0.9
+WSAM gamma 0.9 (Yue et al., KDD 2023), MomentumSAM rho 0.3 to 3 (Becker et al., 2024), Friendly-SAM sigma 1, lambda 0.9
 (Li et al., CVPR 2024), SAM on normalisation layers alone with a larger rho (Mueller et al., NeurIPS 2023).
 """
 
@@ -21,7 +21,7 @@ _ALL: tuple[Method, ...] = (
     Method("SAM", "tsam", 2, SAM, RHOS),
     Method("ASAM", "asam", 2, own=grid(rho=(0.5, 1.0, 2.0))),
     Method("LookSAM", "looksam", 1 + 1 / EVERY, {"k": EVERY, "alpha": 0.7}, RHOS),
-    Method("MomentumSAM", "momentum-sam", 1, own=grid(rho=(0.1, 0.3, 1.0))),
+    Method("MomentumSAM", "momentum-sam", 1, own=grid(rho=(0.3, 1.0, 3.0))),
     Method("Friendly-SAM", "friendly-sam", 2, own=RHOS),
     Method("WSAM", "wsam", 2, {"gamma": 0.9}, RHOS),
     Method("SAM, norm layers", "tsam", 2, {**SAM, "norm_only": True}, grid(rho=(0.2, 0.6, 1.8))),

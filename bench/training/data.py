@@ -132,7 +132,7 @@ SOURCES: dict[str, Source] = {
     "text": Source(_text, 700, 500, 300),
     "diabetes": Source(_diabetes, 230, 180, 90),
     "segments": Source(_segments, 500, 200, 300),
-    "long-tail": Source(_mnist, 2500, 1000, 500, long_tail=0.02),
+    "long-tail": Source(_mnist, 2500, 750, 500, long_tail=0.02),
     "transfer": Source(_transfer, 1000, 250, 500),
 }
 DATASETS = ("mnist", "digits")  # those that the main job can take

@@ -124,9 +124,6 @@ def grid(**values: tuple[float, ...]) -> tuple[Options, ...]:
     return tuple(dict(zip(values, one, strict=True)) for one in product(*values.values()))
 
 
-RHOS = grid(rho=(0.1, 0.2, 0.4))
-
-
 RHOS = grid(rho=(0.2, 0.4, 0.8))
 LOW, HIGH = (0.025, 0.05, 0.1), (0.05, 0.1, 0.2)
 METHODS: tuple[Method, ...] = (

@@ -3,7 +3,7 @@
 A peer makes an optimizer and takes one step of it with a closure that makes the loss and its gradients. Each holds one
 batch for all passes of a step, as TSAM does. ASAM (Kwon et al., ICML 2021), LookSAM (Liu et al., CVPR 2022), WSAM (Yue
 et al., KDD 2023) and Friendly-SAM (Li et al., CVPR 2024) are the library's; MomentumSAM (Becker et al., 2024, arXiv
-2401.12033) climbs along the momentum instead of a gradient.
+2401.12033) moves along the momentum instead of a gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -51,6 +50,8 @@ def _look(optimizer: Any, closure: Closure) -> Tensor:
 
 def _library(name: str, **fixed: Any) -> Callable[[nn.Module, Options], Optimizer]:
     def make(model: nn.Module, options: Options) -> Optimizer:
+        import pytorch_optimizer  # here, so that commands that do not train go without
+
         made: Optimizer = getattr(pytorch_optimizer, name)(model.parameters(), SGD, **fixed, **options)
         return made
 
@@ -58,13 +59,16 @@ def _library(name: str, **fixed: Any) -> Callable[[nn.Module, Options], Optimize
 
 
 def _wsam(model: nn.Module, options: Options) -> Optimizer:
+    import pytorch_optimizer
+
     return pytorch_optimizer.WSAM(model, model.parameters(), SGD, **options)
 
 
 class MomentumSAM(SGD):
-    """SGD with momentum whose gradient is taken at θ + rho m / ‖m‖, m the momentum buffer.
+    """SGD with momentum whose gradient is taken at θ − rho m / ‖m‖, m the momentum buffer, as its authors' code does.
 
-    The buffer of torch's SGD sums gradients, so it points uphill. In the first step there is none, and θ is not moved.
+    The buffer sums gradients, so the step to there is the one that SGD is about to take, at another length. In the
+    first step there is none, and θ is not moved.
     """
 
     def __init__(self, params: Any, rho: float, **options: Any) -> None:
@@ -81,7 +85,7 @@ class MomentumSAM(SGD):
         if moved:
             norm = torch.stack([m.norm() for _, m in moved]).norm()
             for p, m in moved:
-                p.add_(m * (self.rho / norm.clamp(min=1e-12)))
+                p.sub_(m * (self.rho / norm.clamp(min=1e-12)))
         with torch.enable_grad():
             loss = closure()
         for (p, _), old in zip(moved, before, strict=True):

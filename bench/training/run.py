@@ -106,8 +106,9 @@ class Watch:
     def see(self, optimizer: TSAM, wrong: Tensor) -> None:
         """Looks at the last step."""
         told = optimizer.diagnostics
-        weights = told.weights.double()
-        parts = torch.tensor_split(wrong.double(), len(weights))
+        weights, n = told.weights.double(), len(wrong)
+        s = len(weights)  # sample j sees the rows from ⌊jn/s⌋ to ⌊(j+1)n/s⌋, as TSAM.part cuts
+        parts = [wrong[j * n // s : (j + 1) * n // s].double() for j in range(s)]
         shares = (
             torch.stack([part.mean() for part in parts])
             if optimizer.settings.batch == "split"
@@ -244,6 +245,8 @@ def complete(jobs: list[Job], path: Path, settings: dict[str, Any], workers: int
     of other jobs; an interrupt leaves the finished ones in the file.
     """
     found = {r.key: r for r in read_json(path)} if resume else {}
+    if not found:
+        set_aside(path)
     left = {job.key: job for job in jobs if job.key not in found}
     total = sum({job.key: job.cost for job in jobs}.values())
     with tqdm(total=round(total), desc="training", unit_scale=True, disable=None) as bar:
@@ -254,6 +257,12 @@ def complete(jobs: list[Job], path: Path, settings: dict[str, Any], workers: int
             bar.update(round(job.cost))
             bar.set_postfix_str(f"{job.task}, {job.method.name}: {result.final:.2f}")
     return [found[job.key] for job in jobs]
+
+
+def set_aside(path: Path) -> None:
+    """Keeps a file of results that a new one is about to replace, under the name of one before."""
+    if path.exists():
+        path.replace(path.with_name(f"{path.stem}-before{path.suffix}"))
 
 
 def read_json(path: Path) -> list[Result]:

@@ -44,7 +44,7 @@ class Spectrum:
         products: how many products with the Hessian were made, each one pass over the rows.
         converged: whether all residuals are within the tolerance.
         eigenvectors: for each eigenvalue a list of tensors like the parameters, of length 1 together; None where not
-            asked for. They may be the ``directions`` of :func:`surface`.
+            asked for. They may be the ``directions`` of :func:`surface`, with ``filter_normalised=False``.
     """
 
     eigenvalues: Tensor
