@@ -60,6 +60,15 @@ def test_claims_are_corrected_for_their_number() -> None:
     assert report.holm({}) == {}
 
 
+def test_a_table_marks_what_is_left_after_the_correction() -> None:
+    made = results({"SAM": [60.0, 70.0, 80.0], "ERM": [59.0, 69.001, 79.0], "TSAM": [61.0, 70.0, 80.0]})
+    _, _, sam, erm, tsam = report.table(made, {"SAM": 2.0, "ERM": 1.0, "TSAM": 6.0}).splitlines()
+    assert "**-1.00 ± 0.00**" in erm
+    assert "**+1.00 ± 0.00**" in erm  # its NLL, 100 - accuracy
+    assert "| +0.33 ± 0.33 " in tsam
+    assert sam.split("|")[3].strip() == ""
+
+
 def test_one_seed_or_no_difference_is_no_claim() -> None:
     scores = report.scores_of(results({"ERM": [60.0], "SAM": [90.0]}))
     assert report.chance(scores, "SAM", "ERM") == 1.0
@@ -156,8 +165,8 @@ def test_exit_codes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     short = ["train", "--data", "digits", "--epochs", "1", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
     assert main([*short, "--methods", "ERM", "SAM"]) == 0
     printed = capsys.readouterr().out
-    assert "minus ERM" in printed
-    assert "p (Holm)" in printed
+    assert "| accuracy %" in printed
+    assert printed.count("minus SAM") == 3
     assert (tmp_path / "train.png").stat().st_size > 10_000
     kept = read_json(tmp_path / "train.json")
     assert len(kept) == 4

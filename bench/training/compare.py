@@ -41,10 +41,10 @@ USUAL = tuple(Trial(*one) for one in (("mnist", 0.0), ("mnist", 0.4), ("mnist1d"
 FULL = (
     *(
         Trial(name, noise)
-        for name in ("mnist", "mnist-cnn", "mnist1d", "digits-cnn", "text")
         for noise in (0.0, 0.2, 0.4)
+        for name in ("mnist", "mnist-cnn", "mnist1d", "digits-cnn", "text")
     ),
-    *(Trial(name, noise) for name in ("diabetes", "segments", "transfer", "long-tail") for noise in (0.0, 0.15)),
+    *(Trial(name, noise) for noise in (0.0, 0.15) for name in ("diabetes", "segments", "transfer", "long-tail")),
 )
 SEEDS, SEARCH_SEEDS = tuple(range(31, 39)), (911, 912)
 QUICK_EPOCHS = 6
@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(TASKS)}, with the share of wrong training targets (default: {shown}; "
                         "with --full all, clean and noisy)")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME",
-                        help=f"of {', '.join(names)} ; {BASELINE} is always among them")  # fmt: skip
+                        help=f"of {', '.join(names)}; {BASELINE} is always among them")  # fmt: skip
     parser.add_argument("--seeds", type=positive, help=f"how many seeds (default: {len(SEEDS)}; with --quick 2)")
     parser.add_argument(
         "--epochs", type=positive, help="epochs of the first budget (default: each task's own; with --quick 6)"

@@ -193,16 +193,8 @@ def table(rows: list[Row]) -> str:
         erm = np.array([r.seconds for r in by.get("ERM", [])]) * 1e3
         ratio = f"{np.median(ms / erm):.2f}" if len(erm) == len(ms) else ""
         copies = np.median([r.peak / r.parameters for r in mine]) if mine[0].parameters > LARGE else np.nan
-        gradients = GRADIENTS[way]
-        cells.append(
-            [
-                way,
-                f"{gradients:.3g}",
-                f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                ratio,
-                "" if np.isnan(copies) else f"{copies:.1f}",
-            ]
-        )
+        gradients, memory = f"{GRADIENTS[way]:.3g}", "" if np.isnan(copies) else f"{copies:.1f}"
+        cells.append([way, gradients, f"{middle:.2f} [{low:.2f}, {high:.2f}]", ratio, memory])
     size = rows[0].parameters / 4e6
     head = ["method", "gradients per step", "ms per step [quartiles]", "over ERM", "peak memory, P"]
     return f"### {rows[0].net}, {size:.2f} M parameters\n\n{markdown(head, cells)}\n"

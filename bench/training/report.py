@@ -85,25 +85,33 @@ def told(mean: float, error: float, digits: int = 2, sign: str = "") -> str:
 
 
 def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "SAM") -> str:
-    """One task: metric, differences to ERM and ``baseline``, corrected p, likelihoods, gradients and seconds."""
+    """One task: the metric and the likelihoods, each with its paired difference to ``baseline``; gradients, seconds.
+
+    Bold: p below 5%, corrected for all differences of the table.
+    """
     task = TASKS[results[0].task]
-    scores = scores_of(results)
-    others = [name for name in scores if baseline in scores and name != baseline]
-    corrected = holm({name: chance(scores, name, baseline) for name in others})
-    beside = {name: scores_of(results, name) for name in ("nll", "scaled nll") if name in results[0].measures}
+    measures = [task.metric, *(m for m in ("nll", "scaled nll") if m in results[0].measures and m != task.metric)]
+    scores = {measure: scores_of(results, measure) for measure in measures}
+    names = list(scores[task.metric])
+    others = [name for name in names if baseline in names and name != baseline]
+    corrected = holm({(name, m): chance(scores[m], name, baseline) for name in others for m in measures})
     rows = []
-    for name, of_seed in scores.items():
-        cells = [name, told(*mean_and_error(list(of_seed.values())), 2 if task.higher else 4)]
-        for other in ("ERM", baseline):
-            known = other in scores and name != other
-            cells.append(told(*paired(scores, name, other), 2 if task.higher else 4, "+") if known else "")
-        cells.append(f"{corrected[name]:.2g}" if name in corrected else "")
-        cells += [told(*mean_and_error(list(other[name].values()))) for other in beside.values()]
+    for name in names:
+        cells = [name]
+        for measure in measures:
+            digits = 4 if measure in ("mse", "mae") else 2
+            cells.append(told(*mean_and_error(list(scores[measure][name].values())), digits))
+            if baseline in names:
+                gain = told(*paired(scores[measure], name, baseline), digits, "+") if name in others else ""
+                cells.append(f"**{gain}**" if corrected.get((name, measure), 1.0) < LEVEL else gain)
         seconds = float(np.mean([r.seconds for r in results if r.method == name]))
         rows.append([*cells, f"{prices[name]:.3g}", f"{seconds:.1f}"])
-    unit = f"{task.metric.replace('iou', 'IoU')}{' %' if task.higher else ''}"
-    named = [measure.replace("nll", "NLL") for measure in beside]
-    heads = ["method", unit, "minus ERM", f"minus {baseline}", "p (Holm)", *named]
+    heads = ["method"]
+    for measure in measures:
+        heads.append(
+            measure.replace("nll", "NLL").replace("iou", "IoU") + (" %" if measure not in LESS_IS_BETTER else "")
+        )
+        heads += [f"minus {baseline}"] if baseline in names else []
     return markdown([*heads, "gradients/step", "seconds"], rows)
 
 

@@ -98,9 +98,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     title = f"{task}, {options.label_noise:.0%} random labels (one in ten right), {len(seeds)} seeds"
     picture(results, options.out / f"{name}.png", title)
     print(f"\n{title}, {epochs} epochs, {record.environment({})['date']}, {record.environment({})['processor']}")
-    print(
-        "last epoch, clean test labels, mean ± standard error; p of the difference to SAM, corrected for their number"
-    )
+    print("last epoch, clean test labels, mean ± standard error; bold: p < 5%, corrected for all differences (Holm)")
     print(f"\n{table(results, {m.name: m.gradients for m in methods})}")
     print(f"\npicture: {options.out / f'{name}.png'}   figures: {path}")
     if not comparable:
