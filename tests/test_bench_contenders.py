@@ -18,7 +18,6 @@ from bench.__main__ import main
 from bench.training import compare, panels, peers
 from bench.training.contenders import CONTENDERS
 from bench.training.methods import METHODS, Method, Steered
-from bench.training.run import Job, train_once
 
 pytest.importorskip("mlxtend")
 pytest.importorskip("pytorch_optimizer")
@@ -157,14 +156,37 @@ def test_python_loops_of_hmc_sample_the_density() -> None:
         assert bool(((batches.mean(0) - expected).abs() < 6 * batches.std(0) / 60**0.5).all())
 
 
+def test_python_loops_of_hmc_weigh_their_samples() -> None:
+    """Three samples of a linear loss, whose gradients say where they were: softmax((tilt - delta) L) of them."""
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    losses, gradients = [], []
+
+    def closure() -> Tensor:
+        loss = weight.sum() + 0.5 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert weight.grad is not None
+        losses.append(float(loss))
+        gradients.append(weight.grad.clone())
+        return loss
+
+    torch.manual_seed(1)
+    chain = baselines.LoopHMC([weight], rho=0.5, delta=0.0, tilt=9.0, num_samples=3)  # at delta 0 all are accepted
+    chain.estimate_gradient(closure)
+    weights = torch.softmax(9.0 * torch.tensor(losses[1:], dtype=torch.float64), 0)
+    expected = (weights[:, None] * torch.stack(gradients[1:])).sum(0)
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, expected)
+    assert len(losses) == 4
+
+
 def test_every_line_of_a_panel_can_run() -> None:
     for question, lines in panels.PANELS.values():
         assert question
         assert len({line.label for line in lines}) == len(lines)
-    _, lines = panels.PANELS["schedule"]
-    for line in (lines[1], lines[-1]):
-        found = train_once(Job(line.method, "digits", 0.3, 1, 1, {}))
-        assert found.finite
+        for line in lines:
+            model, passes = steps(line.method, {}, 30)
+            assert all(bool(p.isfinite().all()) for p in model.parameters()), line.label
+            assert passes == pytest.approx(line.method.gradients, rel=0.03)
 
 
 def test_the_budgets() -> None:

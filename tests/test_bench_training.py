@@ -116,6 +116,11 @@ def test_a_run_repeats_and_watches() -> None:
     assert 0.0 < first.seen["wrong_weight"] < 0.27  # a negative tilt leans away from wrong labels
     assert first.seen["train ascent"] > 0.0
     assert first.gradients == 2 * 8 * 2  # epochs, steps, gradients
+    inert = replace(job, method=replace(SPLIT, options={"num_samples": 3, "radius": 0.01}), settings={"lr": 0.05})
+    assert train_once(replace(inert, epochs=3)).warned == ["at tilt "]
+    assert report.warned([first, replace(first, warned=["at tilt "])]) == [
+        "digits, TSAM split, 1 runs warned: at tilt ..."
+    ]
     other = train_once(replace(job, seed=4))
     assert other.curve != first.curve
 

@@ -21,7 +21,7 @@ from bench.command import add_command, command_line, conclude, positive, share
 
 from .contenders import CONTENDERS
 from .methods import NORMS, Method
-from .report import LEVEL, chance, diverged, holm, impossible, markdown, mean_and_error, paired, scores_of, told
+from .report import LEVEL, chance, diverged, holm, impossible, markdown, mean_and_error, paired, scores_of, told, warned
 from .run import Job, Result, complete, set_aside
 from .search import Settings, at_an_edge, search
 from .tasks import TASKS
@@ -213,6 +213,7 @@ def run(options: argparse.Namespace) -> int:
         "processor time per run."
     )
     text = "\n".join([head, "", *(one.text(corrected) for one in done)])
-    results = [r for one in done for found in one.results.values() for r in found]
+    results = list({r.key: r for one in done for found in one.results.values() for r in found}.values())
+    text += "\n".join(warned(results)) + "\n"
     record.keep(stem, [{"key": list(key), "p": p} for key, p in corrected.items()], {**where, "runs": str(runs)}, text)
     return conclude([*diverged(results), *impossible(results)])

@@ -7,6 +7,7 @@ method (Scandinavian Journal of Statistics, 1979): the chance of any false claim
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -113,6 +114,14 @@ def table(results: Sequence[Result], prices: dict[str, float], baseline: str = "
         )
         heads += [f"minus {baseline}"] if baseline in names else []
     return markdown([*heads, "gradients/step", "seconds"], rows)
+
+
+def warned(results: Sequence[Result]) -> list[str]:
+    """What TSAM has warned of, and in how many runs of each method."""
+    runs = Counter((r.task, r.method, text) for r in results for text in r.warned)
+    return [
+        f"{task}, {method}, {count} runs warned: {text.strip()} ..." for (task, method, text), count in runs.items()
+    ]
 
 
 def diverged(results: Sequence[Result]) -> list[str]:

@@ -11,13 +11,14 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .methods import Method
 from .tasks import TASKS, Task
 
 ASCENT = 0.1
+OURS, WARNED = "TSAM: ", re.compile("[:0-9]")  # of a warning what comes before its figures
 CONSTANTS = ("name", "kind", "gradients", "options")  # of a method, what a run depends on
 
 
@@ -70,7 +72,7 @@ class Result:
 
     ``curve``: the task's metric at ``marks`` (epochs); ``measures``: all measures of the last epoch; ``gradients``:
     whole-batch gradients; ``seconds`` of training, of processor time; ``seen``: means of the diagnostics over the last
-    epoch, if they were watched.
+    epoch, if they were watched; ``warned``: how TSAM's warnings begin.
     """
 
     key: str
@@ -86,6 +88,7 @@ class Result:
     seconds: float
     finite: bool
     seen: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
 
     @property
     def final(self) -> float:
@@ -196,10 +199,16 @@ def _closure(task: Task, model: nn.Module, optimizer: Optimizer, x: Tensor, y: T
 
 
 def train_once(job: Job) -> Result:
-    """The result alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TSAM: ")  # a search goes where they are due; what they say is in the tables
-        return train(job)[1]
+    """The result alone, with what TSAM has warned of; other warnings pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = train(job)[1]
+    told = [str(one.message) for one in caught]
+    for one in caught:
+        if not str(one.message).startswith(OURS):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    mine = [WARNED.split(text.removeprefix(OURS), maxsplit=1)[0] for text in told if text.startswith(OURS)]
+    return replace(result, warned=sorted(set(mine)))
 
 
 def _begin_worker() -> None:

@@ -18,7 +18,7 @@ from bench.command import above_zero, add_command, cannot_run, command_line, con
 from . import sampler, search
 from .data import DATASETS
 from .methods import METHODS, Method
-from .report import behind, diverged, impossible, picture, table, told
+from .report import behind, diverged, impossible, picture, table, told, warned
 from .run import Job, Result, complete, set_aside
 from .tasks import TASKS
 
@@ -100,6 +100,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     print(f"\n{title}, {epochs} epochs, {record.environment({})['date']}, {record.environment({})['processor']}")
     print("last epoch, clean test labels, mean ± standard error; bold: p < 5%, corrected for all differences (Holm)")
     print(f"\n{table(results, {m.name: m.gradients for m in methods})}")
+    print("\n".join(["", *warned(results)]))
     print(f"\npicture: {options.out / f'{name}.png'}   figures: {path}")
     if not comparable:
         print(f"no target: it compares {BEST} with {BASELINE}, and needs both")

@@ -101,9 +101,9 @@ def surface(
 
 def _axis(op: str, argument: str, values: object) -> list[float]:
     """The numbers of one coordinate."""
-    if isinstance(values, Tensor):
+    if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
-    if not isinstance(values, (list, tuple)) or not values:
+    if not isinstance(values, (list, tuple, range)) or not values:
         raise refuse(op, argument, shown(values), "a vector of at least one number", TypeError)
     return [check_number(op, f"{argument}[{i}]", v, "a finite number", or_tensor=False) for i, v in enumerate(values)]
 
