@@ -32,9 +32,9 @@ def test_the_parts_do_not_overlap_and_only_training_and_validation_are_noisy(nam
 @pytest.mark.parametrize("name", ["mnist", "digits", "mnist1d", "text", "diabetes"])
 def test_three_in_ten_targets_are_replaced(name: str) -> None:
     loaded = [[data.load(name, noise, seed) for seed in range(8)] for noise in (0.0, 0.3)]
-    clean, noisy = loaded[0][0], loaded[1][0]
-    classes = 1.0 if clean.train_y.is_floating_point() else float(int(clean.train_y.max()) + 1)
-    expected = 0.3 if clean.train_y.is_floating_point() else 0.3 * (1 - 1 / classes)
+    first = loaded[0][0].train_y
+    classes = 1.0 if first.is_floating_point() else float(int(first.max()) + 1)
+    expected = 0.3 if first.is_floating_point() else 0.3 * (1 - 1 / classes)
     for part in ("train_y", "validation_y"):
         a, b = (torch.cat([getattr(parts, part) for parts in of_seeds]) for of_seeds in loaded)
         wrong = (a != b).float().mean().item()
