@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench import command, many_gpus, ops, overhead, step
-from bench.training import train
 from bench.__main__ import main
 from bench.paper import command as paper
+from bench.training import train
 
 COMMANDS = ("train", "paper", "step", "overhead", "ops", "gpu-cost", "many-gpus", "gpu")
 WITH_TARGETS = ("train", "step", "overhead", "ops")
