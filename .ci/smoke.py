@@ -14,7 +14,9 @@ x = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
 for sampler in ("ascent", "noise", "hmc"):
     layer = torch.nn.Linear(3, 2)
     before = [parameter.detach().clone() for parameter in layer.parameters()]
-    optimizer = tsam_ext.TSAM(layer.parameters(), torch.optim.SGD, lr=0.1, rho=0.1, sampler=sampler, seed=1)
+    optimizer = tsam_ext.TSAM(
+        layer.parameters(), torch.optim.SGD, lr=0.1, rho=0.1, num_samples=3, sampler=sampler, seed=1
+    )
 
     def closure(layer: torch.nn.Linear = layer) -> torch.Tensor:
         loss = layer(x).square().mean()

@@ -1,6 +1,7 @@
 """TSAM from options that stand side by side, as the reference takes them and as tables of settings are easiest to read.
 
-``tsam(params, sampler="hmc", delta=2.0)`` is ``TSAM(params, sampler=HMC(delta=2.0))``.
+``tsam(params, sampler="hmc", delta=2.0)`` is ``TSAM(params, sampler=HMC(delta=2.0), num_samples=3)``: three samples
+where a test does not say how many, so that there is something to weigh.
 """
 
 from __future__ import annotations
@@ -31,6 +32,6 @@ def nested(options: dict[str, Any]) -> dict[str, Any]:
     return rest | {"sampler": kind(**{key: value for key, value in options.items() if key in own})}
 
 
-def tsam(params: Any, *base: Any, **options: Any) -> TSAM:
+def tsam(params: Any, *base: Any, num_samples: int = 3, **options: Any) -> TSAM:
     """A TSAM from flat options."""
-    return TSAM(params, *base, **nested(options))
+    return TSAM(params, *base, num_samples=num_samples, **nested(options))

@@ -77,7 +77,8 @@ class Run:
         self.net = small_net(dtype) if net is None else net
         self.model: Any = self.net
         self.x, self.y = rows(dtype)
-        told: dict[str, Any] = {"tilt": 20.0, "seed": 3, "rho": 0.1, "lr": 0.05, "momentum": 0.9, **options}
+        told: dict[str, Any] = {"num_samples": 3, "tilt": 20.0, "seed": 3, "rho": 0.1, "lr": 0.05, "momentum": 0.9}
+        told |= options
         if size == 1:
             told = {key: value for key, value in told.items() if key not in OURS}
         else:

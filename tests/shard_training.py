@@ -76,4 +76,5 @@ def whole(model: nn.Module) -> Tensor:
 
 
 def tsam(net: nn.Module, base: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> TSAM:
-    return TSAM(net.parameters(), base, lr=0.02, **{"rho": 0.1, "tilt": 20.0, "seed": 3, "model": net} | options)
+    told = {"num_samples": 3, "rho": 0.1, "tilt": 20.0, "seed": 3, "model": net}
+    return TSAM(net.parameters(), base, lr=0.02, **told | options)

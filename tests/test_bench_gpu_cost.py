@@ -54,9 +54,9 @@ def words(options: dict[str, Any], *, keep: bool = False) -> int:
 @pytest.mark.parametrize("s", [1, 2, 5])
 def test_the_words_are_those_of_the_formulas(s: int) -> None:
     assert words({"sampler": "noise", "num_samples": s}) == 5 * s
-    assert words({"num_samples": s}) == 9 * s
+    assert words({"num_samples": s, "radius": 0.05}) == 9 * s
     # Where p.grad has memory, the first sample is copied into it.
-    assert words({"num_samples": s}, keep=True) == 9 * s + 2
+    assert words({"num_samples": s, "radius": 0.05}, keep=True) == 9 * s + 2
     for n in (1, 2, 4):
         # Start 4, way back 2; N > 1 reads the start for the distance; the first mean is a gradient's memory, 2 less.
         rest = 4 + 2 + (s if n > 1 else 0) - 2
@@ -73,7 +73,7 @@ def test_the_words_of_a_carried_direction() -> None:
     """Of a full step, beside it: the mean of the probes, of which the first is there; sums; the direction. Then later
     steps: the norm, and what is added to the plain gradient, which is where it is."""
     for s in (1, 2, 5):
-        assert words({"num_samples": s, "every": 3}) == 9 * s + 5 + 3 * (s - 1)
+        assert words({"num_samples": s, "radius": 0.05, "every": 3}) == 9 * s + 5 + 3 * (s - 1)
     assert words({"num_samples": 1, "radius": 0.0, "every": 3}) == 7 + 5
     later = record({"num_samples": 3, "every": 3}, 2, later=True)
     assert sum(p.words for _, made in later.calls for p in made) == 4
@@ -138,7 +138,7 @@ SHORT = [(case, 2) for case in CASES]
 # Tables of 7, 5, 3 and 2 lists overflow one after another.
 LONG = [(case, tensors) for case in ("ascent, s=1", "sphere, s=1", "hmc, s=1") for tensors in (400, 500, 600, 700)]
 CASES |= {
-    "ascent, s=1": {"num_samples": 1},
+    "ascent, s=1": {"num_samples": 1, "radius": 0.05},
     "sphere, s=1": {"num_samples": 1, "sampler": Noise(noise="sphere")},
     "hmc, s=1": {"num_samples": 1, "sampler": HMC(prior="ball", chain="fresh", delta="auto")},
 }

@@ -132,8 +132,8 @@ def test_a_chain_under_a_loss_scale_carries_the_same(problem) -> None:
 @pytest.mark.parametrize("between", ["carry", "plain", None])
 def test_with_every_step_full_nothing_changes(problem, between: Any) -> None:
     ours, theirs = problem(), problem()
-    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, between=between)
-    twin = TSAM(theirs.parameters, lr=0.1, seed=1)
+    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, between=between, num_samples=3)
+    twin = TSAM(theirs.parameters, lr=0.1, seed=1, num_samples=3)
     assert ours.train(optimizer, 4) == theirs.train(twin, 4)
     assert ours.holds(theirs.copies())
     assert not any("tsam_carry" in entry for entry in optimizer.state_dict()["state"].values())
@@ -142,7 +142,8 @@ def test_with_every_step_full_nothing_changes(problem, between: Any) -> None:
 @pytest.mark.parametrize(("sampler", "carries"), [("ascent", True), ("noise", False), ("hmc", False)])
 def test_the_default_is_to_carry_what_an_ascent_has_found(problem, sampler: Any, carries: bool) -> None:
     first, second, plain = problem(), problem(), problem()
-    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "every": 2, "sampler": sampler, "tilt": 5.0, "rho": 0.3}
+    options: dict[str, Any] = {"num_samples": 3, "every": 2, "sampler": sampler, "tilt": 5.0, "rho": 0.3}
+    options |= {"lr": 0.1, "seed": 1}
     default = first.train(TSAM(first.parameters, **options), 4)
     named = second.train(TSAM(second.parameters, between="carry" if carries else "plain", **options), 4)
     assert default == named
@@ -152,7 +153,7 @@ def test_the_default_is_to_carry_what_an_ascent_has_found(problem, sampler: Any,
 def test_the_scale_of_the_loss_changes_nothing(problem) -> None:
     """Neither a constant factor nor one that changes between a full step and the next, as a loss scale does."""
     ours, theirs = problem(), problem()
-    optimizers = [TSAM(t.parameters, lr=0.1, seed=1, every=3, tilt=0.0, rho=0.3) for t in (ours, theirs)]
+    optimizers = [TSAM(t.parameters, lr=0.1, seed=1, every=3, tilt=0.0, rho=0.3, num_samples=3) for t in (ours, theirs)]
     for step, scale in enumerate((1024.0, 2.0, 0.25, 1.0, 4096.0)):
         for task, optimizer, factor in zip((ours, theirs), optimizers, (scale, 1.0), strict=True):
 
@@ -173,7 +174,7 @@ def test_parameters_that_come_and_go(problem) -> None:
     task = problem()
     first, second, *_ = task.parameters
     second.requires_grad_(False)
-    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=4, rho=0.3)
+    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=4, rho=0.3, num_samples=3)
     task.train(optimizer, 1)
     v = carried(optimizer)
     first.requires_grad_(False)
@@ -230,7 +231,7 @@ def test_a_full_step_that_fails_is_taken_again(problem) -> None:
 def test_a_sample_that_is_skipped_leaves_both_means(problem, skip: bool) -> None:
     """Its loss after the ascent is infinite. Without skipping the gradient is NaN, and nothing is carried."""
     task, count = problem(), 0
-    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=2, skip_nonfinite_loss=skip, rho=0.3)
+    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=2, skip_nonfinite_loss=skip, rho=0.3, num_samples=3)
     firsts = []
     for sample in optimizer.samples():
         with sample:
@@ -249,7 +250,7 @@ def test_a_sample_that_is_skipped_leaves_both_means(problem, skip: bool) -> None
 
 def test_a_failed_step_lets_go_of_a_probe_that_waits(problem) -> None:
     task, seen = problem(), []
-    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=2, skip_nonfinite_loss=True)
+    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=2, skip_nonfinite_loss=True, num_samples=3)
 
     def closure() -> Tensor:
         if seen:
@@ -268,7 +269,7 @@ def test_a_failed_step_lets_go_of_a_probe_that_waits(problem) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_full_step_without_a_usable_gradient_carries_nothing(problem, value: float) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.0, seed=1, every=2, rho=0.3, num_samples=1)
+    optimizer = TSAM(task.parameters, lr=0.0, seed=1, every=2, rho=0.3, radius=0.3, num_samples=1)
 
     def spoiled() -> Tensor:
         loss = task.loss()
@@ -326,7 +327,7 @@ def test_gradients_of_another_optimizer_get_nothing_of_it() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     x, y = torch.randn(9, 4).double(), torch.randint(0, 3, (9,))
-    optimizer = TSAM(net[0].parameters(), lr=0.1, seed=1, every=2, rho=0.5, model=net)
+    optimizer = TSAM(net[0].parameters(), lr=0.1, seed=1, every=2, rho=0.5, model=net, num_samples=3)
 
     def closure() -> Tensor:
         loss = cross_entropy(net(x), y)
@@ -345,7 +346,7 @@ def test_gradients_of_another_optimizer_get_nothing_of_it() -> None:
 
 def test_maximizing_is_minimizing_the_negative(problem) -> None:
     ours, theirs = problem(), problem()
-    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "every": 3, "rho": 0.3}
+    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "every": 3, "rho": 0.3, "num_samples": 3}
     optimizer, twin = TSAM(ours.parameters, maximize=True, **options), TSAM(theirs.parameters, **options)
 
     def closure() -> Tensor:

@@ -23,7 +23,7 @@ def carried(optimizer: TSAM) -> Tensor:
 def test_a_checkpoint_goes_on_with_the_same_bits(problem) -> None:
     """Saved after every step, and inside a full one; loaded into a new optimizer and into one that has its own."""
     whole, steps = problem(), 7
-    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "every": 3, "momentum": 0.9}
+    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "every": 3, "momentum": 0.9, "num_samples": 3}
     expected = whole.train(TSAM(whole.parameters, torch.optim.SGD, **options), steps)
     for stop in range(1, steps):
         first, second = problem(), problem()
@@ -50,7 +50,7 @@ def test_a_checkpoint_goes_on_with_the_same_bits(problem) -> None:
 
 def test_a_copy_carries_on_its_own(problem) -> None:
     ours, theirs = problem(), problem()
-    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, every=3)
+    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, every=3, num_samples=3)
     ours.train(optimizer, 2)
     twin_net, twin = copy.deepcopy((ours.net, optimizer))
     theirs.net = twin_net
@@ -60,7 +60,7 @@ def test_a_copy_carries_on_its_own(problem) -> None:
 
 def test_a_checkpoint_without_a_direction_takes_plain_gradients_up_to_the_next_full_step(problem) -> None:
     ours, theirs, plain = problem(), problem(), problem()
-    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "rho": 0.3}
+    options: dict[str, Any] = {"lr": 0.1, "seed": 1, "rho": 0.3, "num_samples": 3}
     optimizer = TSAM(ours.parameters, every=3, **options)
     twin = TSAM(theirs.parameters, every=3, between="plain", **options)
     ours.train(optimizer, 1)
@@ -77,7 +77,7 @@ def test_a_checkpoint_without_a_direction_takes_plain_gradients_up_to_the_next_f
 
 def test_wrong_directions_are_refused_by_name(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=3)
+    optimizer = TSAM(task.parameters, lr=0.1, seed=1, every=3, num_samples=3)
     task.train(optimizer, 2)
     for wrong, got in (
         (torch.zeros(3, dtype=torch.float64), r"a torch\.strided torch\.float64 tensor of shape \(3,\)"),

@@ -339,7 +339,7 @@ def test_any_dtype_and_layout(problem, dtype: torch.dtype) -> None:
     task = problem(dtype=torch.float32)
     extra = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last).to(dtype))
     task.net.register_parameter("extra", extra)
-    optimizer = TSAM(task.net.parameters(), lr=0.1, rho=0.3, seed=1)
+    optimizer = TSAM(task.net.parameters(), lr=0.1, rho=0.3, seed=1, num_samples=3)
     before = copy.deepcopy(task.net.state_dict())
     seen: list[dict[str, Any]] = []
 

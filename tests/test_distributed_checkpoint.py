@@ -122,7 +122,7 @@ def test_asking_a_fresh_optimizer_changes_nothing(problem, form: str, base: str,
 def test_other_steps_without_an_estimate_still_raise(problem, what: str) -> None:
     """A warm-up from lr 0 in a loop that ignores closures is no priming, nor is anything after it."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1 if what == "lr" else 0.0, momentum=0.9)
+    optimizer = TSAM(task.parameters, lr=0.1 if what == "lr" else 0.0, momentum=0.9, num_samples=3)
     for p in task.parameters:
         p.grad = torch.ones_like(p) if what == "gradient" else torch.zeros_like(p)
     if what == "state":
@@ -158,7 +158,7 @@ def test_asking_inside_the_first_pass_does_not_step_the_base(problem) -> None:
             return super().step()
 
     task = problem()
-    optimizer = TSAM(task.parameters, Averaging, lr=0.1, rho=0.3, seed=1)
+    optimizer = TSAM(task.parameters, Averaging, lr=0.1, rho=0.3, seed=1, num_samples=3)
     states: list[Any] = []
 
     def closure() -> torch.Tensor:

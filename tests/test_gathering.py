@@ -20,7 +20,7 @@ def test_a_gradient_in_another_layout_is_brought_to_its_parameter_s(kind: str) -
     for turned in (False, True):
         torch.manual_seed(0)
         parameter, beside = layouts(kind), nn.Parameter(torch.randn(3, dtype=torch.float64))
-        optimizer = TSAM([parameter, beside], lr=0.1, seed=1, rho=0.5)
+        optimizer = TSAM([parameter, beside], lr=0.1, seed=1, rho=0.5, num_samples=3)
 
         def closure(parameter=parameter, beside=beside, turned=turned) -> Tensor:
             loss = (parameter.pow(3).sum(1).sum() + beside.pow(2).sum()).sin()
@@ -60,7 +60,7 @@ def test_the_reference_agrees_where_a_parameter_gets_no_gradient_at_first() -> N
         for kind in (TSAM, reference.ReferenceTSAM):
             torch.manual_seed(0)
             parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, 3, 4)]
-            optimizer = kind(parameters, lr=0.1, seed=1, rho=0.5, radius=radius)
+            optimizer = kind(parameters, lr=0.1, seed=1, rho=0.5, radius=radius, num_samples=3)
             calls: list[int] = []
 
             def closure(parameters=parameters, calls=calls) -> Tensor:

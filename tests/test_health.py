@@ -59,7 +59,7 @@ def only(found: list[tuple[int, str]], step: int, *words: str) -> bool:
     "options",
     [
         {"num_samples": 1, "radius": 0.0},
-        {"num_samples": 1},
+        {"num_samples": 1, "radius": 0.05},
         {"sampler": "noise", "num_samples": 2},
         {"batch": "split"},
         {"batch": "split", "radius": 0.0},
@@ -99,7 +99,7 @@ def test_zero_losses_and_two_equal_steps_are_no_finding(losses: list[float]) -> 
 
 
 def test_one_sample_of_ascent_is_compared_with_its_probe() -> None:
-    assert said(*planted([0.75, 0.7500001], num_samples=1, tilt=0.0), 12) == []
+    assert said(*planted([0.75, 0.7500001], num_samples=1, radius=0.05, tilt=0.0), 12) == []
     assert said(*planted([0.75], num_samples=1, radius=0.0, slope=0.0, tilt=0.0), 12) == []  # no ascent
 
 

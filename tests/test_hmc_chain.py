@@ -168,7 +168,7 @@ def test_what_a_state_holds_is_what_lasts(problem) -> None:
 def test_what_is_loaded_is_not_the_base_s(problem) -> None:
     """Bases cast and look for what they know: they see no entry of ours, neither in state nor in groups."""
     source, task = problem(), problem()
-    saved = TSAM(source.parameters, torch.optim.Adam, lr=0.01, sampler="hmc")
+    saved = TSAM(source.parameters, torch.optim.Adam, lr=0.01, sampler="hmc", num_samples=3)
     source.train(saved, 2)
     seen: list[Any] = []
 
@@ -178,7 +178,7 @@ def test_what_is_loaded_is_not_the_base_s(problem) -> None:
             super().load_state_dict(state_dict)
 
     Watching.__name__ = "Adam"
-    optimizer = TSAM(task.parameters, Watching, lr=0.01, sampler="hmc")
+    optimizer = TSAM(task.parameters, Watching, lr=0.01, sampler="hmc", num_samples=3)
     optimizer.load_state_dict(saved.state_dict())
     assert seen[0]["state"].keys() == saved.base_optimizer.state_dict()["state"].keys()
     for entry in (*seen[0]["state"].values(), *seen[0]["param_groups"], *optimizer.base_optimizer.state.values()):

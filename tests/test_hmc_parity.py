@@ -84,7 +84,7 @@ class Pair:
         **options: Any,
     ) -> None:
         self.tasks = [problem(dtype=dtype), problem(dtype=dtype)]
-        settings = {"lr": 0.1, "momentum": 0.9, "sampler": "hmc", "rho": 0.5, **options}
+        settings = {"lr": 0.1, "momentum": 0.9, "sampler": "hmc", "rho": 0.5, "num_samples": 3, **options}
         params = [grouped(task) if groups else task.parameters for task in self.tasks]
         self.ours, self.oracle = tsam(params[0], **settings), ReferenceTSAM(params[1], **settings)
         philox = self.oracle._draws
@@ -195,7 +195,7 @@ def test_a_parameter_without_a_gradient_drifts(problem) -> None:
     positions: list[list[Tensor]] = []
     for task, kind in ((task_a, tsam), (task_b, ReferenceTSAM)):
         unused = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
-        optimizer = kind([*task.parameters, unused], lr=0.1, sampler="hmc", rho=0.5, tilt=9.0, seed=8)
+        optimizer = kind([*task.parameters, unused], lr=0.1, sampler="hmc", rho=0.5, tilt=9.0, seed=8, num_samples=3)
         seen: list[Tensor] = []
 
         def closure(task: Any = task, unused: Tensor = unused, seen: list[Tensor] = seen) -> Tensor:

@@ -253,9 +253,9 @@ def unused(task: Any, optimizer: TSAM) -> None:
 
 def by_another(task: Any, optimizer: TSAM) -> None:
     """What the optimizer of an earlier phase, or the original of a copy, has left in p.grad."""
-    earlier = TSAM(task.parameters, lr=0.1)
+    earlier = TSAM(task.parameters, lr=0.1, num_samples=3)
     task.train(earlier, 1)
-    task.train(TSAM(task.parameters, lr=0.1), 2)
+    task.train(TSAM(task.parameters, lr=0.1, num_samples=3), 2)
     original = task.net
     task.net, copied = copy.deepcopy((original, optimizer))
     task.train(copied, 2)
@@ -341,7 +341,7 @@ def test_a_parameter_that_forward_writes_is_refused(name: str, how: str) -> None
 def test_writing_what_is_not_perturbed_is_allowed() -> None:
     net = Bounded("max_norm")
     groups = [{"params": net.rows.parameters(), "rho": 0.0}, {"params": net.head.parameters()}]
-    optimizer = TSAM(groups, lr=0.1)
+    optimizer = TSAM(groups, lr=0.1, num_samples=3)
 
     def closure() -> Tensor:
         loss = net(torch.arange(6)).square().mean()

@@ -196,7 +196,7 @@ def test_a_buffer_that_begins_to_move_is_noticed() -> None:
 
     late = Late()
     net = nn.Sequential(nn.Linear(3, 2), late)
-    optimizer = TSAM(net.parameters(), lr=0.1, model=net)
+    optimizer = TSAM(net.parameters(), lr=0.1, model=net, num_samples=3)
 
     def closure() -> Tensor:
         loss = net(torch.ones(4, 3)).square().mean()
@@ -262,7 +262,7 @@ def test_generators_of_the_user_s_own(problem, fails: int) -> None:
     """Masks from a private generator: the same in each pass, and the stream ends as after one forward."""
     task, own = problem(), torch.Generator().manual_seed(3)
     twin = torch.Generator().manual_seed(3)
-    optimizer = TSAM(task.parameters, lr=0.1, generators=[own])
+    optimizer = TSAM(task.parameters, lr=0.1, generators=[own], num_samples=3)
     masks: list[Tensor] = []
 
     def closure() -> Tensor:

@@ -71,11 +71,11 @@ def test_a_complex_parameter_is_two_real_ones_per_element(name: str, cleared: st
 
 def test_a_chain_over_complex_parameters_is_saved_and_shown() -> None:
     ours, resumed = Fourier(pairs=False), Fourier(pairs=False)
-    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, sampler=HMC(delta=4.0))
+    optimizer = TSAM(ours.parameters, lr=0.1, seed=1, sampler=HMC(delta=4.0), num_samples=3)
     for _ in range(2):
         optimizer.step(ours.closure)
     assert [e.dtype for e in optimizer.chain_position()] == [torch.complex128, torch.float64]
-    other = TSAM(resumed.parameters, lr=0.1, seed=9, sampler=HMC(delta=4.0))
+    other = TSAM(resumed.parameters, lr=0.1, seed=9, sampler=HMC(delta=4.0), num_samples=3)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with torch.no_grad():
         for p, q in zip(resumed.parameters, ours.parameters, strict=True):
@@ -87,7 +87,7 @@ def test_a_chain_over_complex_parameters_is_saved_and_shown() -> None:
 
 def test_complex_parameters_return_after_an_exception() -> None:
     problem = Fourier(pairs=False)
-    optimizer = TSAM(problem.parameters, lr=0.1)
+    optimizer = TSAM(problem.parameters, lr=0.1, num_samples=3)
     before, calls = problem.flat(), []
 
     def closure() -> Tensor:
@@ -115,8 +115,8 @@ def test_frozen_parameters_may_be_anything() -> None:
         torch.ones(2, device="meta"),
     ]
     frozen = [Parameter(tensor, requires_grad=False) for tensor in odd]
-    optimizer = TSAM([*net.parameters(), *frozen], lr=0.1, seed=0)
-    plain = TSAM(twin.parameters(), lr=0.1, seed=0)
+    optimizer = TSAM([*net.parameters(), *frozen], lr=0.1, seed=0, num_samples=3)
+    plain = TSAM(twin.parameters(), lr=0.1, seed=0, num_samples=3)
     x = torch.randn(5, 3)
     for one, module in ((optimizer, net), (plain, twin)):
 
@@ -134,7 +134,7 @@ def test_fake_tensors_take_a_step(sampler: Any) -> None:
     """What tools that estimate memory do."""
     with FakeTensorMode():
         net = nn.Linear(3, 4)
-        optimizer = TSAM(net.parameters(), lr=0.1, sampler=sampler)
+        optimizer = TSAM(net.parameters(), lr=0.1, sampler=sampler, num_samples=3)
         x = torch.randn(5, 3)
 
         def closure() -> Tensor:
@@ -150,7 +150,7 @@ def test_fake_tensors_take_a_step(sampler: Any) -> None:
 def test_parameters_on_meta_are_held_and_not_stepped(sampler: Any) -> None:
     with torch.device("meta"):
         net = nn.Linear(3, 4)
-    optimizer = TSAM(net.parameters(), lr=0.1, sampler=sampler)
+    optimizer = TSAM(net.parameters(), lr=0.1, sampler=sampler, num_samples=3)
     with pytest.raises(ValueError, match=r"^TSAM: params: got tensors on meta, expected tensors in memory"):
         optimizer.step(lambda: net(torch.ones(2, 3, device="meta")).mean())
 

@@ -227,7 +227,7 @@ def test_what_torch_refuses_stays_refused() -> None:
 def test_a_schedule_with_a_bad_value_is_named_and_harmless(problem, value: Any) -> None:
     task = problem()
     copies = task.copies()
-    optimizer = TSAM(task.parameters, lr=0.1, tilt=lambda step: value)
+    optimizer = TSAM(task.parameters, lr=0.1, tilt=lambda step: value, num_samples=3)
     with pytest.raises((TypeError, ValueError), match="tilt"):
         task.train(optimizer, 1)
     assert task.holds(copies)

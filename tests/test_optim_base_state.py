@@ -22,12 +22,20 @@ def test_a_base_loaded_by_itself_keeps_our_keys(problem, source: str, copied: bo
     task, twin = problem(), problem()
     w1, b1, *rest = task.parameters
     groups = [{"params": [w1, b1], "rho": 0.3}, {"params": rest, "radius": None, "adaptive": True}]
-    optimizer = TSAM(groups, torch.optim.Adam, lr=0.1, sampler="hmc", seed=4)
+    optimizer = TSAM(groups, torch.optim.Adam, lr=0.1, sampler="hmc", seed=4, num_samples=3)
     w1, b1, *rest = twin.parameters
     if source == "plain":
         other: torch.optim.Optimizer = torch.optim.Adam([{"params": [w1, b1]}, {"params": rest}], lr=0.7)
     else:
-        other = TSAM([{"params": [w1, b1]}, {"params": rest}], torch.optim.Adam, lr=0.7, sampler="hmc", seed=5, rho=0.3)
+        other = TSAM(
+            [{"params": [w1, b1]}, {"params": rest}],
+            torch.optim.Adam,
+            lr=0.7,
+            sampler="hmc",
+            seed=5,
+            rho=0.3,
+            num_samples=3,
+        )
         twin.train(other, 2)
     if copied:
         task, optimizer = copy.deepcopy((task, optimizer))
@@ -44,7 +52,7 @@ def test_a_base_loaded_by_itself_keeps_our_keys(problem, source: str, copied: bo
 
 def test_a_base_loaded_with_other_groups_is_torch_s_to_refuse(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = TSAM(task.parameters, lr=0.1, num_samples=3)
     plain = torch.optim.SGD([{"params": [p]} for p in problem().parameters], lr=0.7)
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.base_optimizer.load_state_dict(plain.state_dict())

@@ -242,7 +242,7 @@ def test_two_halves_of_sam_are_one_step(problem, adaptive: bool, zero_grad: bool
 
 NOT_SAM: list[dict[str, Any]] = [
     {},
-    {"num_samples": 1},
+    {"num_samples": 1, "radius": 0.05},
     {"num_samples": 2, "radius": 0.0},
     {"sampler": "noise", "num_samples": 1},
 ]

@@ -113,7 +113,7 @@ def test_each_step_hook_runs_once(problem, kind: type[TSAM], form: str) -> None:
 
 def test_step_hooks_may_change_arguments_and_bad_ones_are_refused(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = TSAM(task.parameters, lr=0.1, num_samples=3)
     runs: list[int] = []
 
     def counting(o: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,7 +139,7 @@ def test_step_hooks_may_change_arguments_and_bad_ones_are_refused(problem) -> No
 def test_global_hooks_see_the_gradient_and_then_the_whole_step(problem) -> None:
     """Before: p.grad is the tilted gradient, θ where it was. After: a checkpoint taken there is that of the step."""
     task, twin = problem(), problem()
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "seed": 1, "sampler": "hmc"}
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "seed": 1, "sampler": "hmc", "num_samples": 3}
     optimizer, other = TSAM(task.parameters, **options), TSAM(twin.parameters, **options)
     seen: list[Any] = []
     origin = task.copies()
@@ -171,7 +171,7 @@ def test_global_hooks_see_the_gradient_and_then_the_whole_step(problem) -> None:
 
 def test_a_step_that_the_base_refuses_is_not_counted(problem) -> None:
     task, twin = problem(), problem()
-    optimizer, other = (TSAM(t.parameters, lr=0.1, seed=1) for t in (task, twin))
+    optimizer, other = (TSAM(t.parameters, lr=0.1, seed=1, num_samples=3) for t in (task, twin))
 
     def fails(o: Any, args: Any, kwargs: Any) -> None:
         raise ZeroDivisionError
@@ -236,7 +236,7 @@ def test_state_hooks_may_replace_and_come_first(problem, kind: str) -> None:
 
 def test_a_hook_after_saving_sees_all_and_the_base_s_its_part(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, sampler="hmc")
+    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, sampler="hmc", num_samples=3)
     seen: list[dict[str, Any]] = []
     for each in (optimizer, optimizer.base_optimizer):
         each.register_state_dict_post_hook(lambda o, state: seen.append(copy.deepcopy(state)))
@@ -256,7 +256,7 @@ def not_copied(*_: Any) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_have_no_hooks_of_the_user_s_and_step_once(problem, how: str) -> None:
     task, calls = problem(), []
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = TSAM(task.parameters, lr=0.1, num_samples=3)
     optimizer.register_step_pre_hook(not_copied)
     optimizer.register_state_dict_pre_hook(not_copied)
     pair = (task, optimizer)

@@ -83,8 +83,8 @@ def run_pair(problem: Any, groups: bool, steps: int = 2, **options: Any) -> tupl
     for kind in (tsam, ReferenceTSAM):
         task = problem()
         params = grouped(task, options.get("sampler", "ascent")) if groups else task.parameters
-        own = {"between": "plain"} if kind is tsam else {}  # the oracle carries nothing
-        optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **own, **options)
+        own = {"num_samples": 3} | ({"between": "plain"} if kind is tsam else {})  # the oracle carries nothing
+        optimizer = kind(params, lr=0.1, momentum=0.9, seed=0xFEDCBA98_76543210, **own | options)
         results.append((task, task.train(optimizer, steps), optimizer))
     return tuple(results)
 

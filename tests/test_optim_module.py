@@ -158,10 +158,10 @@ def test_a_warning_points_at_the_user_s_line_in_every_form_of_a_step() -> None:
     lines = Path(__file__).read_text().splitlines()
     for name in ("step", "estimate", "loop", "scheduled"):
         with pytest.warns(UserWarning, match="model=") as caught:
-            form(name)(TSAM(net.parameters(), lr=0.1))
+            form(name)(TSAM(net.parameters(), lr=0.1, num_samples=3))
         assert Path(caught[0].filename) == Path(__file__), name
         assert lines[caught[0].lineno - 1].endswith("# here"), name
-        optimizer = TSAM(net.parameters(), lr=0.1, tilt=1e-9, model=net)
+        optimizer = TSAM(net.parameters(), lr=0.1, tilt=1e-9, model=net, num_samples=3)
         for _ in range(10):
             optimizer.step(closure)
         with pytest.warns(UserWarning, match="effective sample size") as caught:

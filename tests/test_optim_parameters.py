@@ -24,7 +24,7 @@ def test_frozen_parameters_are_never_touched(problem, sampler: str) -> None:
         task = problem()
         frozen = task.parameters[0].requires_grad_(False)
         bits, version, seen = frozen.clone(), frozen._version, []
-        optimizer = kind(task.parameters, lr=0.1, sampler=sampler, rho=0.5, seed=2)
+        optimizer = kind(task.parameters, lr=0.1, sampler=sampler, rho=0.5, seed=2, num_samples=3)
         task.net.register_forward_hook(
             lambda *_, frozen=frozen, bits=bits, seen=seen: seen.append(torch.equal(frozen, bits))
         )
@@ -112,7 +112,7 @@ def test_an_ascent_with_gradients_missing_is_the_oracle_s(problem, used_in, radi
         task, calls = problem(), []
         extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
         params = [extra, *task.parameters]
-        optimizer = kind(params, lr=0.1, rho=0.5, radius=radius, tilt=4.0, seed=2)
+        optimizer = kind(params, lr=0.1, rho=0.5, radius=radius, tilt=4.0, seed=2, num_samples=3)
 
         def closure(task=task, calls=calls, extra=extra) -> Tensor:
             logits = task.net(task.x)
@@ -142,7 +142,7 @@ def test_channels_last_parameters(sampler: str, adaptive: bool) -> None:
         net = net.double().to(memory_format=torch.channels_last)
         x, y = torch.randn(8, 2, 6, 6).double(), torch.randint(0, 3, (8,))
         strides = [p.stride() for p in net.parameters()]
-        options = {"sampler": sampler, "adaptive": adaptive, "rho": 0.5, "seed": 3}
+        options = {"sampler": sampler, "adaptive": adaptive, "rho": 0.5, "seed": 3, "num_samples": 3}
         optimizer = kind(net.parameters(), lr=0.1, momentum=0.9, **options)
 
         def closure(net=net, x=x, y=y, turned=turned) -> Tensor:
@@ -171,7 +171,7 @@ def test_low_precision_parameters(problem, dtype, tolerance: float, sampler: str
     for kind in (tsam, ReferenceTSAM):
         task = problem(dtype=dtype)
         copies = task.copies()
-        optimizer = kind(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=2.0, seed=3)
+        optimizer = kind(task.parameters, lr=0.1, sampler=sampler, rho=0.5, tilt=2.0, seed=3, num_samples=3)
         for _ in range(2):  # the second time into buffers that exist
             optimizer.estimate_gradient(task.closure(optimizer))
             assert task.holds(copies)
@@ -216,7 +216,7 @@ def test_odd_shapes_and_mixed_dtypes() -> None:
             nn.Parameter(torch.randn(65, dtype=torch.bfloat16)),
             nn.Parameter(torch.randn(1030)),
         ]
-        optimizer = kind(params, lr=0.01, rho=0.5, tilt=1.0, seed=3)
+        optimizer = kind(params, lr=0.01, rho=0.5, tilt=1.0, seed=3, num_samples=3)
 
         def closure(params=params) -> Tensor:
             loss = sum(p.double().sin().square().mean() for p in params if p.numel())
@@ -321,7 +321,7 @@ def test_parameters_that_change_dtype_between_steps(problem) -> None:
     """net.double() replaces the data behind each parameter; what was kept for the old ones is not used."""
     ours, theirs = problem(dtype=torch.float32), problem(dtype=torch.float32)
     optimizer = tsam(ours.parameters, lr=0.1, rho=0.5, seed=2)
-    oracle = ReferenceTSAM(theirs.parameters, lr=0.1, rho=0.5, seed=2)
+    oracle = ReferenceTSAM(theirs.parameters, lr=0.1, rho=0.5, seed=2, num_samples=3)
     for dtype in (torch.float32, torch.float64, torch.float32):
         for task in (ours, theirs):
             task.net.to(dtype)

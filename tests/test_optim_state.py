@@ -88,7 +88,7 @@ def test_state_dict_is_the_base_s_and_numbers_in_each_group(problem) -> None:
 def test_saving_needs_no_sync_and_keeps_no_scratch(problem) -> None:
     """The tensors in a saved state are the base's: nothing of the size of a parameter is added."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9)
+    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, num_samples=3)
     task.train(optimizer, 1)
 
     def tensors(value: Any) -> list[int]:
@@ -111,13 +111,13 @@ def changed(state: dict[str, Any], **own: Any) -> dict[str, Any]:
 
 def test_a_state_that_does_not_fit_changes_nothing(problem) -> None:
     task, other = problem(), problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=1)
+    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=1, num_samples=3)
     task.train(optimizer, 2)
     state = optimizer.state_dict()
-    adam = TSAM(other.parameters, torch.optim.AdamW, seed=2)
+    adam = TSAM(other.parameters, torch.optim.AdamW, seed=2, num_samples=3)
     other.train(adam, 1)
-    wide = TSAM([torch.nn.Parameter(torch.ones(s)) for s in ((7, 5), (7,), (3, 7), (4,))], lr=0.1)
-    split = TSAM([{"params": [p]} for p in problem().parameters], lr=0.1)
+    wide = TSAM([torch.nn.Parameter(torch.ones(s)) for s in ((7, 5), (7,), (3, 7), (4,))], lr=0.1, num_samples=3)
+    split = TSAM([{"params": [p]} for p in problem().parameters], lr=0.1, num_samples=3)
     before, bits = copy.deepcopy(state), task.copies()
     for bad, what in (
         (adam.state_dict(), "param_groups[0]['tsam_base_optimizer']: got 'AdamW', expected 'SGD'"),
@@ -158,7 +158,7 @@ def test_groups_that_disagree_are_refused(problem) -> None:
 
 def test_states_that_nobody_saved_are_refused(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=1, rho=0.3)
+    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, seed=1, rho=0.3, num_samples=3)
     task.train(optimizer, 1)
     state = optimizer.state_dict()
     for bad, error, message in (
@@ -198,12 +198,12 @@ def test_state_of_a_base_that_belongs_to_no_parameter_passes_through(problem) ->
             self.state["count"] = 3
 
     task, other = problem(), problem()
-    optimizer = TSAM(task.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc")
+    optimizer = TSAM(task.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc", num_samples=3)
     task.train(optimizer, 1)
     state = optimizer.state_dict()
     assert state["state"]["count"] == 3
     state["state"]["count"] = 7
-    loaded = TSAM(other.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc")
+    loaded = TSAM(other.parameters, Counting, lr=0.1, momentum=0.9, sampler="hmc", num_samples=3)
     loaded.load_state_dict(state)
     assert loaded.state["count"] == 7
 
@@ -211,12 +211,12 @@ def test_state_of_a_base_that_belongs_to_no_parameter_passes_through(problem) ->
 def test_entries_that_a_base_has_loaded_by_itself_are_not_saved_again(problem) -> None:
     """A plain base that was given our state keeps what it does not know; a later TSAM neither saves nor loads that."""
     task = problem()
-    hmc = TSAM(task.parameters, torch.optim.Adam, lr=0.1, sampler="hmc", seed=5)
+    hmc = TSAM(task.parameters, torch.optim.Adam, lr=0.1, sampler="hmc", seed=5, num_samples=3)
     task.train(hmc, 2)
     plain = torch.optim.Adam(task.parameters, lr=0.1)
     plain.load_state_dict(hmc.state_dict())
     assert "tsam_position" in plain.state[task.parameters[0]]
-    optimizer = TSAM(plain, seed=9)
+    optimizer = TSAM(plain, seed=9, num_samples=3)
     state = optimizer.state_dict()
     assert not any("tsam_position" in entry for entry in state["state"].values())
     assert "tsam_prior" not in state["param_groups"][0]
@@ -240,7 +240,7 @@ def test_a_plain_state_dict_of_the_base_loads(problem) -> None:
     plain = torch.optim.SGD(task.parameters, lr=0.1, momentum=0.9)
     task.loss().backward()
     plain.step()
-    optimizer = TSAM(task.parameters, lr=0.5, momentum=0.9, rho=0.2, seed=6)
+    optimizer = TSAM(task.parameters, lr=0.5, momentum=0.9, rho=0.2, seed=6, num_samples=3)
     optimizer.load_state_dict(plain.state_dict())
     (group,) = optimizer.param_groups
     assert (group["lr"], group["rho"], group["radius"], group["adaptive"]) == (0.1, 0.2, None, False)
@@ -252,7 +252,7 @@ def test_a_plain_state_dict_of_the_base_loads(problem) -> None:
 @pytest.mark.parametrize("target", ["tsam", "base"])
 def test_loading_into_either_object_keeps_them_together(problem, target: str) -> None:
     task, twin = problem(), problem()
-    optimizer, other = (TSAM(t.parameters, lr=0.1, momentum=0.9, seed=1) for t in (task, twin))
+    optimizer, other = (TSAM(t.parameters, lr=0.1, momentum=0.9, seed=1, num_samples=3) for t in (task, twin))
     task.train(optimizer, 1)
     twin.train(other, 1)
     loaded = optimizer if target == "tsam" else optimizer.base_optimizer
@@ -272,7 +272,7 @@ def test_loading_into_either_object_keeps_them_together(problem, target: str) ->
 
 def test_an_estimate_does_not_survive_loading(problem) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = TSAM(task.parameters, lr=0.1, num_samples=3)
     optimizer.estimate_gradient(task.closure(optimizer))
     optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="estimate"):
@@ -284,7 +284,7 @@ def test_an_estimate_does_not_survive_loading(problem) -> None:
 def test_copies_continue_alike(problem, how: str, base: str) -> None:
     kind, options = BASES[base]
     task = problem()
-    optimizer = TSAM(task.parameters, kind, seed=8, rho=0.3, model=task.net, **options)
+    optimizer = TSAM(task.parameters, kind, seed=8, rho=0.3, num_samples=3, model=task.net, **options)
     task.train(optimizer, 2)
     pair = (task, optimizer)
     twin, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
@@ -302,7 +302,7 @@ def test_added_groups_train_with_their_settings(problem) -> None:
     for kind in (TSAM, ReferenceTSAM):
         task = problem()
         w1, b1, w2, b2 = task.parameters
-        optimizer = kind([w1, b1], lr=0.1, momentum=0.9, rho=0.3, seed=5)
+        optimizer = kind([w1, b1], lr=0.1, momentum=0.9, rho=0.3, seed=5, num_samples=3)
         task.train(optimizer, 2)
         base = optimizer if kind is TSAM else optimizer.base_optimizer
         base.add_param_group({"params": [w2], "rho": 0.6, "radius": 0.1, "lr": 0.2})
@@ -322,7 +322,7 @@ def test_a_group_s_settings_are_read_afresh_each_step(problem, key: str) -> None
     results = []
     for kind, change in ((TSAM, True), (ReferenceTSAM, True), (TSAM, False)):
         task = problem()
-        optimizer = kind(task.parameters, lr=0.1, rho=0.3, seed=5)
+        optimizer = kind(task.parameters, lr=0.1, rho=0.3, seed=5, num_samples=3)
         task.train(optimizer, 1)
         if change:
             optimizer.param_groups[0][key] = {"rho": 0.9, "radius": 0.05, "adaptive": True}[key]
@@ -349,8 +349,8 @@ def test_tilt_schedules(problem, form: str) -> None:
         "tensor": tensor,
         "tensor function": lambda step: torch.tensor(schedule(step)),
     }[form]
-    optimizer = TSAM(ours.parameters, lr=0.1, tilt=tilt, rho=0.5, seed=3)
-    oracle = ReferenceTSAM(theirs.parameters, lr=0.1, tilt=schedule, rho=0.5, seed=3)
+    optimizer = TSAM(ours.parameters, lr=0.1, tilt=tilt, rho=0.5, seed=3, num_samples=3)
+    oracle = ReferenceTSAM(theirs.parameters, lr=0.1, tilt=schedule, rho=0.5, seed=3, num_samples=3)
     for step in range(4):
         if form == "tensor":
             tensor.fill_([0.0, 5.0, -5.0, float("inf")][step])
@@ -376,6 +376,6 @@ def test_a_schedule_is_asked_in_sampled_steps_alone(problem) -> None:
         asked.append(step)
         return 1.0
 
-    optimizer = TSAM(task.parameters, lr=0.1, tilt=schedule, every=2)
+    optimizer = TSAM(task.parameters, lr=0.1, tilt=schedule, every=2, num_samples=3)
     task.train(optimizer, 5)
     assert asked == [0, 2, 4]

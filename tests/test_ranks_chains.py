@@ -27,10 +27,9 @@ def run(rank: int, size: int, sync: str, state: Any = None, steps: int = 3) -> t
     x, y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
     if sync == "local":
         x, y = x[rank * 8 // size :][: 8 // size], y[rank * 8 // size :][: 8 // size]
-    options = {"sync": sync} if size > 1 else {}
-    opt = TSAM(
-        model.parameters(), torch.optim.SGD, lr=0.05, sampler="hmc", tilt=5.0, seed=2, rho=0.3, model=model, **options
-    )
+    told: dict[str, Any] = {"sampler": "hmc", "num_samples": 3, "tilt": 5.0, "rho": 0.3, "seed": 2, "model": model}
+    told |= {"sync": sync} if size > 1 else {}
+    opt = TSAM(model.parameters(), torch.optim.SGD, lr=0.05, **told)
     if state is not None:
         weights, saved = torch.load(io.BytesIO(state), weights_only=True)
         model.load_state_dict(weights if size > 1 else {k.removeprefix("module."): v for k, v in weights.items()})

@@ -61,7 +61,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_the_same_noise_on_one_and_three(
 def loaded_whole(rank: int) -> bool:
     """A checkpoint of one process, whose positions hold all rows, in a sharded optimizer."""
     single = net()
-    alone = TSAM(single.parameters(), torch.optim.SGD, lr=0.02, sampler="hmc", seed=3, rho=0.1, process_group=None)
+    alone = TSAM(
+        single.parameters(), torch.optim.SGD, lr=0.02, sampler="hmc", seed=3, rho=0.1, process_group=None, num_samples=3
+    )
     train(single, alone, 0, 1, steps=2)
     model = sharded(2)
     opt = tsam(model, torch.optim.SGD, sampler="hmc")
@@ -82,7 +84,7 @@ def zero(rank: int, size: int) -> Tensor:
         base: Any = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=0.02)
     else:
         base = torch.optim.AdamW(ddp.parameters(), lr=0.02)
-    opt = TSAM(None, base, rho=0.1, tilt=20.0, seed=3, model=ddp)
+    opt = TSAM(None, base, rho=0.1, tilt=20.0, seed=3, model=ddp, num_samples=3)
     return train(ddp, opt, rank, size, steps=5)[0]  # type: ignore[arg-type]
 
 

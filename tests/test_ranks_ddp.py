@@ -292,7 +292,8 @@ def more(rank: int, size: int, what: str, sampler: str, how: str) -> tuple[Tenso
     settings: dict[str, dict[str, Any]] = {"every": {"every": 2}, "split": {"batch": "split"}}
     settings["maximize"] = {"maximize": True, "lr": 1e-3}
     settings["two steps"] = {"num_samples": 1, "radius": 0.0}
-    settings["few rows"] = {"batch": "split"} if size > 1 else {"num_samples": 1}
+    one = {"num_samples": 1} | ({"radius": 0.1} if sampler == "ascent" else {})  # as long as of several
+    settings["few rows"] = {"batch": "split"} if size > 1 else one
     run = Run(rank, size, {"sampler": sampler, **settings.get(what, {})}, how=how)
     if what == "split" and size == 2:  # sample j of one process sees what the ranks' samples j see
         x, y = rows()
@@ -317,7 +318,9 @@ def more(rank: int, size: int, what: str, sampler: str, how: str) -> tuple[Tenso
             run.opt.apply()
             run.opt.zero_grad()
         return flat(run.net), losses
-    run.opt = TSAM(run.net[0].parameters(), lr=0.05, rho=0.1, tilt=20.0, seed=3, sampler=sampler, model=run.model)
+    run.opt = TSAM(
+        run.net[0].parameters(), lr=0.05, rho=0.1, tilt=20.0, seed=3, sampler=sampler, model=run.model, num_samples=3
+    )
     other = torch.optim.SGD(run.net[2].parameters(), lr=0.05)
     for _ in range(5):
         losses.append(float(run.opt.step(run.closure)))
@@ -364,7 +367,7 @@ def towers(rank: int, size: int, sampler: str, reduction: str, how: str, joins: 
     net, (x, y) = nn.Sequential(a, nn.Tanh(), b), share(rank, size, *rows())
     told: dict[str, Any] = {"reduction": reduction, **({"model": net} if how == "ddp" else {})} if size > 1 else {}
     own = list(second.parameters())
-    opt = TSAM(own, lr=0.05, rho=0.05, tilt=2.0, seed=3, sampler=sampler, **told)
+    opt = TSAM(own, lr=0.05, rho=0.05, tilt=2.0, seed=3, num_samples=3, sampler=sampler, **told)
 
     def closure() -> Tensor:
         loss = squared_error(net(x), y)

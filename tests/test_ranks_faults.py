@@ -40,9 +40,8 @@ class Run:
             self.ddp = DistributedDataParallel(net)
         x, y = torch.randn(8, 5).double(), torch.randn(8, 3).double()
         self.x, self.y = x[4 * rank : 4 * rank + 4], y[4 * rank : 4 * rank + 4]
-        self.opt = TSAM(
-            self.ddp.parameters(), torch.optim.SGD, lr=0.05, rho=0.1, tilt=5.0, seed=1, model=self.ddp, **options
-        )
+        told: dict[str, Any] = {"rho": 0.1, "tilt": 5.0, "num_samples": 3, "seed": 1, "model": self.ddp, **options}
+        self.opt = TSAM(self.ddp.parameters(), torch.optim.SGD, lr=0.05, **told)
         self.passes = 0
         for _ in range(2):  # DDP arranges its buckets anew in the forward after its first reduction: a collective
             self.step()

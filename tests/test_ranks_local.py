@@ -154,7 +154,7 @@ SAMPLES: list[dict[str, Any]] = [
     {},
     {"num_samples": 5},
     {"num_samples": 2},
-    {"num_samples": 1},
+    {"num_samples": 1, "radius": 0.1},
     {"tilt": 0.0},
     {"tilt": -3.0},
     {"tilt": math.inf},

@@ -43,7 +43,8 @@ def train(rank: int, size: int, device: str, wrapper: str, options: dict[str, An
     if options.get("sync") != "samples":
         x, y = x[rank * 8 // size :][: 8 // size], y[rank * 8 // size :][: 8 // size]
     x, y = x.to(device), y.to(device)
-    opt = TSAM(model.parameters(), torch.optim.SGD, lr=0.05, rho=0.1, tilt=20.0, seed=3, model=model, **options)
+    told: dict[str, Any] = {"num_samples": 3, "rho": 0.1, "tilt": 20.0, "seed": 3, "model": model, **options}
+    opt = TSAM(model.parameters(), torch.optim.SGD, lr=0.05, **told)
 
     def closure() -> Tensor:
         loss = (model(x) - y).square().mean()

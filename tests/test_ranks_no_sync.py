@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import TSAM
 
-SETTINGS: dict[str, Any] = {"rho": 0.3, "radius": 0.5, "tilt": 5.0}
+SETTINGS: dict[str, Any] = {"num_samples": 3, "rho": 0.3, "radius": 0.5, "tilt": 5.0}
 WAYS: dict[str, dict[str, Any]] = {
     "ascent": {},
     "noise": {"sampler": "noise", "rho": 0.0},

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tsam_ext import TSAM
 
-TOLD: dict[str, Any] = {"lr": 0.05, "tilt": 20.0, "seed": 3, "rho": 0.1}
+TOLD: dict[str, Any] = {"lr": 0.05, "tilt": 20.0, "seed": 3, "rho": 0.1, "num_samples": 3}
 
 
 class Outside:
@@ -203,7 +203,9 @@ def test_a_later_pass_inside_no_sync_is_refused_and_the_next_step_works() -> Non
 
 def other_betas(rank: int) -> str:
     model = DistributedDataParallel(small_net())
-    opt = TSAM(model.parameters(), torch.optim.AdamW, betas=(0.9 - 0.1 * rank, 0.99), model=model, seed=1)
+    opt = TSAM(
+        model.parameters(), torch.optim.AdamW, betas=(0.9 - 0.1 * rank, 0.99), model=model, seed=1, num_samples=3
+    )
     x, y = rows()
     return error_of(lambda: opt.step(lambda: squared_error(model(x), y)))
 

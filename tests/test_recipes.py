@@ -115,7 +115,7 @@ def whole_batches(steps: list[Any], clip: float, **base: float) -> torch.nn.Line
     """A twin of the recipes' net after TSAM's steps on ``steps``: each the rows of its microbatches, in one forward."""
     torch.manual_seed(0)
     net = torch.nn.Linear(64, 10).to(steps[0][0][0].dtype)
-    optimizer = TSAM(net.parameters(), torch.optim.SGD, lr=1.0, radius=1.0, tilt=20.0, seed=0, **base)
+    optimizer = TSAM(net.parameters(), torch.optim.SGD, lr=1.0, num_samples=3, radius=1.0, tilt=20.0, seed=0, **base)
     for parts in steps:
         x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
         weights = torch.cat([torch.full((len(x),), 1 / len(x), dtype=x.dtype) for x, _ in parts]) / len(parts)

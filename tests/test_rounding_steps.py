@@ -187,7 +187,8 @@ def test_of_mixed_parameters_the_half_ones_are_measured() -> None:
     def step(places: dict[Tensor, int] | None, patch: pytest.MonkeyPatch) -> tuple[Diagnostics, float]:
         task = Task(torch.bfloat16, (300, 200))
         before = [p.detach().clone() for p in task.parameters]
-        opt = tsam([*task.parameters, wide, unseen], lr=0.0, rho=0.1, seed=5, num_samples=1, rounding="stochastic")
+        options = {"rho": 0.1, "radius": 0.1, "num_samples": 1, "rounding": "stochastic"}
+        opt = tsam([*task.parameters, wide, unseen], lr=0.0, seed=5, **options)
         gone: list[float] = []
 
         def closure() -> Tensor:

@@ -271,7 +271,9 @@ class Unread(torch.utils._python_dispatch.TorchDispatchMode):
 def test_settings_are_shown_and_read_only(problem) -> None:
     task = problem()
     tilt = torch.tensor(5.0)
-    optimizer = TSAM(task.parameters, lr=0.1, momentum=0.9, sampler=HMC(delta=torch.tensor(2.0)), tilt=tilt)
+    optimizer = TSAM(
+        task.parameters, lr=0.1, momentum=0.9, sampler=HMC(delta=torch.tensor(2.0)), tilt=tilt, num_samples=3
+    )
     task.train(optimizer, 1)
     with Unread():
         text, seen = repr(optimizer), repr(optimizer.diagnostics)
@@ -303,7 +305,7 @@ SAID = {
 @pytest.mark.parametrize("sampler", SAID)
 def test_diagnostics_as_a_dict_are_those_of_the_sampler(problem, sampler: Any) -> None:
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, every=2)
+    optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, every=2, num_samples=3)
     assert optimizer.diagnostics.to_dict() == {}
     assert repr(optimizer.diagnostics) == "Diagnostics(before the first step)"
     task.train(optimizer, 1)

@@ -68,7 +68,7 @@ def test_schedule_free_steps_are_hand_made_ones(problem, name: str, wrapped: str
 def test_bases_without_modes_have_none(problem) -> None:
     """Trainers call them where they exist: on most bases they do nothing."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1)
+    optimizer = TSAM(task.parameters, lr=0.1, num_samples=3)
     bits = task.copies()
     optimizer.train()
     optimizer.eval()

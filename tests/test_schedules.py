@@ -13,8 +13,8 @@ from tsam_ext import TSAM, Ascent
 def test_rho_as_a_function_of_the_step(problem, sampler: Any) -> None:
     ours, theirs = problem(), problem()
     values = [0.5, 0.0, 0.2]
-    optimizer = TSAM(ours.parameters, lr=0.1, rho=values.__getitem__, seed=1, sampler=sampler)
-    twin = TSAM(theirs.parameters, lr=0.1, seed=1, sampler=sampler)
+    optimizer = TSAM(ours.parameters, lr=0.1, rho=values.__getitem__, seed=1, sampler=sampler, num_samples=3)
+    twin = TSAM(theirs.parameters, lr=0.1, seed=1, sampler=sampler, num_samples=3)
     for rho in values:
         twin.param_groups[0]["rho"] = rho
         assert ours.train(optimizer, 1) == theirs.train(twin, 1)
@@ -31,7 +31,9 @@ def test_rho_as_a_function_of_the_step(problem, sampler: Any) -> None:
 def test_rho_as_a_function_survives_a_checkpoint(problem) -> None:
     """The state dict holds its value, as plain numbers do; who loads it goes on with the function that is there."""
     ours, theirs = problem(), problem()
-    optimizer, twin = (TSAM(t.parameters, lr=0.1, rho=lambda step: 0.1 * (step + 1), seed=1) for t in (ours, theirs))
+    optimizer, twin = (
+        TSAM(t.parameters, lr=0.1, rho=lambda step: 0.1 * (step + 1), seed=1, num_samples=3) for t in (ours, theirs)
+    )
     ours.train(optimizer, 2)
     saved = optimizer.state_dict()
     assert saved["param_groups"][0]["rho"] == pytest.approx(0.3)

@@ -144,7 +144,7 @@ def test_training_goes_on_as_if_each_table_were_new(problem, name: str, sampler:
     results = []
     for anew in (False, True):
         task = problem()
-        optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, seed=3)
+        optimizer = TSAM(task.parameters, lr=0.1, sampler=sampler, seed=3, num_samples=3)
         for step in range(4):
             if step == 2:
                 IN_TRAINING[name](optimizer)
@@ -158,7 +158,7 @@ def test_training_goes_on_as_if_each_table_were_new(problem, name: str, sampler:
 def test_copies_are_the_step_s_own(problem) -> None:
     """The memory for copies is looked up once for a table, and a step's list of them is not the next step's."""
     task = problem()
-    optimizer = TSAM(task.parameters, lr=0.1, seed=3)
+    optimizer = TSAM(task.parameters, lr=0.1, seed=3, num_samples=3)
     task.train(optimizer, 2)
     scratch = optimizer._progress.scratch
     assert scratch.last is not None and scratch.last[0] is optimizer._progress.table

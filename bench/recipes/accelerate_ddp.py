@@ -24,7 +24,7 @@ digits = TensorDataset(torch.tensor(images / 16, dtype=torch.float32)[:1792], to
 shared = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=0)
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, dataloader_config=shared)
 net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
-optimizer = TSAM(net.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(net.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 model, optimizer, loader = accelerator.prepare(net, optimizer, DataLoader(digits, batch_size=64, shuffle=True))
 
 

@@ -16,7 +16,7 @@ images, labels = load_digits(return_X_y=True)
 digits = TensorDataset(torch.tensor(images / 16, dtype=torch.float32)[:1792], torch.tensor(labels)[:1792])
 accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
 model = torch.nn.Linear(64, 10)
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=1.0, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=1.0, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(digits, batch_size=112))
 
 

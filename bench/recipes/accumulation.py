@@ -10,7 +10,7 @@ torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 model = torch.nn.Linear(64, 10)
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 
 
 def closure():

@@ -31,7 +31,7 @@ class Characters(torch.nn.Module):
 
 
 model = Characters()
-optimizer = TSAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.05, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(model.parameters(), torch.optim.AdamW, lr=0.01, rho=0.05, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 losses = []
 for _ in range(60):
     starts = torch.randint(len(data) - LENGTH, (16, 1))

@@ -16,7 +16,7 @@ x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 def build(seed):
     torch.manual_seed(seed)
     model = torch.nn.Linear(64, 10)
-    return model, TSAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.9, radius=1.0, tilt=20.0)
+    return model, TSAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.9, num_samples=3, radius=1.0, tilt=20.0)
 
 
 def train(model, optimizer, steps):

@@ -12,7 +12,7 @@ x, y = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)[:512], t
 convolution = torch.nn.Conv2d(1, 8, 3, stride=2, bias=False)
 norm = torch.nn.BatchNorm2d(8)
 model = torch.nn.Sequential(convolution, norm, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(72, 10))
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, model=model, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, model=model, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 
 
 def closure():

@@ -22,7 +22,9 @@ sampler = DistributedSampler(digits, shuffle=True, seed=0)
 loader = DataLoader(digits, batch_size=128 // dist.get_world_size(), sampler=sampler)
 net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
 model = DistributedDataParallel(net)
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, radius=1.0, tilt=20.0, seed=0, model=model)
+optimizer = TSAM(
+    model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, num_samples=3, radius=1.0, tilt=20.0, seed=0, model=model
+)
 
 losses = []
 for epoch in range(3):

@@ -15,7 +15,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 images, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(images / 16, dtype=torch.float32, device=device), torch.tensor(labels, device=device)
 model = torch.nn.Linear(64, 10, device=device)
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=1.0, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=1.0, num_samples=3, radius=1.0, tilt=20.0, seed=0)
 scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
 
 

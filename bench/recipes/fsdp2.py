@@ -31,7 +31,9 @@ def build(seed):
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
-    return model, TSAM(model.parameters(), torch.optim.AdamW, lr=0.01, radius=1.0, tilt=20.0, model=model)
+    return model, TSAM(
+        model.parameters(), torch.optim.AdamW, lr=0.01, num_samples=3, radius=1.0, tilt=20.0, model=model
+    )
 
 
 def train(model, optimizer, steps):

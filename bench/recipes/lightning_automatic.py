@@ -41,7 +41,7 @@ class Digits(lightning.LightningModule):
             self.parts.clear()
 
     def configure_optimizers(self):
-        optimizer = TSAM(self.parameters(), torch.optim.SGD, lr=1.0, radius=1.0, tilt=20.0, seed=0)
+        optimizer = TSAM(self.parameters(), torch.optim.SGD, lr=1.0, num_samples=3, radius=1.0, tilt=20.0, seed=0)
         optimizer.base_optimizer.register_step_pre_hook(self.clip)
         return optimizer
 

@@ -38,7 +38,9 @@ class Digits(lightning.LightningModule):
             print(f"loss {self.losses[0]:.6f} -> {self.losses[-1]:.6f}, {DEVICES} ranks, same weights: {same}")
 
     def configure_optimizers(self):
-        optimizer = TSAM(self.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5, radius=1.0, tilt=20.0, seed=0)
+        optimizer = TSAM(
+            self.parameters(), torch.optim.SGD, lr=0.5, momentum=0.5, num_samples=3, radius=1.0, tilt=20.0, seed=0
+        )
         optimizer.base_optimizer.register_step_pre_hook(self.clip)
         return optimizer
 

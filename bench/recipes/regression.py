@@ -10,7 +10,9 @@ torch.manual_seed(0)
 inputs, targets = load_diabetes(return_X_y=True)
 x, y = torch.tensor(inputs * 20, dtype=torch.float32), torch.tensor(targets / 80, dtype=torch.float32)
 model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1), torch.nn.Flatten(0))
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, rho=0.1, radius=1.0, tilt=5.0, seed=0)
+optimizer = TSAM(
+    model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, rho=0.1, num_samples=3, radius=1.0, tilt=5.0, seed=0
+)
 
 
 def closure():

@@ -1,4 +1,4 @@
-"""Plain SAM: one sample and no noise. Two gradients per step."""
+"""Plain SAM, which is what the defaults are: one sample and no noise. Two gradients per step."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -10,7 +10,7 @@ torch.manual_seed(0)
 images, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 model = torch.nn.Linear(64, 10)
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, rho=0.05, num_samples=1, radius=0)
+optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.5, rho=0.05)
 
 
 def closure():

@@ -12,7 +12,9 @@ images, labels = load_digits(return_X_y=True)
 digits = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
 loader = DataLoader(digits, batch_size=128, shuffle=True)
 model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
-optimizer = TSAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, radius=1.0, tilt=20.0, seed=0)
+optimizer = TSAM(
+    model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, num_samples=3, radius=1.0, tilt=20.0, seed=0
+)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
 
 for epoch in range(3):

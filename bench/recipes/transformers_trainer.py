@@ -47,7 +47,14 @@ def train(folder, resume=None):
     batches = {"per_device_train_batch_size": 112, "lr_scheduler_type": "constant"}
     arguments = transformers.TrainingArguments(folder, **batches, **options, **quiet)
     optimizer = TSAM(
-        model.parameters(), torch.optim.SGD, lr=1.0, momentum=0.5, radius=1.0, tilt=20.0, seed=None if resume else 0
+        model.parameters(),
+        torch.optim.SGD,
+        lr=1.0,
+        momentum=0.5,
+        num_samples=3,
+        radius=1.0,
+        tilt=20.0,
+        seed=None if resume else 0,
     )
     trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
     trainer.remove_callback(transformers.PrinterCallback)

@@ -45,7 +45,7 @@ OWN_NAMES = dict(zip(GROUP_KEYS, GROUP_KEYS, strict=True))
 @graphs_break_at("step", "estimate_gradient", and_below=False)
 @graphs_break_at("apply", "samples", "part", "first_step", "second_step")
 class TSAM(PersistentOptimizer):
-    """Tilted sharpness-aware minimization around a base optimizer.
+    """Tilted sharpness-aware minimization around a base optimizer; with one sample, the default, SAM.
 
     Each step draws ``num_samples`` perturbations ε of the parameters θ and gives the base optimizer the gradient
     Σ w ∇L(θ+ε) with w = softmax(tilt · L(θ+ε)): the gradient of the tilted objective
@@ -60,15 +60,14 @@ class TSAM(PersistentOptimizer):
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. A number, or a
             function of the step, as ``radius`` may be. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
-            losses. A float, a 0-dim tensor, or a function of the step. Default 1.
-        num_samples: s, perturbations per step. Default 3.
+            losses. A float, a 0-dim tensor, or a function of the step. Default 1. One sample has nothing to weigh.
+        num_samples: s, perturbations per step. Default 1: with ``ascent`` SAM (Foret et al., ICLR 2021).
         sampler: ``"ascent"`` (default), ``"noise"`` or ``"hmc"``, or an object with options: :class:`Ascent`,
             :class:`Noise`, :class:`HMC`, whose pages say what they do and cost.
-        adaptive: scale everything by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves. Default
-            False.
-        radius: length of the noise (its root mean square for gaussian); ``None``: the group's rho; 0: no noise.
+        adaptive: scale all by D = |θ| elementwise (ASAM with η=0); a zero parameter then never moves. Default False.
+        radius: length of the noise (root mean square for gaussian). ``None``: 0 for one sample of ``ascent``, else rho.
         batch: ``"whole"`` (default) or ``"split"``: sample j sees the j-th part of the minibatch, so that s samples
-            cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows.
+            cost no more than one; wrap the batch in :meth:`part`. Parts weigh by their rows. Needs 2 samples or more.
         every: sample each ``every``-th step, starting with the first. Default 1.
         between: what the other steps take. ``"carry"`` (default for ``ascent``): the plain gradient, and what the last
             sampled one had beside it; ``"plain"`` (default for ``noise`` and ``hmc``, of which only the tilt's part
@@ -107,7 +106,7 @@ class TSAM(PersistentOptimizer):
     Example:
         >>> import torch, tsam_ext
         >>> model = torch.nn.Linear(4, 1)
-        >>> opt = tsam_ext.TSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.05, tilt=5.0, seed=0)
+        >>> opt = tsam_ext.TSAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.05, num_samples=3, seed=0)
         >>> x, y = torch.ones(8, 4), torch.zeros(8, 1)
         >>> def closure():
         ...     loss = torch.nn.functional.mse_loss(model(x), y)
@@ -125,7 +124,7 @@ class TSAM(PersistentOptimizer):
         *,
         rho: Length = RHO,
         tilt: Tilt = 1.0,
-        num_samples: int = 3,
+        num_samples: int = 1,
         sampler: Sampler | SamplerName = "ascent",
         adaptive: bool = False,
         radius: Length | None = None,
@@ -308,7 +307,8 @@ class TSAM(PersistentOptimizer):
         )
 
     def _table(self) -> Table:
-        return Table.of(self.param_groups, self.group_names, self._progress.step)
+        default, step = self._settings.default_radius, self._progress.step
+        return Table.of(self.param_groups, self.group_names, step, default_radius=default)
 
     def part(self, *batch: Any) -> Any:
         """The rows of ``batch`` that the current pass sees: all of them, or with ``batch="split"`` sample j's part.
@@ -358,7 +358,7 @@ class TSAM(PersistentOptimizer):
         return self._progress.sampler_state.perturbations(self._table())
 
     def first_step(self, zero_grad: bool = False) -> None:
-        """SAM's first half: moves the parameters along the gradient in ``p.grad``. ``num_samples=1, radius=0`` only.
+        """SAM's first half: moves the parameters along the gradient in ``p.grad``. One sample without noise only.
 
         Raises:
             RuntimeError: with other settings (use :meth:`samples`), or without a gradient.

@@ -39,7 +39,9 @@ def planned(
     sharded = sharded_modules(modules) if modules else []
     if sharded:
         drop_gathered(sharded)  # or its modules would show gathered copies in place of their parameters
-    table = progress.table = Table.of(groups, names, progress.step, others_of(modules, groups), known=progress.table)
+    others, default_radius = others_of(modules, groups), settings.default_radius
+    table = Table.of(groups, names, progress.step, others, known=progress.table, default_radius=default_radius)
+    progress.table = table
     if table.own:
         progress.step_to(table.tensors[0].device)  # the model may have moved since
     plain = kind == "plain"

@@ -61,6 +61,10 @@ class Sampler(ABC):
         """What lasts from step to step, before the first: nothing."""
         return SamplerState()
 
+    def default_radius(self, num_samples: int) -> float | None:
+        """The radius of a group that sets none; ``None``: its rho."""
+        return None
+
     def check_settings(self, *, num_samples: int, batch: str, same_masks: bool, capturable: bool) -> None:
         """ValueError, naming both, for a setting of TSAM's that means nothing for this sampler."""
         return
@@ -109,12 +113,13 @@ class _Drawing(Sampler):
 class Ascent(_Drawing):
     """Noise, then an ascent of length rho along the gradient there: 2 gradients per sample (the paper's algorithm).
 
-    Weights softmax(tilt L) at the end of the ascent. ``num_samples=1, radius=0`` is SAM, with ``adaptive`` ASAM.
+    Weights softmax(tilt L) at the end of the ascent. One sample draws no noise unless ``radius`` is set: SAM, and with
+    ``adaptive`` ASAM.
 
     Args:
         noise: ``"gaussian"`` (z/√d, norm about 1; default), ``"sphere"`` (z/‖z‖), ``"ball"`` (uniform in the unit ball)
             or ``"rademacher"`` (±1/√d; the cheapest draw). Each is scaled by the group's radius.
-        antithetic: every second sample takes the negative of the noise before it. Default False.
+        antithetic: every second sample takes the negative of the noise before it. Needs 2 samples. Default False.
 
     Raises:
         TypeError, ValueError: for a bad option, naming it.
@@ -129,6 +134,10 @@ class Ascent(_Drawing):
     two_steps = True
     carries = True
     ascends = True
+
+    def default_radius(self, num_samples: int) -> float | None:
+        """No noise for one sample: it smooths nothing, and SAM has none."""
+        return 0.0 if num_samples == 1 else None
 
 
 class Noise(_Drawing):

@@ -82,6 +82,8 @@ class Settings:
         self.sampler.check_settings(
             num_samples=self.num_samples, batch=self.batch, same_masks=self.same_masks, capturable=self.capturable
         )
+        if self.split and self.num_samples == 1:
+            raise refuse(TSAM, "num_samples", 1, "2 or more, one for each part, as batch is 'split'")
 
     def check_two_steps(self, name: str, *, draws: bool) -> None:
         """RuntimeError unless a step is one ascent and one gradient on the whole batch; ``draws``: there is noise."""
@@ -96,6 +98,11 @@ class Settings:
     def split(self) -> bool:
         """Whether each sample sees a part of the batch."""
         return self.batch == "split"
+
+    @property
+    def default_radius(self) -> float | None:
+        """The radius of groups that set none; ``None``: their rho."""
+        return self.sampler.default_radius(self.num_samples)
 
     @property
     def carries(self) -> bool:

@@ -94,7 +94,12 @@ class _Asked:
 
     @classmethod
     def of(
-        cls, groups: list[dict[str, Any]], names: Mapping[str, str], step: int | Tensor, others: Sequence[Tensor]
+        cls,
+        groups: list[dict[str, Any]],
+        names: Mapping[str, str],
+        step: int | Tensor,
+        others: Sequence[Tensor],
+        default_radius: float | None,
     ) -> _Asked:
         """Asks everything but ``thin`` and ``shapes``."""
         lengths, parameters, counts = [], [], []
@@ -104,7 +109,9 @@ class _Asked:
                 rho = length_at(rho, step, f"param_groups[{g}].{names['rho']}")
             if callable(radius):
                 radius = length_at(radius, step, f"param_groups[{g}].{names['radius']}")
-            lengths.append((float(rho), float(rho if radius is None else radius), group[names["adaptive"]]))
+            elif radius is None:
+                radius = rho if default_radius is None else default_radius
+            lengths.append((float(rho), float(radius), group[names["adaptive"]]))
             parameters += group["params"]
             counts.append(len(group["params"]))
         maximize = maximizes(groups)
@@ -175,13 +182,14 @@ class Table:
         step: int | Tensor,
         others: Sequence[Tensor] = (),
         known: Table | None = None,
+        default_radius: float | None = None,
     ) -> Table:
         """The table of the optimizer's parameter groups as they are now; ``names``: what our keys are called there.
 
         ``others``: parameters that another optimizer holds. ``known``: an earlier table, which comes back where all
-        that it was made from is as it was.
+        that it was made from is as it was. ``default_radius``: of groups that set none; ``None``: their rho.
         """
-        asked = _Asked.of(groups, names, step, others)
+        asked = _Asked.of(groups, names, step, others, default_radius)
         if known is not None and known.asked is not None and asked.is_still(known.asked):
             return known
         table, element, begin = cls(maximize=asked.maximize), 0, 0

@@ -84,7 +84,7 @@ class ReferenceTSAM:
         *,
         rho: float = 0.05,
         tilt: float | Tensor | Callable[[int], float] = 1.0,
-        num_samples: int = 3,
+        num_samples: int = 1,
         sampler: str = "ascent",
         radius: float | None = None,
         noise: str = "gaussian",
@@ -240,7 +240,9 @@ class ReferenceTSAM:
         moved = []
         for (p, own), offset in zip(entries, offsets, strict=True):
             if p.requires_grad and own["rho"] != 0.0:
-                radius = own["rho"] if own["radius"] is None else own["radius"]
+                radius = own["radius"]
+                if radius is None:  # SAM has no noise
+                    radius = 0.0 if self.sampler == "ascent" and self.num_samples == 1 else own["rho"]
                 origin = p.detach().clone()
                 moved.append(_Perturbed(p, origin, offset, own["rho"], radius, own["adaptive"]))
         return moved
