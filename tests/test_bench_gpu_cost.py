@@ -39,8 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
         "adaptive": True,
     },
     "hmc, delta from the gradient": {"sampler": HMC(delta="auto")},
-    "carried": {"every": 2, "num_samples": 3},
+    "carried": {"every": 2},
 }
+CASES = {name: {"num_samples": 3, **options} for name, options in CASES.items()}
 
 
 def passes(options: dict[str, Any], *, keep: bool = False) -> list[Pass]:

@@ -68,7 +68,7 @@ def test_modules_that_hide_gradients_are_refused_by_name(found: nn.Module, said:
         ({"reduction": "late"}, "reduction: got 'late', expected 'tail' or 'manual'"),
         ({"weigh_rows": True}, r"weigh_rows: got True with sync='global' and reduction='tail', expected sync='global'"),
         (
-            {"weigh_rows": True, "reduction": "manual", "batch": "split"},
+            {"weigh_rows": True, "reduction": "manual", "batch": "split", "num_samples": 3},
             "weigh_rows: got True with batch='split', expected batch='whole'",
         ),
     ],
