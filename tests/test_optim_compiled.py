@@ -265,7 +265,7 @@ FIRST = """
 import torch, torch._dynamo
 import tsam_ext
 x = torch.ones(2, requires_grad=True)
-optimizer = tsam_ext.TSAM([x], lr=0.1, seed=0)
+optimizer = tsam_ext.TSAM([x], lr=0.1, num_samples=3, seed=0)
 seen = []
 
 def backend(graph, inputs):
