@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -139,3 +140,23 @@ def test_a_chain_takes_no_part_however_many_samples(problem) -> None:
     for num_samples in (1, 3):
         with pytest.raises(ValueError, match=r"^TSAM: batch: got 'split', expected 'whole', as the sampler is HMC"):
             TSAM(problem().parameters, lr=0.1, batch="split", sampler="hmc", num_samples=num_samples)
+
+
+@pytest.mark.parametrize(
+    ("options", "heard"),
+    [
+        ({"tilt": 20.0}, True),
+        ({"tilt": lambda step: -0.1 * step}, True),
+        ({"tilt": -2.0, "sampler": "noise"}, True),
+        ({}, False),
+        ({"tilt": 0.0}, False),
+        ({"tilt": 20.0, "num_samples": 2}, False),
+        ({"tilt": 20.0, "sampler": "hmc"}, False),
+    ],
+)
+def test_a_tilt_that_one_sample_cannot_have_is_heard_of(problem, options: dict[str, Any], heard: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        TSAM(problem().parameters, lr=0.1, **options)
+    assert ["num_samples is 1" in str(one.message) for one in caught] == [True] * heard
+    assert all(one.filename == __file__ for one in caught)

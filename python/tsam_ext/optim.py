@@ -60,7 +60,7 @@ class TSAM(PersistentOptimizer):
         rho: length of the ascent, ‖ε/D‖ over all groups together; 0 leaves a group unperturbed. A number, or a
             function of the step, as ``radius`` may be. Default 0.05.
         tilt: t, how much higher losses weigh more: 0 is the mean, ``inf`` the worst sample, negative favours low
-            losses. A float, a 0-dim tensor, or a function of the step. Default 1. One sample has nothing to weigh.
+            losses. A float, a 0-dim tensor, or a function of the step. Default 1. Of one sample it weighs nothing.
         num_samples: s, perturbations per step. Default 1: with ``ascent`` SAM (Foret et al., ICLR 2021).
         sampler: ``"ascent"`` (default), ``"noise"`` or ``"hmc"``, or an object with options: :class:`Ascent`,
             :class:`Noise`, :class:`HMC`, whose pages say what they do and cost.
@@ -148,9 +148,8 @@ class TSAM(PersistentOptimizer):
         own = {"rho": rho, "radius": radius, "adaptive": adaptive}
         check_group_values(own, "", OWN_NAMES)
         # By identity: a 0.05 of the user's is another object than the default, and so is known to be meant.
-        given = {"rho": own["rho"]} if rho is not RHO else {}
-        if radius is not None:
-            given["radius"] = own["radius"]
+        meant = {"rho": rho is not RHO, "radius": radius is not None}
+        given = {name: own[name] for name, is_meant in meant.items() if is_meant}
         self._settings = Settings(
             tilt=tilt,
             num_samples=num_samples,
@@ -180,6 +179,7 @@ class TSAM(PersistentOptimizer):
         self._progress = Progress(chosen.init(device), seed, device, capturable=capturable, carry=carry)
         self._progress.history.find(p.grad for group in self.param_groups for p in group["params"])
         self.keep(self._progress)
+        self._settings.warn_of_idle_tilt()
 
     @property
     def settings(self) -> Settings:

@@ -51,6 +51,7 @@ class Sampler(ABC):
 
     two_steps: ClassVar[bool] = False  # whether one sample without noise is SAM's ascent and descent
     carries: ClassVar[bool] = False  # whether its steps leave a direction to later ones where nobody says
+    tilts_one: ClassVar[bool] = False  # whether the tilt says something to one sample too
     keeps: ClassVar[type[SamplerState]] = SamplerState  # what lasts from step to step
 
     @abstractmethod
@@ -200,6 +201,7 @@ class HMC(Sampler):
         1
     """
 
+    tilts_one: ClassVar[bool] = True  # as delta, where that is not given
     keeps: ClassVar[type[SamplerState]] = Chain
 
     delta: float | Tensor | Literal["auto"] | None = None

@@ -26,6 +26,7 @@ from .engine.checks import (
     refuse,
     shown,
 )
+from .engine.notices import warn
 from .samplers import MAX_SAMPLES, Sampler, owner_of, sampler_of, shown_setting
 
 Tilt = float | Tensor | Callable[[int], float | Tensor]
@@ -84,6 +85,12 @@ class Settings:
         )
         if self.split and self.num_samples == 1:
             raise refuse(TSAM, "num_samples", 1, "2 or more, one for each part, as batch is 'split'")
+
+    def warn_of_idle_tilt(self) -> None:
+        """Says that a tilt was asked for where one sample has nothing to weigh."""
+        asked = not isinstance(self.tilt, float) or self.tilt not in (0.0, 1.0)  # 1.0 is the default
+        if asked and self.num_samples == 1 and not self.sampler.tilts_one:
+            warn("num_samples is 1, and one sample has nothing to weigh: the tilt does nothing. TSAM takes 2 or more.")
 
     def check_two_steps(self, name: str, *, draws: bool) -> None:
         """RuntimeError unless a step is one ascent and one gradient on the whole batch; ``draws``: there is noise."""
