@@ -1,7 +1,7 @@
 """The methods: what each is, what a step of it costs, and the settings that are searched for it.
 
 A method is a way to take one step: SGD with momentum alone (ERM), TSAM with options, or a peer (peers.py). Its grid has
-the same number of settings for all methods: learning rates times three or four values of what is its own. `chosen` are
+the same number of settings for all methods: three learning rates times three values of what is its own. `chosen` are
 the settings of the main job, found once by `python -m bench train --tune` on seeds that the job does not use.
 """
 
