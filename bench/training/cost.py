@@ -162,7 +162,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit code."""
-    where = record.begin(options)
+    where = {**record.begin(options), "threads": 1}  # of each run
     nets = ["mlp"] if options.quick else options.nets
     jobs = [
         (net, way, options.steps or (8 if options.quick else STEPS[net]))
