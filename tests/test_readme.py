@@ -17,7 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "csrc/README.md", "tests/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "bench/RESULTS.md", "csrc/README.md",
+         "tests/README.md")  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -88,6 +89,12 @@ def test_pip_gets_no_option_that_an_older_pip_refuses(page: str) -> None:
     """The pip of a fresh Python 3.10 knows --config-settings, not -C."""
     for line in (ROOT / page).read_text().splitlines():
         assert not re.search(r"pip install .*\s-C", line), line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_has_a_gap_that_was_to_be_filled(page: str) -> None:
+    """A figure that is still to come has a name between two @."""
+    assert not re.search(r"@[A-Z]+@", (ROOT / page).read_text())
 
 
 def anchor(heading: str) -> str:
