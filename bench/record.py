@@ -70,6 +70,16 @@ def write_json(path: Path, results: Sequence[object], settings: dict[str, Any]) 
     draft.replace(path)  # a kill in mid-write leaves the file of the run before
 
 
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The results in a file of `write_json` by these versions of torch and tsam_ext; none if it is not there."""
+    if not path.exists():
+        return []
+    stored, here = json.loads(path.read_text()), environment({})
+    if any(stored["environment"][key] != here[key] for key in ("torch", "tsam_ext")):
+        return []
+    return list(stored["results"])
+
+
 def keep(
     stem: Path,
     results: Sequence[object],

@@ -9,13 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import tsam_ext
 from bench.__main__ import main
 from bench.training import report, search, train
 from bench.training.methods import METHODS
-from bench.training.run import Job, Result, complete, read_json, train_once
+from bench.training.run import Job, Result, Watch, complete, read_results, train_once
 
 pytest.importorskip("mlxtend")
 ROOT = Path(__file__).parents[1]
@@ -125,16 +128,41 @@ def test_a_run_repeats_and_watches() -> None:
     assert other.curve != first.curve
 
 
+def test_a_weight_counts_for_the_rows_that_its_part_saw() -> None:
+    """40 rows in 16 parts are cut 2, 3, 2, 3, ...; the wrong rows are those of the part that has all the weight."""
+    for heavy in range(16):
+        weights = torch.zeros(16, dtype=torch.float64)
+        weights[heavy] = 1.0
+        optimizer = tsam_ext.TSAM([torch.zeros(1, requires_grad=True)], lr=0.1, num_samples=16, batch="split")
+        rows: list[torch.Tensor] = []
+
+        def closure(seen: list[torch.Tensor] = rows, optimizer: tsam_ext.TSAM = optimizer) -> torch.Tensor:
+            seen.append(optimizer.part(torch.arange(40)))
+            loss = optimizer.param_groups[0]["params"][0].sum() * 1.0
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.zero_grad()
+        optimizer.step(closure)
+        wrong = torch.zeros(40)
+        wrong[rows[2 * heavy]] = 1.0  # two passes per sample
+        told = {"weights": weights, "ess": 1.0, "losses": torch.zeros(16), "acceptance_rate": 0.0, "distance": 0.0}
+        stub = SimpleNamespace(diagnostics=SimpleNamespace(**told), settings=optimizer.settings)
+        watch = Watch()
+        watch.see(stub, wrong)  # type: ignore[arg-type]
+        assert watch.means()["wrong_weight"] == 1.0
+
+
 def test_finished_runs_are_kept(tmp_path: Path) -> None:
     jobs = [Job(ERM, "digits", 0.3, seed, 1, {"lr": 0.05}) for seed in (1, 2)]
     path = tmp_path / "runs.json"
     first = complete(jobs, path, {}, 1, resume=False)
-    assert read_json(path) == first
+    assert read_results(path) == first
     more = [*jobs, Job(ERM, "digits", 0.3, 3, 1, {"lr": 0.05}), jobs[0]]
     second = complete(more, path, {}, 1, resume=True)
     assert second[:2] == first  # seconds included: nothing ran again
     assert second[3] == first[0]
-    assert len(read_json(path)) == 3
+    assert len(read_results(path)) == 3
 
 
 def test_the_search_takes_the_best_mean_and_sees_edges() -> None:
@@ -173,10 +201,10 @@ def test_exit_codes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| accuracy %" in printed
     assert printed.count("minus SAM") == 3
     assert (tmp_path / "train.png").stat().st_size > 10_000
-    kept = read_json(tmp_path / "train.json")
+    kept = read_results(tmp_path / "train.json")
     assert len(kept) == 4
     main([*short, "--methods", "ERM", "SAM", "--resume"])
-    assert read_json(tmp_path / "train.json") == kept
+    assert read_results(tmp_path / "train.json") == kept
 
 
 @pytest.mark.parametrize(

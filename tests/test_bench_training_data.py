@@ -99,8 +99,3 @@ def test_measures_by_hand() -> None:
     shares = tasks.of_masks(masks, torch.tensor([[[0, 1, 1, 2]]]))
     assert shares["iou"] == pytest.approx(100 * (1 / 2 + 1 / 2 + 1) / 3)
     assert shares["accuracy"] == 75.0
-
-
-def test_better_has_the_sign_of_the_metric() -> None:
-    assert TASKS["mnist"].better(90.0, 80.0) == 10.0
-    assert TASKS["diabetes"].better(0.5, 0.7) == pytest.approx(0.2)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bench import baselines, record
 from bench.command import add_command, add_rounds, conclude, positive, rounds_of
 
 from .data import CLASSES, load
+from .peers import PEERS
 
 NETS = {"mlp": 64, "wide": 3072}
 STEPS = {"mlp": 320, "wide": 24}
@@ -84,19 +86,8 @@ def stepper(way: str, model: nn.Module) -> Callable[[Closure], Tensor]:
 
         return fused
     if way == "SAM, pytorch_optimizer":
-        import pytorch_optimizer
-
-        wrapper = pytorch_optimizer.SAM(params, SGD, rho=RHO, **BASE)
-
-        def two_steps(closure: Closure) -> Tensor:
-            wrapper.zero_grad()
-            loss = closure()
-            wrapper.first_step(zero_grad=True)
-            closure()
-            wrapper.second_step()
-            return loss
-
-        return two_steps
+        library = PEERS["sam"].optimizer(model, {"rho": RHO, **BASE})
+        return partial(PEERS["sam"].step, library)
     sgd = SGD(params, **BASE)
     settings: dict[str, Any] = {"rho": RHO, "radius": RADIUS, "tilt": TILT, "num_samples": SAMPLES}
     estimators: dict[str, Callable[[], baselines.Estimator]] = {

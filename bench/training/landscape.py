@@ -8,7 +8,6 @@ Hessian, the rise of the loss by gaussian noise and by one ascent on groups of 6
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.command import above_zero, add_command, conclude, positive, share
-from bench.record import begin, chart, environment, heading, keep, write_json
+from bench.record import begin, chart, environment, heading, keep, read_json, write_json
 from tsam_ext import metrics
 
 from .data import DATASETS, load
@@ -172,13 +171,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read(path: Path) -> list[Measured]:
-    """What a file holds that these versions of torch and tsam_ext have measured; nothing if it is not there."""
-    if not path.exists():
-        return []
-    stored, here = json.loads(path.read_text()), environment({})
-    if any(stored["environment"][key] != here[key] for key in ("torch", "tsam_ext")):
-        return []
-    return [Measured(**row) for row in stored["results"]]
+    """What a file of results holds."""
+    return [Measured(**row) for row in read_json(path)]
 
 
 def of(found: Sequence[Measured], method: str, on: str) -> list[Measured]:

@@ -100,6 +100,7 @@ def _take(optimizer: Any, closure: Closure) -> Tensor:
 
 
 PEERS: dict[str, Peer] = {
+    "sam": Peer(_library("SAM"), _two_passes),
     "asam": Peer(_library("SAM", adaptive=True), _two_passes),
     "looksam": Peer(_library("LookSAM"), _look),
     "wsam": Peer(_wsam, _two_passes),

@@ -7,7 +7,6 @@ their order.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from bench.record import environment, write_json
+from bench.record import read_json, write_json
 from tsam_ext import TSAM, metrics
 
 from .data import Parts, load
@@ -253,7 +252,7 @@ def complete(jobs: list[Job], path: Path, settings: dict[str, Any], workers: int
     Equal jobs run once. With ``resume`` finished runs by the same versions of torch and tsam_ext are kept, also those
     of other jobs; an interrupt leaves the finished ones in the file.
     """
-    found = {r.key: r for r in read_json(path)} if resume else {}
+    found = {r.key: r for r in read_results(path)} if resume else {}
     if not found:
         set_aside(path)
     left = {job.key: job for job in jobs if job.key not in found}
@@ -274,11 +273,6 @@ def set_aside(path: Path) -> None:
         path.replace(path.with_name(f"{path.stem}-before{path.suffix}"))
 
 
-def read_json(path: Path) -> list[Result]:
-    """The results in a file of `complete` by these versions of torch and tsam_ext; none if it is not there."""
-    if not path.exists():
-        return []
-    stored, here = json.loads(path.read_text()), environment({})
-    if any(stored["environment"][key] != here[key] for key in ("torch", "tsam_ext")):
-        return []
-    return [Result(**row) for row in stored["results"]]
+def read_results(path: Path) -> list[Result]:
+    """The results in a file of `complete`."""
+    return [Result(**row) for row in read_json(path)]

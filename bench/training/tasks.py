@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from .data import CLASSES, TEXT_LENGTH, all_rows, load, text_characters
+from .data import CLASSES, TEXT_LENGTH, all_rows, text_characters
 
 WIDTH, CNN_WIDTH, TEXT_WIDTH = 64, 16, 32
 PRETRAINING_STEPS = 300
@@ -156,10 +156,6 @@ class Task:
         model.train()
         return found
 
-    def better(self, one: float, other: float) -> float:
-        """How far ``one`` is better than ``other``, in the metric's unit: positive is better."""
-        return one - other if self.higher else other - one
-
 
 MNIST = Task("mnist", lambda: mlp(196), 40)
 TASKS: dict[str, Task] = {
@@ -174,5 +170,3 @@ TASKS: dict[str, Task] = {
     "long-tail": replace(MNIST, data="long-tail", metric="balanced accuracy"),
     "transfer": replace(MNIST, data="transfer", start=pretrained),
 }
-
-__all__ = ["MNIST", "TASKS", "Characters", "Measures", "Task", "cnn", "load", "mlp", "segmenter"]
