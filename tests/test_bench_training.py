@@ -17,8 +17,10 @@ import torch
 import tsam_ext
 from bench.__main__ import main
 from bench.training import report, search, train
+from bench.training.data import load
 from bench.training.methods import METHODS
-from bench.training.run import Job, Result, Watch, complete, read_results, train_once
+from bench.training.run import Job, Result, Watch, complete, flatness, read_results, train_once
+from bench.training.tasks import TASKS
 
 pytest.importorskip("mlxtend")
 ROOT = Path(__file__).parents[1]
@@ -151,6 +153,19 @@ def test_a_weight_counts_for_the_rows_that_its_part_saw() -> None:
         watch = Watch()
         watch.see(stub, wrong)  # type: ignore[arg-type]
         assert watch.means()["wrong_weight"] == 1.0
+
+
+def test_flatness_is_the_rise_by_one_ascent() -> None:
+    task, parts = TASKS["digits"], load("digits", 0.3, 1)
+    model = task.initial(1)
+    found = flatness(task, model, parts)
+    for name, x, y in (("train ascent", parts.train_x, parts.train_y), ("test ascent", parts.test_x, parts.test_y)):
+        before = task.loss(model(x), y)
+        gradients = torch.autograd.grad(before, list(model.parameters()))
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        moved = {key: p + 0.1 * g / norm for (key, p), g in zip(model.named_parameters(), gradients, strict=True)}
+        rise = task.loss(torch.func.functional_call(model, moved, (x,)), y) - before
+        assert found[name] == pytest.approx(float(rise.detach()), rel=1e-3)
 
 
 def test_finished_runs_are_kept(tmp_path: Path) -> None:
