@@ -69,7 +69,7 @@ TASKS = (
     Task("ascent", {}, ascent_passes(SAMPLES), TSAM_WAYS),
     Task("ascent without noise", {"radius": 0.0}, [*NO_NOISE, RESTORE], TSAM_WAYS),
     Task("ascent, sphere", {"sampler": Ascent(noise="sphere")}, ascent_passes(SAMPLES, 2)),
-    Task("SAM", {"num_samples": 1, "radius": 0.0}, [NORM, (4, 0), RESTORE], ("wrapper", "library")),
+    Task("SAM", {"num_samples": 1, "radius": 0.0, "tilt": 0.0}, [NORM, (4, 0), RESTORE], ("wrapper", "library")),
     Task("noise", {"sampler": "noise"}, [SAVING_DRAW, *[DRAW, BLEND] * (SAMPLES - 1), RESTORE]),
     Task("hmc", {"sampler": "hmc"}, hmc_passes(SAMPLES)),
 )

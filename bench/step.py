@@ -45,10 +45,10 @@ WAYS = {
     "wrapper": "SAM, the common wrapper",
 }
 OURS: dict[str, dict[str, Any]] = {  # TSAM's settings
-    "sam": {"num_samples": 1, "radius": 0.0},
-    "sam2": {"num_samples": 1, "radius": 0.0, "every": 2},
-    "sam3": {"num_samples": 1, "radius": 0.0, "every": 3},
-    "sam5": {"num_samples": 1, "radius": 0.0, "every": 5},
+    "sam": {"num_samples": 1, "radius": 0.0, "tilt": 0.0},
+    "sam2": {"num_samples": 1, "radius": 0.0, "tilt": 0.0, "every": 2},
+    "sam3": {"num_samples": 1, "radius": 0.0, "tilt": 0.0, "every": 3},
+    "sam5": {"num_samples": 1, "radius": 0.0, "tilt": 0.0, "every": 5},
     "split": {"num_samples": 4, "batch": "split"},
     "split3": {"num_samples": 4, "batch": "split", "every": 3},
     "tsam": {"num_samples": SAMPLES},
